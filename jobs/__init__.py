@@ -1,0 +1,1 @@
+"""One command each: parse, call, print."""

@@ -1,0 +1,236 @@
+"""Checkpoints: network and momentum as safetensors, everything else as JSON; nothing in them is ever executed.
+
+    model.safetensors       the network's parameters by name
+    optimizer.safetensors   each parameter's momentum by the same name
+    state.json              what was being trained on what, and how far it had come
+
+A run's folder lists its committed checkpoints in a file of Ray Train's; a folder that is not listed there may be half
+written and is never used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyarrow import fs as arrow_fs
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from model.recipe import Recipe
+from model.training import Progress, Trainer
+from pipeline.dataset import DatasetInfo
+from pipeline.rgb_stats import RgbStatistics
+
+SCHEMA_VERSION = 1
+STATE_FILE = "state.json"
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+RUN_FILE = "checkpoint_manager_snapshot.json"  # Ray Train's list of committed checkpoints
+CHECKPOINT_PREFIX = "checkpoint_"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or belongs to another data set or configuration."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What a run trains, and on what: a run may only be continued with the same."""
+
+    recipe: Recipe
+    dataset: str
+    """The shard set's fingerprint."""
+    wnids: tuple[str, ...]
+    """The classes, by label."""
+    rgb: RgbStatistics
+    """Of the training set: evaluation must subtract the same mean."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, info: DatasetInfo) -> Identity:
+        return cls(recipe, info.fingerprint, tuple(label.wnid for label in info.classes), info.rgb)
+
+    def differences(self, other: Identity) -> list[str]:
+        """What differs from another run, one phrase each; the number of epochs may, so that a run can be extended."""
+        found = [
+            f"{field.name} is {getattr(other.recipe, field.name)}, was {getattr(self.recipe, field.name)}"
+            for field in dataclasses.fields(Recipe)
+            if field.name != "epochs" and getattr(self.recipe, field.name) != getattr(other.recipe, field.name)
+        ]
+        if self.dataset != other.dataset:
+            found.append(f"the shard set is {other.dataset[:12]}, was {self.dataset[:12]}")
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """The contents of `state.json`."""
+
+    identity: Identity
+    progress: Progress
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "identity": dataclasses.asdict(self.identity),
+            "progress": self.progress.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> State:
+        """Parses `state.json`.
+
+        Raises:
+            CheckpointError: naming `where`, if it is not what this program writes.
+        """
+        try:
+            value = json.loads(text)
+            if value["schema_version"] != SCHEMA_VERSION:
+                raise ValueError(
+                    f"its schema version is {value['schema_version']}, this program reads {SCHEMA_VERSION}"
+                )
+            identity = value["identity"]
+            return cls(
+                Identity(
+                    Recipe(**identity["recipe"]),
+                    str(identity["dataset"]),
+                    tuple(identity["wnids"]),
+                    RgbStatistics.from_json(identity["rgb"]),
+                ),
+                Progress.from_json(value["progress"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{where} is no {STATE_FILE} of this program: {error!r}") from error
+
+
+def save(folder: Path, trainer: Trainer, identity: Identity) -> None:
+    """Writes a checkpoint of everything that training needs to go on exactly."""
+    named = dict(trainer.network.named_parameters())
+    momentum = {
+        name: trainer.optimizer.state[parameter]["momentum_buffer"]
+        for name, parameter in named.items()
+        if parameter in trainer.optimizer.state
+    }
+    save_file({name: parameter.detach().contiguous() for name, parameter in named.items()}, folder / MODEL_FILE)
+    save_file({name: value.contiguous() for name, value in momentum.items()}, folder / OPTIMIZER_FILE)
+    (folder / STATE_FILE).write_text(json.dumps(State(identity, trainer.progress).to_json(), indent=1), "utf-8")
+
+
+def read_state(folder: Path) -> State:
+    """Reads a checkpoint's state.
+
+    Raises:
+        CheckpointError: if the folder is no checkpoint.
+    """
+    try:
+        text = (folder / STATE_FILE).read_text("utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            f"{folder} is no checkpoint: it has no {STATE_FILE}; give a checkpoint_* folder"
+        ) from None
+    return State.from_json(text, str(folder / STATE_FILE))
+
+
+def restore(folder: Path, trainer: Trainer, identity: Identity) -> None:
+    """Puts a trainer where a checkpoint left off.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged or belongs to another data set or configuration.
+    """
+    state = read_state(folder)
+    refuse_other(state, identity, str(folder))
+    load_network(folder, trainer.network)
+    momentum = _load(folder / OPTIMIZER_FILE)
+    for name, parameter in trainer.network.named_parameters():
+        if name in momentum:
+            buffer = torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(momentum[name])
+            trainer.optimizer.state[parameter]["momentum_buffer"] = buffer
+    trainer.progress = state.progress
+    # The same checkpoint may be the end of a shorter run.
+    trainer.progress.finished = finished(state, identity.recipe)
+
+
+def finished(state: State, recipe: Recipe) -> bool:
+    """Whether nothing is left to do under a recipe, which may ask for more epochs than the checkpoint's."""
+    return state.progress.schedule.stopped or state.progress.epoch >= recipe.epochs
+
+
+def refuse_other(state: State, identity: Identity, where: str) -> None:
+    """Raises CheckpointError if a checkpoint is not of this data set and configuration."""
+    differences = state.identity.differences(identity)
+    if differences:
+        raise CheckpointError(
+            f"{where} belongs to another run: {'; '.join(differences)}. Use another --name, or the run's own settings"
+        )
+
+
+def load_network(folder: Path, network: nn.Module) -> None:
+    """Copies a checkpoint's parameters into a network of the same shape, on any device and memory layout.
+
+    Raises:
+        CheckpointError: if a parameter is missing, superfluous or of another shape.
+    """
+    tensors = _load(folder / MODEL_FILE)
+    named = dict(network.named_parameters())
+    odd = sorted(tensors.keys() ^ named.keys()) or [n for n in named if named[n].shape != tensors[n].shape]
+    if odd:
+        raise CheckpointError(f"{folder / MODEL_FILE} does not fit this network: {', '.join(odd)} differ(s)")
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(tensors[name])
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise CheckpointError(f"{path} is damaged or missing ({error}): use an earlier checkpoint") from error
+
+
+def open_storage(location: str) -> tuple[arrow_fs.FileSystem, str]:
+    """The file system and path of a local path or a URL (s3://, gs://).
+
+    Raises:
+        ValueError: for a URL that pyarrow, through which Ray stores its checkpoints, does not know.
+    """
+    if "://" not in location:
+        return arrow_fs.LocalFileSystem(), os.path.abspath(location)
+    try:
+        filesystem, path = arrow_fs.FileSystem.from_uri(location)
+    except (ValueError, TypeError, OSError) as error:
+        raise ValueError(f"the storage {location} cannot be opened: {error}") from error
+    return filesystem, path
+
+
+def committed(storage: str, name: str) -> dict[str, State]:
+    """A run's committed checkpoints, in the order of training: folder name -> state; empty if it has none."""
+    filesystem, path = open_storage(storage)
+    listing = f"{path}/{name}/{RUN_FILE}"
+    if filesystem.get_file_info(listing).type != arrow_fs.FileType.File:
+        return {}
+    value = json.loads(_read(filesystem, listing))
+    results = [
+        *value["checkpoint_results"],
+        *([value["latest_checkpoint_result"]] if value["latest_checkpoint_result"] else []),
+    ]
+    states = {}
+    for folder in {result["checkpoint_dir_name"] for result in results}:
+        file = f"{path}/{name}/{folder}/{STATE_FILE}"
+        states[folder] = State.from_json(_read(filesystem, file), file)
+    return dict(sorted(states.items(), key=lambda item: (item[1].progress.epoch, item[1].progress.step)))
+
+
+def _read(filesystem: arrow_fs.FileSystem, path: str) -> str:
+    with filesystem.open_input_stream(path) as stream:
+        return str(stream.read().decode("utf-8"))
+
+
+def best(states: dict[str, State]) -> str | None:
+    """Of a run's checkpoints at an epoch's end, the one with the lowest validation top-1 error; the first of equals."""
+    ended = {name: state for name, state in states.items() if state.progress.step == 0 and state.progress.history}
+    return min(ended, key=lambda name: float(ended[name].progress.history[-1]["top1_error"]), default=None)

@@ -1,0 +1,33 @@
+"""What every command shares: a dataclass becomes its command line, a known failure one line and exit 1."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+import tyro
+
+Config = TypeVar("Config")
+
+
+def run(config: type[Config], main: Callable[[Config], None]) -> NoReturn:
+    """Parses the command line into `config`, calls `main` with it and exits.
+
+    Exit status 0 when done, 1 with one line on stderr that names the cause and the cure, 2 on wrong usage (tyro's).
+    ValueError and OSError are failures that a user can mend; anything else is a bug and keeps its traceback.
+    """
+    try:
+        main(tyro.cli(config, description=sys.modules[main.__module__].__doc__))
+    except (ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("error: interrupted; run the same command again to continue", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without its line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,125 @@
+"""Top-1 and top-5 validation error of a checkpoint, by the centre crop or the paper's ten crops, each image once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from pyarrow import fs as arrow_fs
+
+from jobs import checkpoint
+from jobs.checkpoint import CheckpointError
+from jobs.cli import run
+from jobs.progress import Progress
+from jobs.worker import make_network
+from model.metrics import Score, evaluate
+from pipeline.dataset import SplitReader, read_dataset, write_json
+from pipeline.loader import Batch, Loader
+from pipeline.plan import centre_views, ten_crop_views
+
+TEN = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    data: str
+    """The shard set whose validation images are judged."""
+    checkpoint: str
+    """A checkpoint_* folder, or a run's folder (its best checkpoint); a local path or a URL (s3://, gs://)."""
+    ten_crop: bool = False
+    """Average the softmax over the four corners, the centre and their mirror images (the paper, section 4.1)."""
+    json: str | None = None
+    """Also write the result to this file."""
+    gpu: bool | None = None
+    """Use a GPU: if there is one."""
+    batch_size: int = 100
+    """Images at a time; with --ten-crop each is seen ten times."""
+    threads: int = os.cpu_count() or 1
+    """Decoder threads."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.threads < 1:
+            raise ValueError(f"--batch-size is {self.batch_size} and --threads {self.threads}; both must be at least 1")
+
+
+@contextlib.contextmanager
+def local_checkpoint(location: str) -> Iterator[tuple[str, Path]]:
+    """The checkpoint at a path or URL, or the best one of the run there: its location, and a local folder of its files.
+
+    Raises:
+        CheckpointError: if there is neither a checkpoint nor a run with one.
+    """
+    location = location.rstrip("/")
+    filesystem, path = checkpoint.open_storage(location)
+    if filesystem.get_file_info(path).type != arrow_fs.FileType.Directory:
+        raise CheckpointError(
+            f"{location} does not exist or is no folder: give a checkpoint_* folder or a run's folder"
+        )
+    if filesystem.get_file_info(f"{path}/{checkpoint.STATE_FILE}").type != arrow_fs.FileType.File:
+        storage, _, name = (location if "://" in location else path).rpartition("/")
+        chosen = checkpoint.best(checkpoint.committed(storage, name))
+        if chosen is None:
+            raise CheckpointError(
+                f"{location} holds no finished epoch's checkpoint: train first, or give a checkpoint_* folder"
+            )
+        location, path = f"{location}/{chosen}", f"{path}/{chosen}"
+    if isinstance(filesystem, arrow_fs.LocalFileSystem):
+        yield location, Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        arrow_fs.copy_files(path, folder, source_filesystem=filesystem)
+        yield location, Path(folder)
+
+
+def counted(batches: Iterator[Batch], views: int, total: int) -> Iterator[Batch]:
+    """The same batches, with their images shown as progress."""
+    with Progress(total, "images") as progress:
+        for batch in batches:
+            yield batch
+            progress.advance(len(batch) // views)
+
+
+def main(config: EvaluateConfig) -> None:
+    data = Path(config.data)
+    info = read_dataset(data)
+    on_gpu = config.gpu if config.gpu is not None else torch.cuda.is_available()
+    if on_gpu and not torch.cuda.is_available():
+        raise ValueError("--gpu was asked for, but torch sees no GPU here: use --no-gpu, or a machine with one")
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    with local_checkpoint(config.checkpoint) as (location, folder):
+        identity = checkpoint.read_state(folder).identity
+        wnids = tuple(label.wnid for label in info.classes)
+        if identity.wnids != wnids:
+            raise CheckpointError(
+                f"{location} tells {len(identity.wnids)} classes apart ({identity.wnids[0]} ...), the set {data} has "
+                f"{len(wnids)} ({wnids[0]} ...): evaluate on a set with the same classes in the same order"
+            )
+        network = make_network(identity).to(memory_format=torch.channels_last).to(device)
+        checkpoint.load_network(folder, network)
+
+    reader = SplitReader(data, info, "val")
+    views = TEN if config.ten_crop else 1
+    # The mean is the training run's, not this set's: it is part of what was learnt.
+    loader = Loader(reader, identity.rgb, config.batch_size * views, device, config.threads)
+    chunks = np.array_split(np.arange(len(reader)), max(1, -(-len(reader) // config.batch_size)))
+    see = ten_crop_views if config.ten_crop else centre_views
+    batches = loader.run(see(samples) for samples in chunks)
+    started = time.perf_counter()
+    score = Score.of(evaluate(network, counted(batches, views, len(reader)), device, views))
+    crops = "ten crops" if config.ten_crop else "centre crop"
+    print(f"{location}, {crops}, {score.images} images in {time.perf_counter() - started:.0f} s")
+    print(f"top-1 error {score.top1_error:.2%}, top-5 error {score.top5_error:.2%}, loss {score.loss:.4f}")
+    if config.json is not None:
+        result = {**dataclasses.asdict(score), "crops": views, "checkpoint": location, "data": str(data)}
+        write_json(Path(config.json), result)
+
+
+if __name__ == "__main__":
+    run(EvaluateConfig, main)

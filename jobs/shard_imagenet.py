@@ -1,0 +1,185 @@
+"""Turn folders of images into a shard set that training reads: 256 x 256 JPEGs in WebDataset tars.
+
+Each image's shorter side is resized to 256 and the central 256 x 256 square is kept. The set's order is a seeded
+permutation, and its bytes depend on the images, the seed and the settings alone: a job that was stopped goes on when
+the same command is run again. Shards are built by Ray, on this machine or on the cluster that RAY_ADDRESS names.
+
+    python jobs/shard_imagenet.py --source IMAGES --output OUT
+
+IMAGES holds a folder a class, or train/ and val/ that do. OUT/dataset.json is written last.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+import ray.exceptions
+
+from jobs.cli import run
+from jobs.progress import Progress
+from pipeline.dataset import DatasetInfo
+from pipeline.resize import encoder_settings
+from pipeline.shard_set import REJECTS_FILE, SetPlan, claim_folder, find_finished, finish
+from pipeline.shards import ShardAnnotation, ShardError, SourceReadError, build_shard, plan_shards
+from pipeline.sources import read_source
+
+MAX_SAMPLES_PER_SHARD = 20_000  # A worker holds its shard in memory, at about 25 KB an image.
+TASK_RETRIES = 3
+OBJECT_STORE_BYTES = 100 * 2**20  # Shards go to the disk: the store only carries plans and annotations.
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardConfig:
+    """The command line of this job."""
+
+    source: Path
+    """Folder with one folder of images a class, or with train/ and val/ that are such folders."""
+    output: Path
+    """Folder for the shard set: a new or empty one, or one where the same set was begun. On a cluster, on a disk that
+    all nodes share."""
+    source_val: Path | None = None
+    """Folder of class folders to validate on, instead of SOURCE/val."""
+    workers: int | None = None
+    """How many shards are built at a time; by default one a CPU."""
+    quality: int = 90
+    """JPEG quality of the stored images, 1 to 95."""
+    seed: int = 0
+    """Decides the order of the images, and which ones validate where there is no validation folder."""
+    samples_per_shard: int = 1250
+    """Images in one shard, 1 to 20,000."""
+    on_bad_image: Literal["set-aside", "fail"] = "set-aside"
+    """What to do with an image that does not decode: leave it out and list it in rejects.jsonl, or stop."""
+    max_bad_fraction: float = 0.001
+    """Fail if more than this part of all images was set aside."""
+    val_fraction: float = 0.1
+    """Part of each class to validate on where there is no validation folder."""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"--workers {self.workers} must be at least 1")
+        if not 1 <= self.quality <= 95:
+            raise ValueError(f"--quality {self.quality} must lie between 1 and 95")
+        if not 1 <= self.samples_per_shard <= MAX_SAMPLES_PER_SHARD:
+            raise ValueError(
+                f"--samples-per-shard {self.samples_per_shard} must lie between 1 and {MAX_SAMPLES_PER_SHARD}"
+            )
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"--max-bad-fraction {self.max_bad_fraction} must lie between 0 and 1")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"--val-fraction {self.val_fraction} must lie between 0 and 1, both excluded")
+
+
+def main(config: ShardConfig) -> None:
+    """Makes the set and prints what it holds.
+
+    Raises:
+        SourceError, ShardSetError, ShardError, DatasetError, OSError: with one line for the user.
+    """
+    output = Path(os.path.abspath(config.output))
+    listing = read_source(config.source, config.source_val, config.val_fraction, config.seed)
+    counts = ", ".join(f"{len(entries):,} {split}" for split, entries in listing.splits.items())
+    print(f"{' and '.join(listing.roots)}: {counts} images of {len(listing.classes):,} classes", flush=True)
+    if listing.ignored:
+        print(f"files ignored, since their extensions are not those of images: {listing.ignored:,}", flush=True)
+    shards = plan_shards(listing, config.seed, config.samples_per_shard)
+    plan = SetPlan(listing, encoder_settings(config.quality), config.seed, config.samples_per_shard, tuple(shards))
+    info = find_finished(output, plan)
+    if info is not None:
+        print("This set was finished before; nothing to do.")
+        _print_summary(output, info, rate=None)
+        return
+    claim_folder(output, plan)
+    with _ray(config.workers), Progress(listing.images, "images") as progress:
+        annotations = _build_all(output, plan, config, progress)
+        rate = progress.rate
+    _print_summary(output, finish(output, plan, annotations, config.max_bad_fraction), rate)
+
+
+@contextlib.contextmanager
+def _ray(workers: int | None) -> Iterator[None]:
+    """Joins the cluster that RAY_ADDRESS names, or starts Ray on this machine; leaves or stops it at the end."""
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+    else:
+        cpus = workers or os.cpu_count()
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            num_gpus=0,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **quiet,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _build_all(output: Path, plan: SetPlan, config: ShardConfig, progress: Progress) -> list[ShardAnnotation]:
+    """Builds each shard as one task, no more at a time than there are workers; annotations in the plan's order."""
+    # A worker that dies is retried as well; what a user must mend is not.
+    task = ray.remote(build_shard).options(
+        num_cpus=1, max_retries=TASK_RETRIES, retry_exceptions=[SourceReadError], name="build_shard"
+    )
+    waiting = collections.deque(enumerate(plan.shards))
+    running: dict[ray.ObjectRef, int] = {}
+    done: dict[int, ShardAnnotation] = {}
+    rejected = 0
+    while waiting or running:
+        slots = config.workers or int(ray.cluster_resources().get("CPU", 1))
+        while waiting and len(running) < slots:
+            number, shard = waiting.popleft()
+            running[task.remote(output, shard, plan.image, config.on_bad_image == "set-aside")] = number
+        ready, _ = ray.wait(list(running), num_returns=1)
+        for reference in ready:
+            number = running.pop(reference)
+            built = _get(reference)
+            done[number] = built.annotation
+            rejected += len(built.annotation.rejected)
+            count = len(plan.shards[number].entries)
+            progress.advance(count, worked=not built.kept, note=f"{rejected:,} set aside")
+    return [done[number] for number in range(len(plan.shards))]
+
+
+def _get(reference: ray.ObjectRef) -> Any:
+    """A task's result.
+
+    Raises:
+        ValueError, OSError: the task's own error, without Ray's wrapping.
+        ShardError: if Ray gave the task up.
+    """
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise ShardError(
+            f"Ray gave a shard up after {TASK_RETRIES} retries ({type(error).__name__}): look for what ended the "
+            "worker, as a lack of memory would, give fewer --workers, and run the same command again to continue"
+        ) from error
+
+
+def _print_summary(output: Path, info: DatasetInfo, rate: float | None) -> None:
+    print(f"The shard set is in {output}")
+    for name, split in info.splits.items():
+        print(f"  {name}: {split.samples:,} images, {len(split.shards):,} shards, {split.bytes:,} bytes")
+    aside = f", listed in {output / REJECTS_FILE}" if info.set_aside else ""
+    print(f"  images set aside: {info.set_aside:,}{aside}")
+    if rate is not None:
+        print(f"  speed: {rate:,.1f} images/s")
+    values = ", ".join(f"{value:.6f}" for value in info.rgb.eigenvalues)
+    print(f"  RGB PCA eigenvalues, RGB scaled to [0, 1]: {values}")
+
+
+if __name__ == "__main__":
+    run(ShardConfig, main)

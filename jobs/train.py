@@ -1,0 +1,240 @@
+"""Trains AlexNet on a shard set, on any number of workers, as the paper did (or by a named deviation).
+
+Run the same command again to continue a run that was stopped. Started plainly, it uses this machine; under
+`ray job submit --working-dir . -- python jobs/train.py ...` it uses the cluster.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Literal
+
+import ray
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from jobs import checkpoint
+from jobs.checkpoint import Identity
+from jobs.cli import run
+from jobs.cluster import connect
+from jobs.worker import Assignment, train_worker
+from model.recipe import RECIPES, Recipe
+from pipeline.dataset import DatasetError, read_dataset
+from pipeline.plan import Plan, colour_matrix
+
+MOST_CORES = 12  # Of a GPU worker by default: decoding 256 x 256 JPEGs for one GPU's AlexNet gains little beyond.
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Settings whose default is None follow from the recipe or from the machine; the run prints what they became."""
+
+    data: str
+    """The shard set, made by jobs/shard_imagenet.py; on a cluster, at this path on every node."""
+    storage: str
+    """Where runs are kept: a folder, or a URL that every node can write (s3://, gs://)."""
+    name: str
+    """The run's name: its checkpoints and events are in STORAGE/NAME."""
+    recipe: Literal["paper"] = "paper"
+    """Which named configuration to train by."""
+    workers: int | None = None
+    """How many processes train: one per GPU of the cluster, or one on CPU."""
+    gpus: bool | None = None
+    """Train on GPUs: if the cluster has any."""
+    batch_size: int | None = None
+    """Images per step over all workers."""
+    epochs: int | None = None
+    """Stop after so many, if the schedule has not stopped before."""
+    lr: float | None = None
+    """Learning rate at the start."""
+    hidden_bias: float | None = None
+    """Initial bias of conv2, conv4, conv5, fc6 and fc7."""
+    groups: Literal[1, 2] | None = None
+    """1: one tower; 2: the paper's two."""
+    colour: Literal["eigenvalue", "std", "none"] | None = None
+    """Scale of the colour shift: by the paper's eigenvalues, or by the 2012 source's standard deviations."""
+    plateau_metric: Literal["top1_error", "loss"] | None = None
+    """What must improve on the validation set, or the rate drops."""
+    patience: int | None = None
+    """Epochs without an improvement before the rate drops."""
+    seed: int | None = None
+    """Of weights, plan and dropout."""
+    micro_batch: int = 1024
+    """At most this many images per worker are in the network at once; a larger part is accumulated."""
+    cpus_per_worker: int | None = None
+    """Cores of each worker: the cluster's, shared evenly."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast on GPU, float32 on CPU."""
+    log_every: int = 20
+    """Steps between progress lines."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints within an epoch, besides the one at its end."""
+    keep: int = 2
+    """How many checkpoints to keep besides the newest: those with the lowest validation error."""
+    max_failures: int = 3
+    """How often to start again from the last checkpoint after losing a worker or a node."""
+
+    def __post_init__(self) -> None:
+        for field in ("workers", "micro_batch", "cpus_per_worker", "log_every", "keep"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"--{field.replace('_', '-')} is {value}; it must be at least 1")
+        for field in ("checkpoint_every", "max_failures"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"--{field.replace('_', '-')} is {getattr(self, field)}; it must not be below 0")
+        if not self.name or self.name.startswith(".") or "/" in self.name:
+            raise ValueError(f"--name is {self.name!r}; it names a folder in --storage, so it must be a plain word")
+
+    def make_recipe(self) -> Recipe:
+        """The named recipe with what the command line changes."""
+        base = RECIPES[self.recipe]
+        given = {f.name: getattr(self, f.name, None) for f in dataclasses.fields(Recipe)}
+        return dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None})
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What the run gets of the cluster."""
+
+    workers: int
+    gpus: bool
+    cpus_per_worker: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, cluster: dict[str, float]) -> Resources:
+        """Settles what the command line leaves open.
+
+        Args:
+            config: the command line.
+            cluster: Ray's cluster resources, "CPU" and "GPU".
+
+        Raises:
+            ValueError: if the cluster has no core.
+        """
+        gpus = config.gpus if config.gpus is not None else cluster.get("GPU", 0) > 0
+        workers = config.workers or (max(int(cluster.get("GPU", 0)), 1) if gpus else 1)
+        share = max(int(cluster.get("CPU", 0)) // workers, 1)
+        return cls(workers, gpus, config.cpus_per_worker or (min(share, MOST_CORES) if gpus else share))
+
+
+def check_storage(storage: str, name: str) -> None:
+    """Writes and removes a file in the run's folder, so that an hour of training is not lost to a missing permission.
+
+    Raises:
+        ValueError: if that fails.
+    """
+    filesystem, path = checkpoint.open_storage(storage)
+    probe = f"{path}/{name}/.writable"
+    try:
+        filesystem.create_dir(f"{path}/{name}", recursive=True)
+        with filesystem.open_output_stream(probe) as stream:
+            stream.write(b"ok")
+        filesystem.delete_file(probe)
+    except OSError as error:
+        raise ValueError(f"the storage {storage} cannot be written ({error}): give another --storage") from error
+
+
+def main(config: TrainConfig) -> None:
+    recipe = config.make_recipe()
+    if "://" in config.data:
+        raise DatasetError(f"--data is {config.data}: copy the set to a local path on every node and give that path")
+    data = Path(config.data).absolute()
+    info = read_dataset(data)
+    for split in ("train", "val"):
+        if split not in info.splits or info.splits[split].samples == 0:
+            raise DatasetError(
+                f"the shard set {data} has no {split} images; shard it with --source-val or --val-fraction"
+            )
+    plan = Plan(info.splits["train"].samples, recipe.batch_size, recipe.seed, colour_matrix(info.rgb, recipe.colour))
+    identity = Identity.of(recipe, info)
+    check_storage(config.storage, config.name)
+    done = checkpoint.committed(config.storage, config.name)
+    if done:
+        folder, state = list(done.items())[-1]
+        checkpoint.refuse_other(state, identity, f"{config.storage}/{config.name}/{folder}")
+        if checkpoint.finished(state, recipe):
+            print(f"the run {config.name} is finished already; --epochs extends it, another --name starts anew")
+            print_result(config, state.progress.history, done)
+            return
+
+    connect(config.cpus_per_worker)
+    resources = Resources.of(config, ray.cluster_resources())
+    refuse_shortage(resources, recipe)
+    precision = config.precision if config.precision != "auto" else ("bfloat16" if resources.gpus else "float32")
+    print(
+        f"{'continuing' if done else 'starting'} {config.name}: recipe {config.recipe}, {len(info.classes)} classes, "
+        f"{plan.samples} training images; {plan.steps} steps of {recipe.batch_size} an epoch, {plan.left_out} images "
+        f"left out of each; {resources.workers} worker(s) on {'GPU' if resources.gpus else 'CPU'} with "
+        f"{resources.cpus_per_worker} core(s) each; {precision}",
+        flush=True,
+    )
+    filesystem, path = checkpoint.open_storage(config.storage)
+    assignment = Assignment(
+        data=str(data),
+        events=f"{config.storage if '://' in config.storage else path}/{config.name}/tensorboard",
+        recipe=recipe,
+        micro_batch=min(config.micro_batch, -(-recipe.batch_size // resources.workers)),
+        threads=resources.cpus_per_worker,
+        precision=precision,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+    )
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=assignment,
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpus,
+            resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.gpus else {})},
+        ),
+        run_config=RunConfig(
+            name=config.name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=config.keep, checkpoint_score_attribute="top1_error", checkpoint_score_order="min"
+            ),
+        ),
+    )
+    try:
+        outcome = trainer.fit().return_value
+    except TrainingFailedError as error:
+        raise ValueError(f"training failed: {error}; the same command continues from the last checkpoint") from error
+    if outcome["error"]:
+        raise ValueError(outcome["error"])
+    print_result(config, outcome["history"], checkpoint.committed(config.storage, config.name))
+
+
+def refuse_shortage(resources: Resources, recipe: Recipe) -> None:
+    """Raises ValueError for what could never start: more workers than images in a batch, or than this machine holds."""
+    if resources.workers > recipe.batch_size:
+        raise ValueError(
+            f"{resources.workers} workers cannot share a batch of {recipe.batch_size}: use fewer --workers or a larger "
+            "--batch-size"
+        )
+    have = ray.cluster_resources()
+    need = {"CPU": resources.workers * resources.cpus_per_worker, "GPU": resources.workers * resources.gpus}
+    short = [f"{n} {kind}(s), there are {have.get(kind, 0):g}" for kind, n in need.items() if have.get(kind, 0) < n]
+    if short and "RAY_ADDRESS" not in os.environ:
+        raise ValueError(f"the run needs {' and '.join(short)}: use fewer --workers, --cpus-per-worker or --no-gpus")
+    if short:
+        print(f"waiting for the cluster to grow: the run needs {' and '.join(short)} now", flush=True)
+
+
+def print_result(config: TrainConfig, history: list[dict[str, float]], states: dict[str, checkpoint.State]) -> None:
+    lowest = min(history, key=lambda row: row["top1_error"])
+    print(
+        f"done: {len(history)} epochs; lowest validation error {lowest['top1_error']:.1%} top-1, "
+        f"{lowest['top5_error']:.1%} top-5, after epoch {lowest['epoch']}"
+    )
+    run_folder = f"{config.storage.rstrip('/')}/{config.name}"
+    print(f"best checkpoint: {run_folder}/{checkpoint.best(states)}")
+    print(f"next: python jobs/evaluate.py --data {config.data} --checkpoint {run_folder} --ten-crop")
+
+
+if __name__ == "__main__":
+    run(TrainConfig, main)

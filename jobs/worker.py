@@ -1,0 +1,181 @@
+"""What each Ray Train worker runs: its part of the data, the network, the loop, and reports to whoever watches."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import Checkpoint
+from torch.utils.tensorboard import SummaryWriter
+
+from jobs import checkpoint
+from jobs.checkpoint import CHECKPOINT_PREFIX, Identity
+from model.alexnet import AlexNet
+from model.metrics import Score
+from model.recipe import Recipe
+from model.training import DivergedError, Trainer, Worker
+from pipeline.dataset import SplitReader, read_dataset
+from pipeline.loader import Batch, Loader
+from pipeline.plan import Plan, centre_views, colour_matrix, share
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """What the driver tells every worker."""
+
+    data: str
+    """The shard set's folder, as an absolute path that exists on every node."""
+    events: str
+    """Where rank 0 writes TensorBoard events."""
+    recipe: Recipe
+    micro_batch: int
+    """At most this many images are in the network at once."""
+    threads: int
+    """Cores of one worker: decoder threads, and the network's threads on CPU."""
+    precision: str
+    """float32 or bfloat16."""
+    log_every: int
+    """Steps between progress lines."""
+    checkpoint_every: int
+    """Steps between checkpoints within an epoch; 0 for none."""
+
+
+class WorkerData:
+    """One worker's part of a shard set, as the plan deals it (`model.training.TrainingData`)."""
+
+    def __init__(self, data: Path, recipe: Recipe, worker: Worker, micro_batch: int, threads: int) -> None:
+        self.info = read_dataset(data)
+        self._train = SplitReader(data, self.info, "train")
+        self._val = SplitReader(data, self.info, "val")
+        self._plan = Plan(len(self._train), recipe.batch_size, recipe.seed, colour_matrix(self.info.rgb, recipe.colour))
+        self._worker = worker
+        self._micro_batch = micro_batch
+        self._train_loader = Loader(self._train, self.info.rgb, micro_batch, worker.device, threads)
+        self._val_loader = Loader(self._val, self.info.rgb, micro_batch, worker.device, threads)
+
+    @property
+    def steps(self) -> int:
+        return self._plan.steps
+
+    def training(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
+        parts = self._plan.epoch(epoch, first_step, self._worker.rank, self._worker.world)
+        batches = self._train_loader.run(chunk for views in parts for chunk in views.chunks(self._micro_batch))
+        per_step = -(-len(share(self._plan.batch_size, self._worker.rank, self._worker.world)) // self._micro_batch)
+        while step := list(itertools.islice(batches, per_step)):
+            yield step
+
+    def validation(self) -> Iterator[Batch]:
+        part = share(len(self._val), self._worker.rank, self._worker.world)
+        samples = np.arange(part.start, part.stop)
+        return self._val_loader.run(centre_views(samples).chunks(self._micro_batch))
+
+
+class Reporter:
+    """Tells a person, TensorBoard and Ray Train how training goes (`model.training.Observer`)."""
+
+    def __init__(self, assignment: Assignment, identity: Identity, worker: Worker, steps: int, start: int) -> None:
+        self._identity = identity
+        self._rank = worker.rank
+        self._steps = steps
+        self._epochs = assignment.recipe.epochs
+        # What an interrupted run wrote after its last checkpoint is hidden by purge_step: it happens again.
+        self._events = SummaryWriter(assignment.events, purge_step=start) if worker.rank == 0 else None
+
+    def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
+        if self._events is None:
+            return
+        progress = trainer.progress
+        left = (self._steps - progress.step) * trainer.recipe.batch_size / images_per_s
+        print(
+            f"epoch {progress.epoch + 1}/{self._epochs} step {progress.step}/{self._steps}: loss {score.loss:.3f}, "
+            f"error {score.top1_error:.1%}, rate {progress.schedule.lr:g}, {images_per_s:.1f} images/s, "
+            f"data wait {data_wait:.1%}, epoch ends in {left:.0f} s",
+            flush=True,
+        )
+        step = progress.epoch * self._steps + progress.step
+        self._events.add_scalar("train/loss", score.loss, step)
+        self._events.add_scalar("train/top1_error", score.top1_error, step)
+        self._events.add_scalar("train/images_per_s", images_per_s, step)
+        self._events.add_scalar("train/data_wait", data_wait, step)
+        self._events.add_scalar("train/lr", progress.schedule.lr, step)
+
+    def completed(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        if self._events is None:
+            return
+        print(
+            f"epoch {row['epoch']}/{self._epochs}: train loss {row['train_loss']:.3f}, error {row['train_error']:.1%}; "
+            f"val loss {row['val_loss']:.3f}, error {row['top1_error']:.1%} top-1, {row['top5_error']:.1%} top-5 "
+            f"({row['val_images']} images); rate {row['lr']:g}; {row['seconds']:.0f} s",
+            flush=True,
+        )
+        if row["reason"]:
+            print(row["reason"], flush=True)
+        step = row["epoch"] * self._steps
+        for name in ("val_loss", "top1_error", "top5_error"):
+            self._events.add_scalar(f"val/{name.removeprefix('val_')}", row[name], step)
+        self._events.flush()
+
+    def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
+        progress = trainer.progress
+        metrics = {"epoch": progress.epoch, "step": progress.step, **(row or {})}
+        if self._rank != 0:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(Path(folder), trainer, self._identity)
+            name = f"{CHECKPOINT_PREFIX}{progress.epoch:04d}_{progress.step:06d}"
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+
+
+def train_worker(assignment: Assignment) -> dict[str, Any]:
+    """Trains on this worker; rank 0's return value reaches the driver.
+
+    Returns:
+        "error": why training stopped early, or None; "history": one row an epoch.
+    """
+    # Ray Train logs every report from every worker.
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    worker = Worker(context.get_world_rank(), context.get_world_size(), device, getattr(torch, assignment.precision))
+    if device.type == "cpu":
+        torch.set_num_threads(assignment.threads)
+    data = WorkerData(Path(assignment.data), assignment.recipe, worker, assignment.micro_batch, assignment.threads)
+    identity = Identity.of(assignment.recipe, data.info)
+    trainer = Trainer(
+        make_network(identity).to(memory_format=torch.channels_last).to(device),
+        assignment.recipe,
+        worker,
+        assignment.log_every,
+        assignment.checkpoint_every,
+    )
+    previous = ray.train.get_checkpoint()
+    if previous is not None:
+        with previous.as_directory() as folder:
+            checkpoint.restore(Path(folder), trainer, identity)
+    start = trainer.progress.epoch * data.steps + trainer.progress.step
+    if previous is not None and worker.rank == 0:
+        print(f"continuing after epoch {trainer.progress.epoch}, step {trainer.progress.step}", flush=True)
+    try:
+        trainer.fit(data, Reporter(assignment, identity, worker, data.steps, start))
+    except DivergedError as error:
+        # Every worker stops alike, and to start again would end the same way: an answer, not a failure to retry.
+        return {"error": str(error), "history": trainer.progress.history}
+    return {"error": None, "history": trainer.progress.history}
+
+
+def make_network(identity: Identity) -> AlexNet:
+    """A run's network with its initial weights, on the CPU."""
+    recipe = identity.recipe
+    network = AlexNet(len(identity.wnids), recipe.groups, recipe.dropout)
+    network.initialise(recipe.seed, recipe.hidden_bias)
+    return network

@@ -1,0 +1,248 @@
+"""The training loop: epochs of steps over data that is handed in, on any number of workers.
+
+A worker's loss is weighted by its part of the global batch, so the workers' averaged gradient is the global batch's
+whatever the cut. Dropout is reseeded at each step from (seed, step, rank), so there is no generator state to keep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from model.metrics import LabelledImages, Score, evaluate, tally
+from model.recipe import Plateau, Recipe, make_optimizer
+
+
+class DivergedError(ValueError):
+    """The loss is no longer a finite number."""
+
+
+class TrainingData(Protocol):
+    """One worker's part of the data."""
+
+    @property
+    def steps(self) -> int:
+        """Steps in an epoch."""
+        ...
+
+    def training(self, epoch: int, first_step: int) -> Iterator[Sequence[LabelledImages]]:
+        """For each step from `first_step`, this worker's part of the global batch as one or more micro-batches."""
+        ...
+
+    def validation(self) -> Iterator[LabelledImages]:
+        """This worker's part of the validation images, each exactly once over all workers."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Worker:
+    """Where this process stands among all."""
+
+    rank: int
+    world: int
+    device: torch.device
+    precision: torch.dtype = torch.float32
+    """float32, or bfloat16 for autocast."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """All that a checkpoint holds besides network and optimizer."""
+
+    schedule: Plateau
+    epoch: int = 0
+    """Epochs completed."""
+    step: int = 0
+    """Steps completed of the epoch under way."""
+    sums: list[float] = dataclasses.field(default_factory=lambda: [0.0] * 4)
+    """Images, loss, top-1 and top-5 errors of the epoch under way, summed over all workers."""
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """One row an epoch."""
+    best_error: float | None = None
+    """The lowest validation top-1 error so far."""
+    finished: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Progress:
+        fields = dict(value)
+        return cls(schedule=Plateau(**fields.pop("schedule")), **fields)
+
+
+class Observer(Protocol):
+    """Who is told of progress; every worker calls it alike."""
+
+    def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
+        """After some steps: their mean score, all workers' rate, and the fraction of time spent waiting for data."""
+        ...
+
+    def completed(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        """After an epoch and its validation; `row` is new in the history."""
+        ...
+
+    def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
+        """When a checkpoint is due."""
+        ...
+
+
+class Trainer:
+    """Trains one network by one recipe, on this worker and in step with the others.
+
+    Args:
+        network: on `worker.device` already.
+        recipe: what to do.
+        worker: who this is; with more than one worker, torch.distributed must be initialised.
+        log_every: tell the observer every so many steps.
+        checkpoint_every: checkpoint every so many steps within an epoch; 0 for only at its end.
+        clock: seconds; a parameter for tests.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        recipe: Recipe,
+        worker: Worker,
+        log_every: int = 20,
+        checkpoint_every: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.network = network
+        self.recipe = recipe
+        self.worker = worker
+        self.optimizer = make_optimizer(network, recipe)
+        self.progress = Progress(Plateau(recipe.lr))
+        self._log_every = log_every
+        self._checkpoint_every = checkpoint_every
+        self._clock = clock
+        self._parallel: nn.Module = network
+        if worker.world > 1:
+            self._parallel = DistributedDataParallel(network, gradient_as_bucket_view=True, forward_sync_buffers=False)
+
+    def fit(self, data: TrainingData, observer: Observer) -> None:
+        """Trains from where `progress` stands until the schedule stops or the epochs are used up.
+
+        Raises:
+            DivergedError: if the loss is not finite; on every worker alike.
+        """
+        while not self.progress.finished:
+            started = self._clock()
+            self._train_epoch(data, observer)
+            train = Score.of(torch.tensor(self.progress.sums))
+            train_seconds = self._clock() - started
+            score = Score.of(self._all_reduce(self._evaluate(data)))
+            row = self._close_epoch(train, score)
+            row["train_seconds"] = train_seconds
+            row["seconds"] = self._clock() - started
+            observer.completed(self, row)
+            observer.checkpoint(self, row)
+
+    def step(self, micro_batches: Sequence[LabelledImages]) -> Tensor:
+        """One update from this worker's part of a global batch; float64 [4] of its sums, as `metrics.tally`."""
+        torch.manual_seed(_step_seed(self.recipe.seed, self.progress.epoch, self.progress.step, self.worker.rank))
+        self.optimizer.zero_grad()
+        sums = torch.zeros(4, dtype=torch.float64, device=self.worker.device)
+        for number, batch in enumerate(micro_batches, start=1):
+            # Gradients add up locally and are exchanged once, with the last micro-batch.
+            with contextlib.nullcontext() if number == len(micro_batches) else self._no_sync():
+                with self._autocast():
+                    logits = self._parallel(batch.images)
+                log_probabilities = F.log_softmax(logits.float(), dim=1)
+                loss = F.nll_loss(log_probabilities, batch.labels, reduction="sum")
+                # DDP averages over workers: times `world`, the average is the sum over the global batch.
+                (loss * (self.worker.world / self.recipe.batch_size)).backward()
+            sums += tally(log_probabilities.detach(), batch.labels)
+        self.optimizer.step()
+        return sums
+
+    def _train_epoch(self, data: TrainingData, observer: Observer) -> None:
+        progress = self.progress
+        for group in self.optimizer.param_groups:
+            group["lr"] = progress.schedule.lr
+        self.network.train()
+        recent = torch.zeros(4, dtype=torch.float64, device=self.worker.device)
+        since, first, waited = self._clock(), progress.step, 0.0
+        steps = data.training(progress.epoch, progress.step)
+        while progress.step < data.steps:
+            asked = self._clock()
+            micro_batches = next(steps)
+            waited += self._clock() - asked
+            recent += self.step(micro_batches)
+            progress.step += 1
+            due = self._checkpoint_every > 0 and progress.step % self._checkpoint_every == 0
+            at_end = progress.step == data.steps
+            if at_end or due or progress.step % self._log_every == 0:
+                total = self._all_reduce(recent)
+                score = Score.of(total)
+                if not math.isfinite(score.loss):
+                    raise DivergedError(
+                        f"the loss became {score.loss} in epoch {progress.epoch + 1}, steps {first + 1} to "
+                        f"{progress.step}, at rate {progress.schedule.lr:g}: start again with a lower --lr"
+                    )
+                progress.sums = [a + b for a, b in zip(progress.sums, total.tolist(), strict=True)]
+                now = self._clock()
+                observer.stepped(self, score, score.images / (now - since), waited / (now - since))
+                recent.zero_()
+                since, first, waited = now, progress.step, 0.0
+                if due and not at_end:
+                    observer.checkpoint(self, None)
+
+    def _close_epoch(self, train: Score, score: Score) -> dict[str, Any]:
+        """Takes the schedule's decision and returns the epoch's row, which is added to the history."""
+        progress, recipe = self.progress, self.recipe
+        lr = progress.schedule.lr
+        epoch = progress.epoch + 1
+        metric = score.top1_error if recipe.plateau_metric == "top1_error" else score.loss
+        progress.schedule = progress.schedule.after(epoch, metric, recipe.patience)
+        row: dict[str, Any] = {
+            "epoch": epoch,
+            "lr": lr,
+            "train_loss": train.loss,
+            "train_error": train.top1_error,
+            "val_loss": score.loss,
+            "top1_error": score.top1_error,
+            "top5_error": score.top5_error,
+            "val_images": score.images,
+            "images": train.images,
+            "reason": progress.schedule.reason,
+        }
+        progress.history.append(row)
+        progress.epoch, progress.step, progress.sums = epoch, 0, [0.0] * 4
+        if progress.best_error is None or score.top1_error < progress.best_error:
+            progress.best_error = score.top1_error
+        progress.finished = progress.schedule.stopped or epoch >= recipe.epochs
+        return row
+
+    def _evaluate(self, data: TrainingData) -> Tensor:
+        with self._autocast():
+            return evaluate(self.network, data.validation(), self.worker.device)
+
+    def _all_reduce(self, sums: Tensor) -> Tensor:
+        total = sums.clone()
+        if self.worker.world > 1:
+            distributed.all_reduce(total)
+        return total
+
+    def _autocast(self) -> torch.autocast:
+        worker = self.worker
+        return torch.autocast(worker.device.type, worker.precision, enabled=worker.precision != torch.float32)
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
+        if isinstance(self._parallel, DistributedDataParallel):
+            return self._parallel.no_sync()
+        return contextlib.nullcontext()
+
+
+def _step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, epoch, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,170 @@
+"""The DALI pipeline that executes a plan: JPEG bytes and the plan's numbers in, batches on the device out.
+
+DALI draws nothing and shuffles nothing. `external_source` hands it each image's bytes, window, mirror flag and mean;
+the decoder takes just the window; `crop_mirror_normalize` mirrors it and subtracts the mean, into which the colour
+shift is folded. CPU and GPU run the same definition.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import Pipeline, fn, types
+from PIL import Image
+from torch import Tensor
+
+from pipeline.dataset import SplitReader
+from pipeline.plan import CROP_OFFSETS, CROP_SIZE, Views
+from pipeline.rgb_stats import MAX_LEVEL, RgbStatistics
+
+PREFETCH = 2  # Batches that DALI keeps ready; two hide the decoder behind the step, more only take memory.
+
+
+class LoaderError(ValueError):
+    """An image of the shard set could not be decoded while training or evaluating."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One batch on the loader's device."""
+
+    images: Tensor
+    """float32 [n, 3, 227, 227] in channels_last memory: grey levels (0..255) less the mean, plus the colour shift."""
+    labels: Tensor
+    """int64 [n]."""
+    samples: NDArray[np.int64]
+    """int64 [n]: which samples of the split these are."""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def define(source: Callable[[], Any], batch_size: int, threads: int, device: str, device_id: int | None) -> Pipeline:
+    """The pipeline for batches of up to `batch_size` images, unbuilt.
+
+    Args:
+        source: called once a batch; returns its encoded images, crop_x, crop_y, mirror flags and means, or raises
+            StopIteration at the end.
+        batch_size: the largest batch.
+        threads: decoder threads on the host.
+        device: "cpu" or "gpu"; the operators' only difference.
+        device_id: the GPU's index among those this process sees, or None on CPU.
+    """
+    on_gpu = device == "gpu"
+    pipeline = Pipeline(batch_size, threads, device_id, prefetch_queue_depth=PREFETCH)
+    with pipeline:
+        encoded, crop_x, crop_y, mirror, mean = fn.external_source(
+            source=source,
+            num_outputs=5,
+            dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32, types.FLOAT],
+            ndim=[1, 0, 0, 0, 1],
+        )
+        images = fn.decoders.image_crop(
+            encoded,
+            device="mixed" if on_gpu else "cpu",
+            output_type=types.RGB,
+            crop=(CROP_SIZE, CROP_SIZE),
+            crop_pos_x=crop_x,
+            crop_pos_y=crop_y,
+            # libjpeg-turbo, which decodes on the CPU, interpolates chroma; nvJPEG does so only when asked.
+            jpeg_fancy_upsampling=True,
+        )
+        # HWC seen through permute(0, 3, 1, 2) is torch's channels_last, so no transposition is ever done.
+        output = fn.crop_mirror_normalize(
+            images, device=device, dtype=types.FLOAT, output_layout="HWC", mirror=mirror, mean=mean
+        )
+        pipeline.set_outputs(output)
+    return pipeline
+
+
+class Loader:
+    """Runs any sequence of `Views` of one split through DALI.
+
+    Args:
+        reader: the split's images.
+        rgb: the training set's statistics; its mean is subtracted.
+        batch_size: the largest number of rows a `Views` will have.
+        device: where batches go; a CUDA device decodes there too.
+        threads: decoder threads on the host.
+    """
+
+    def __init__(
+        self, reader: SplitReader, rgb: RgbStatistics, batch_size: int, device: torch.device, threads: int
+    ) -> None:
+        self._reader = reader
+        self._mean = np.array(rgb.mean) * MAX_LEVEL
+        self._device = device
+        self._views: Iterator[Views] = iter(())
+        self._in_flight: collections.deque[Views] = collections.deque()
+        self._running = False
+        on_gpu = device.type == "cuda"
+        self._pipeline = define(
+            self._next, batch_size, threads, "gpu" if on_gpu else "cpu", (device.index or 0) if on_gpu else None
+        )
+        self._pipeline.build()
+
+    def _next(self) -> tuple[list[NDArray[np.uint8]], NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+        views = next(self._views)
+        self._in_flight.append(views)
+        # DALI takes a window's position as a fraction of the room it has: offset / 29.
+        y, x = np.ascontiguousarray(views.crops.T / (CROP_OFFSETS - 1), dtype=np.float32)
+        mean = (self._mean - views.shifts).astype(np.float32)
+        images = [self._reader.image(sample) for sample in views.samples]
+        return images, x, y, views.flips.astype(np.int32), mean
+
+    def run(self, views: Iterable[Views]) -> Iterator[Batch]:
+        """Yields one batch for each `Views`, in order; starting again, even before the end, drops what was under way.
+
+        Raises:
+            LoaderError: if an image does not decode; it names the sample.
+        """
+        self._drain()
+        self._views = iter(views)
+        self._running = True
+        while True:
+            try:
+                (output,) = self._pipeline.run()
+            except StopIteration:
+                self._rewind()
+                return
+            except RuntimeError as error:
+                raise LoaderError(self._diagnose(error)) from error
+            done = self._in_flight.popleft()
+            # A copy, because DALI writes the next batch into the same memory.
+            images = torch.from_dlpack(output.as_tensor()).clone().permute(0, 3, 1, 2)
+            labels = torch.from_numpy(self._reader.labels[done.samples]).to(self._device)
+            yield Batch(images, labels, done.samples)
+
+    def _drain(self) -> None:
+        """Lets DALI finish what an earlier `run`, not read to its end, had already handed to it."""
+        self._views = iter(())
+        while self._running:
+            try:
+                self._pipeline.run()
+            except StopIteration:
+                self._rewind()
+
+    def _rewind(self) -> None:
+        """After StopIteration: DALI will ask for a batch again."""
+        self._pipeline.reset()
+        self._in_flight.clear()
+        self._running = False
+
+    def _diagnose(self, error: RuntimeError) -> str:
+        """Names the sample under way that does not decode."""
+        for views in self._in_flight:
+            for sample in views.samples:
+                try:
+                    with Image.open(io.BytesIO(self._reader.image(sample).tobytes())) as image:
+                        image.load()
+                except OSError as reason:
+                    where = f"{self._reader.split} image {self._reader.key(sample)} (sample {sample})"
+                    return f"{where} does not decode: {reason}; the shard is damaged: shard the source again"
+        return f"DALI failed: {error}"

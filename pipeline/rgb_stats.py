@@ -1,0 +1,137 @@
+"""Exact statistics of a data set's RGB values: integer moments, then mean, covariance and its eigenvectors.
+
+The moments are sums of integers, so shards can be counted apart, in any order, and merged without rounding; floating
+point enters once, at the end. The eigenvectors and eigenvalues are the p and lambda of the paper's colour shift
+(section 4.1), with RGB scaled to [0, 1].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_LEVEL = 255
+
+Vector = tuple[float, float, float]
+Matrix = tuple[Vector, Vector, Vector]
+
+
+@dataclasses.dataclass(frozen=True)
+class RgbMoments:
+    """Sums over pixels with values 0..255, as Python integers (they do not overflow)."""
+
+    pixels: int = 0
+    """How many pixels were counted."""
+    sums: tuple[int, int, int] = (0, 0, 0)
+    """Sums of r, g, b."""
+    products: tuple[int, int, int, int, int, int] = (0, 0, 0, 0, 0, 0)
+    """Sums of rr, rg, rb, gg, gb, bb."""
+
+    @classmethod
+    def of(cls, image: NDArray[np.uint8]) -> RgbMoments:
+        """The moments of one [height, width, 3] uint8 image.
+
+        Raises:
+            ValueError: for another shape or type, or an image of more than 2^37 pixels (the sums would pass 2^53).
+        """
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise ValueError(f"an image must be [height, width, 3] uint8, not {list(image.shape)} {image.dtype}")
+        pixels = image.shape[0] * image.shape[1]
+        if pixels > 2**37:
+            raise ValueError(f"{pixels} pixels are too many to sum exactly in float64")
+        # Every product and partial sum is an integer below 2^53, so the float64 matrix product is exact, and quick.
+        flat = image.reshape(-1, 3).astype(np.float64)
+        gram = flat.T @ flat
+        r, g, b = (int(total) for total in flat.sum(axis=0))
+        rr, rg, rb = (int(value) for value in gram[0])
+        gg, gb, bb = int(gram[1, 1]), int(gram[1, 2]), int(gram[2, 2])
+        return cls(pixels, (r, g, b), (rr, rg, rb, gg, gb, bb))
+
+    def __add__(self, other: RgbMoments) -> RgbMoments:
+        r, g, b = (x + y for x, y in zip(self.sums, other.sums, strict=True))
+        rr, rg, rb, gg, gb, bb = (x + y for x, y in zip(self.products, other.products, strict=True))
+        return RgbMoments(self.pixels + other.pixels, (r, g, b), (rr, rg, rb, gg, gb, bb))
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> RgbMoments:
+        return cls(int(value["pixels"]), tuple(value["sums"]), tuple(value["products"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class RgbStatistics:
+    """Mean, covariance and principal components of RGB values scaled to [0, 1]."""
+
+    pixels: int
+    """How many pixels were counted."""
+    mean: Vector
+    """Mean of r, g, b."""
+    std: Vector
+    """Population standard deviation of r, g, b."""
+    covariance: Matrix
+    """Population covariance, [3][3]."""
+    eigenvalues: Vector
+    """Of the covariance, descending."""
+    eigenvectors: Matrix
+    """[3][3]: column j belongs to eigenvalue j, rows in RGB order; each column's largest component is positive."""
+
+    @classmethod
+    def of(cls, moments: RgbMoments) -> RgbStatistics:
+        """The statistics of some moments.
+
+        Raises:
+            ValueError: if no pixel was counted.
+        """
+        n = moments.pixels
+        if n == 0:
+            raise ValueError("no pixel was counted: the training split is empty")
+        rr, rg, rb, gg, gb, bb = moments.products
+        second = [[rr, rg, rb], [rg, gg, gb], [rb, gb, bb]]
+        # n * sum(xy) - sum(x) * sum(y) in integers: the difference that would lose digits in floating point.
+        covariance = np.array(
+            [
+                [(n * second[i][j] - moments.sums[i] * moments.sums[j]) / (n * n * MAX_LEVEL**2) for j in range(3)]
+                for i in range(3)
+            ]
+        )
+        values, vectors = np.linalg.eigh(covariance)
+        values, vectors = values[::-1], vectors[:, ::-1]
+        largest = np.abs(vectors).argmax(axis=0)
+        vectors = vectors * np.sign(vectors[largest, range(3)])
+        return cls(
+            pixels=n,
+            mean=_vector(total / (n * MAX_LEVEL) for total in moments.sums),
+            std=_vector(np.sqrt(covariance.diagonal())),
+            covariance=_matrix(covariance),
+            eigenvalues=_vector(np.maximum(values, 0.0)),
+            eigenvectors=_matrix(vectors),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> RgbStatistics:
+        return cls(
+            pixels=int(value["pixels"]),
+            mean=_vector(value["mean"]),
+            std=_vector(value["std"]),
+            covariance=_matrix(value["covariance"]),
+            eigenvalues=_vector(value["eigenvalues"]),
+            eigenvectors=_matrix(value["eigenvectors"]),
+        )
+
+
+def _vector(values: Any) -> Vector:
+    r, g, b = (float(value) for value in values)
+    return r, g, b
+
+
+def _matrix(rows: Any) -> Matrix:
+    r, g, b = (_vector(row) for row in rows)
+    return r, g, b

@@ -1,0 +1,241 @@
+"""The whole shard set while it is made: whose folder it is, what is done already, and how it is finished.
+
+While a set is being made its folder holds `unfinished.json`, which says what it is to become. A folder with other
+things in it, or another set, is refused by name: nothing that this program did not write is ever replaced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.dataset import (
+    DATASET_FILE,
+    SPLITS,
+    TEMPORARY_SUFFIX,
+    ClassLabel,
+    DatasetInfo,
+    ShardRow,
+    Split,
+    read_dataset,
+    write_atomically,
+    write_json,
+)
+from pipeline.rgb_stats import RgbMoments, RgbStatistics
+from pipeline.shards import (
+    Reject,
+    ShardAnnotation,
+    ShardError,
+    ShardPlan,
+    annotation_path,
+    inputs_digest,
+    read_annotation,
+)
+from pipeline.sources import Listing
+
+UNFINISHED_FILE = "unfinished.json"
+REJECTS_FILE = "rejects.jsonl"
+
+
+class ShardSetError(ValueError):
+    """A shard set that cannot be started, continued or finished."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SetPlan:
+    """What a set is to become."""
+
+    listing: Listing
+    image: dict[str, Any]
+    """`encoder_settings`."""
+    seed: int
+    samples_per_shard: int
+    shards: tuple[ShardPlan, ...]
+
+    def settings(self) -> dict[str, Any]:
+        """What must be the same for an unfinished set to be continued."""
+        return {"image": self.image, "seed": self.seed, "samples_per_shard": self.samples_per_shard}
+
+
+def find_finished(root: Path, plan: SetPlan) -> DatasetInfo | None:
+    """The set in ROOT if it is finished and is what `plan` would make; None if it is still to be made or to be mended.
+
+    Raises:
+        ShardSetError: if ROOT holds another finished set.
+        DatasetError: if ROOT's dataset.json cannot be understood.
+    """
+    if not (root / DATASET_FILE).exists():
+        return None
+    info = read_dataset(root)
+    same = {
+        "source": info.source_fingerprint == plan.listing.fingerprint,
+        "image settings": info.image == plan.image,
+        "seed": info.seed == plan.seed,
+    }
+    whole = True
+    # Where one of these differs every shard does: the samples per shard would be blamed for it.
+    if all(same.values()):
+        annotations = [_read_or_none(root, shard) for shard in plan.shards]
+        found = [(shard, annotation) for shard, annotation in zip(plan.shards, annotations, strict=True) if annotation]
+        dealt_alike = all(annotation.inputs == inputs_digest(shard, plan.image) for shard, annotation in found)
+        rows = [(split, row) for split, content in info.splits.items() for row in content.shards]
+        same["samples per shard"] = dealt_alike and {row.name for _, row in rows} <= {
+            shard.name for shard in plan.shards
+        }
+        whole = None not in annotations and all(_is_there(root, split, row) for split, row in rows)
+    different = [name for name, equal in same.items() if not equal]
+    if different:
+        raise ShardSetError(
+            f"{root} holds a finished set of another {' and '.join(different)}: "
+            f"give another --output, or delete {root} first"
+        )
+    if not whole:
+        return None
+    # A kill may have come between the set's last file and this.
+    (root / UNFINISHED_FILE).unlink(missing_ok=True)
+    return info
+
+
+def claim_folder(root: Path, plan: SetPlan) -> None:
+    """Makes ROOT ready for the set's shards: a new or empty folder, or one where the same set was begun.
+
+    Shards of an earlier state of the source are built again by `build_shard`; those beyond the plan are removed here.
+
+    Raises:
+        ShardSetError: if ROOT holds anything else.
+        OSError: if ROOT cannot be written.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    marker = root / UNFINISHED_FILE
+    if not marker.exists() and not (root / DATASET_FILE).exists():
+        there = sorted(item.name for item in root.iterdir() if not _is_temporary(item))
+        if there:
+            raise ShardSetError(
+                f"{root} holds {there[0]!r} and no shard set of this program: give --output a new or empty folder"
+            )
+    if marker.exists():
+        _check_begun(root, marker, plan)
+    state = {
+        "settings": plan.settings(),
+        "roots": list(plan.listing.roots),
+        "source_fingerprint": plan.listing.fingerprint,
+    }
+    write_json(marker, state)
+    (root / DATASET_FILE).unlink(missing_ok=True)
+    names = {shard.name for shard in plan.shards}
+    for split in SPLITS:
+        folder = root / split
+        if not folder.is_dir():
+            continue
+        for path in sorted(folder.iterdir()):
+            beyond = (
+                path.suffix in (".tar", ".idx", ".json")
+                and path.stem.startswith(f"{split}-")
+                and path.stem not in names
+            )
+            if beyond or _is_temporary(path):
+                path.unlink()
+
+
+def finish(root: Path, plan: SetPlan, annotations: Sequence[ShardAnnotation], max_bad_fraction: float) -> DatasetInfo:
+    """Merges the shards' moments and writes the set's own files, `dataset.json` last.
+
+    Args:
+        annotations: one for each of `plan.shards`, in the same order.
+        max_bad_fraction: how much of the whole set may be set aside.
+
+    Raises:
+        ShardSetError: if too many images were set aside or a split has none left; `rejects.jsonl` is written then, and
+            `dataset.json` is not.
+    """
+    assert [annotation.name for annotation in annotations] == [shard.name for shard in plan.shards]
+    pairs = list(zip(plan.shards, annotations, strict=True))
+    rejected = sorted(
+        (reject for annotation in annotations for reject in annotation.rejected), key=lambda r: (r.split, r.path)
+    )
+    lines = "".join(json.dumps(reject.to_json()) + "\n" for reject in rejected)
+    write_atomically(root / REJECTS_FILE, lines.encode())
+    _check_rejected(root, rejected, plan.listing.images, max_bad_fraction)
+
+    splits = {}
+    for name in plan.listing.splits:
+        rows = [
+            ShardRow(a.name, a.samples, a.bytes, a.sha256) for shard, a in pairs if shard.split == name and a.samples
+        ]
+        if not rows:
+            raise ShardSetError(
+                f"every {name} image was set aside, the first reason: {rejected[0].reason}; see {root / REJECTS_FILE}"
+            )
+        for row in rows:
+            if not _is_there(root, name, row):
+                raise ShardSetError(
+                    f"{root / name / row.name}.tar was written but is not here: "
+                    "--output must lie on a disk that all nodes share"
+                )
+        splits[name] = Split(sum(row.samples for row in rows), sum(row.bytes for row in rows), tuple(rows))
+
+    training = sum((a.moments for shard, a in pairs if shard.split == "train"), RgbMoments())
+    rgb = RgbStatistics.of(training)
+    for shard, annotation in pairs:
+        write_json(annotation_path(root, shard), dataclasses.replace(annotation, rgb=rgb).to_json())
+    info = DatasetInfo(
+        classes=tuple(ClassLabel(index, wnid, wnid) for index, wnid in enumerate(plan.listing.classes)),
+        splits=splits,
+        image=plan.image,
+        seed=plan.seed,
+        rgb=rgb,
+        source_fingerprint=plan.listing.fingerprint,
+        set_aside=len(rejected),
+    )
+    write_json(root / DATASET_FILE, info.to_json())
+    (root / UNFINISHED_FILE).unlink()
+    return info
+
+
+def _check_rejected(root: Path, rejected: Sequence[Reject], images: int, max_bad_fraction: float) -> None:
+    if len(rejected) / images > max_bad_fraction:
+        raise ShardSetError(
+            f"{len(rejected)} of {images} images are bad, more than --max-bad-fraction {max_bad_fraction} allows; "
+            f"the first is {rejected[0].path}: {rejected[0].reason}. {root / REJECTS_FILE} lists them: mend or remove "
+            f"them, or give --max-bad-fraction {math.ceil(len(rejected) / images * 100) / 100}, and run again"
+        )
+
+
+def _check_begun(root: Path, marker: Path, plan: SetPlan) -> None:
+    try:
+        begun = json.loads(marker.read_bytes())
+        settings, roots, fingerprint = begun["settings"], begun["roots"], begun["source_fingerprint"]
+        different = sorted(name for name, value in plan.settings().items() if settings[name] != value)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ShardSetError(
+            f"{marker} cannot be read ({type(error).__name__}): delete {root} and start again"
+        ) from error
+    # The same folder with a mended or added image goes on; another folder is more likely a slip than a wish.
+    if roots != list(plan.listing.roots) and fingerprint != plan.listing.fingerprint:
+        different.append("source")
+    if different:
+        named = " and ".join(different)
+        raise ShardSetError(
+            f"{root} holds an unfinished set of another {named}: "
+            f"go on with the same one, give another --output, or delete {root} first"
+        )
+
+
+def _read_or_none(root: Path, shard: ShardPlan) -> ShardAnnotation | None:
+    try:
+        return read_annotation(annotation_path(root, shard))
+    except (FileNotFoundError, ShardError):
+        return None
+
+
+def _is_there(root: Path, split: str, row: ShardRow) -> bool:
+    tar = root / split / f"{row.name}.tar"
+    return tar.is_file() and tar.stat().st_size == row.bytes and tar.with_suffix(".idx").is_file()
+
+
+def _is_temporary(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX)

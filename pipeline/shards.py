@@ -1,0 +1,318 @@
+"""One shard: what goes into it, its tar, its index and its annotation.
+
+A shard is three files: NAME.tar, NAME.idx and, written last, NAME.json. All are written aside and renamed, and their
+bytes depend on the images, their order and the settings alone, so a job that was killed goes on where it stopped: a
+shard whose annotation is there and whose files match it is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pipeline.dataset import INDEX_VERSION, write_atomically, write_json
+from pipeline.resize import Converted, ImageError, convert, encoder_settings
+from pipeline.rgb_stats import RgbMoments, RgbStatistics
+from pipeline.sources import Entry, Listing, permutation
+
+# What is wrong with one file and stays so. Any other failure to read is the disk's or the network's, and is not the
+# image's fault: setting the image aside for it would make the set depend on luck.
+_FILE_ERRORS = frozenset(
+    (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+)
+
+
+class ShardError(ValueError):
+    """A shard that cannot be built as planned."""
+
+
+class BadImageError(ShardError):
+    """An image that does not convert, where none may be set aside."""
+
+
+class SourceReadError(OSError):
+    """The source's disk or network failed; trying again may help."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardPlan:
+    """The images of one shard, decided before any is read."""
+
+    split: str
+    name: str
+    """train-000000."""
+    entries: tuple[Entry, ...]
+    """In the order in which they are stored."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reject:
+    """An image that was set aside."""
+
+    path: str
+    split: str
+    wnid: str
+    reason: str
+    repaired: bool = False
+    """Whether the set holds it all the same, mended."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "split": self.split,
+            "class": self.wnid,
+            "reason": self.reason,
+            "repaired": self.repaired,
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Reject:
+        return cls(
+            str(value["path"]),
+            str(value["split"]),
+            str(value["class"]),
+            str(value["reason"]),
+            bool(value["repaired"]),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardAnnotation:
+    """The contents of a shard's NAME.json."""
+
+    name: str
+    samples: int
+    """0 where every image was set aside: such a shard has no tar and no index, which no reader accepts empty."""
+    bytes: int
+    """Size of the tar."""
+    sha256: str
+    """Of the tar."""
+    inputs: str
+    """sha256 over what the shard is made of: see `inputs_digest`."""
+    moments: RgbMoments
+    """Of the shard's own stored pixels."""
+    rejected: tuple[Reject, ...]
+    rgb: RgbStatistics | None = None
+    """Of the whole training split; None until the set is finished."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "samples": self.samples,
+            "bytes": self.bytes,
+            "sha256": self.sha256,
+            "inputs": self.inputs,
+            "moments": self.moments.to_json(),
+            "rejected": [reject.to_json() for reject in self.rejected],
+            "rgb": None if self.rgb is None else self.rgb.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> ShardAnnotation:
+        return cls(
+            name=str(value["name"]),
+            samples=int(value["samples"]),
+            bytes=int(value["bytes"]),
+            sha256=str(value["sha256"]),
+            inputs=str(value["inputs"]),
+            moments=RgbMoments.from_json(value["moments"]),
+            rejected=tuple(Reject.from_json(reject) for reject in value["rejected"]),
+            rgb=None if value["rgb"] is None else RgbStatistics.from_json(value["rgb"]),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltShard:
+    """What building a shard came to."""
+
+    annotation: ShardAnnotation
+    kept: bool
+    """Whether it was there already, from an earlier run."""
+
+
+def plan_shards(listing: Listing, seed: int, samples_per_shard: int) -> list[ShardPlan]:
+    """Deals a seeded permutation of each whole split into shards, so that each is a fair sample of its split.
+
+    The order depends on the seed, the split's name and its count alone. The last shard of a split may be short.
+    """
+    plans = []
+    for split, entries in listing.splits.items():
+        order = permutation(seed, f"shards {split}", len(entries)).tolist()
+        for number, start in enumerate(range(0, len(order), samples_per_shard)):
+            chosen = tuple(entries[i] for i in order[start : start + samples_per_shard])
+            plans.append(ShardPlan(split, f"{split}-{number:06d}", chosen))
+    return plans
+
+
+def inputs_digest(plan: ShardPlan, image: dict[str, Any]) -> str:
+    """sha256 over a shard's name, its images' keys, classes and sizes in order, and the image settings."""
+    digest = hashlib.sha256(json.dumps([plan.split, plan.name, image], sort_keys=True).encode())
+    for entry in plan.entries:
+        digest.update(f"{entry.key} {entry.label} {entry.size}\n".encode())
+    return digest.hexdigest()
+
+
+def pack(samples: Sequence[tuple[str, int, bytes]]) -> bytes:
+    """A tar of (key, label, JPEG) samples: KEY.cls, then KEY.jpg, in the order given.
+
+    USTAR with no times and owners: equal samples give equal bytes, and no member needs a second header.
+    """
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, label, jpeg in samples:
+            for name, data in ((f"{key}.cls", str(label).encode()), (f"{key}.jpg", jpeg)):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                member.mode = 0o644
+                tar.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def index_of(file: BinaryIO) -> str:
+    """DALI's "v1.2" index of a tar of samples, with offsets as the tar has them, as DALI's wds2idx writes it."""
+    samples: dict[str, list[str]] = {}
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            key, _, extension = member.name.partition(".")
+            samples.setdefault(key, []).append(f"{extension} {member.offset_data} {member.size} {member.name}")
+    lines = [f"{INDEX_VERSION} {len(samples)}", *(" ".join(components) for components in samples.values())]
+    return "\n".join(lines) + "\n"
+
+
+def build_shard(root: Path, plan: ShardPlan, image: dict[str, Any], set_aside: bool) -> BuiltShard:
+    """Writes one shard into ROOT/SPLIT/, or keeps the one that is there if it is what would be written.
+
+    Holds one shard in memory. Images that cannot be read or do not decode are set aside, with a reason.
+
+    Args:
+        image: `encoder_settings` of the whole set.
+        set_aside: whether a bad image may be left out; otherwise the first one ends it.
+
+    Raises:
+        BadImageError: for a bad image, unless it may be set aside.
+        ShardError: if this machine would encode otherwise than `image` says, or an image changed under our hands.
+        SourceReadError: if the source's disk or network failed.
+        OSError: if the shard cannot be written.
+    """
+    if encoder_settings(image["quality"]) != image:
+        here = encoder_settings(image["quality"])["encoder"]
+        raise ShardError(
+            f"a node encodes JPEGs with {here}, the set with {image['encoder']}: install the same Pillow on all nodes"
+        )
+    inputs = inputs_digest(plan, image)
+    found = _find_shard(root, plan, inputs, image["quality"])
+    if found is None:
+        built = BuiltShard(_write_shard(root, plan, inputs, image["quality"], set_aside), kept=False)
+    else:
+        built = BuiltShard(found, kept=True)
+    if built.annotation.rejected and not set_aside:
+        raise _bad_image(built.annotation.rejected[0])
+    return built
+
+
+def read_annotation(path: Path) -> ShardAnnotation:
+    """Reads a shard's NAME.json.
+
+    Raises:
+        ShardError: if it cannot be understood.
+        OSError: if it cannot be read.
+    """
+    try:
+        return ShardAnnotation.from_json(json.loads(path.read_bytes()))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ShardError(f"{path} is no shard's annotation ({type(error).__name__}: {error})") from error
+
+
+def annotation_path(root: Path, plan: ShardPlan) -> Path:
+    return root / plan.split / f"{plan.name}.json"
+
+
+def _write_shard(root: Path, plan: ShardPlan, inputs: str, quality: int, set_aside: bool) -> ShardAnnotation:
+    samples: list[tuple[str, int, bytes]] = []
+    rejected: list[Reject] = []
+    moments = RgbMoments()
+    for entry in plan.entries:
+        try:
+            converted = _convert(entry, quality)
+        except ImageError as error:
+            rejected.append(Reject(entry.path, plan.split, entry.wnid, str(error)))
+            if not set_aside:
+                raise _bad_image(rejected[-1]) from error
+            continue
+        samples.append((entry.key, entry.label, converted.jpeg))
+        moments += converted.moments
+    path = annotation_path(root, plan)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # An older annotation must not vouch for a tar that is about to change.
+    path.unlink(missing_ok=True)
+    tar = pack(samples) if samples else b""
+    if samples:
+        write_atomically(path.with_suffix(".tar"), tar)
+        write_atomically(path.with_suffix(".idx"), index_of(io.BytesIO(tar)).encode())
+    else:
+        path.with_suffix(".tar").unlink(missing_ok=True)
+        path.with_suffix(".idx").unlink(missing_ok=True)
+    digest = hashlib.sha256(tar).hexdigest()
+    annotation = ShardAnnotation(plan.name, len(samples), len(tar), digest, inputs, moments, tuple(rejected))
+    write_json(path, annotation.to_json())
+    return annotation
+
+
+def _find_shard(root: Path, plan: ShardPlan, inputs: str, quality: int) -> ShardAnnotation | None:
+    """The annotation of a shard that is there, whole, and what `plan` would give; None otherwise."""
+    path = annotation_path(root, plan)
+    try:
+        annotation = read_annotation(path)
+        tar = path.with_suffix(".tar").read_bytes() if annotation.samples else b""
+        index = path.with_suffix(".idx").read_bytes() if annotation.samples else b""
+    except (ShardError, FileNotFoundError):
+        return None
+    if (
+        annotation.inputs != inputs
+        or len(tar) != annotation.bytes
+        or hashlib.sha256(tar).hexdigest() != annotation.sha256
+    ):
+        return None
+    if annotation.samples and index != index_of(io.BytesIO(tar)).encode():
+        return None
+    # A file may have been mended without changing its size, as by giving leave to read it.
+    entries = {entry.path: entry for entry in plan.entries}
+    for reject in annotation.rejected:
+        if reject.path not in entries:
+            return None
+        try:
+            _convert(entries[reject.path], quality)
+        except ImageError:
+            continue
+        return None
+    return annotation
+
+
+def _convert(entry: Entry, quality: int) -> Converted:
+    try:
+        data = Path(entry.path).read_bytes()
+    except OSError as error:
+        if error.errno in _FILE_ERRORS:
+            raise ImageError(f"it cannot be read: {error.strerror}") from error
+        raise SourceReadError(
+            f"reading {entry.path} failed: {error.strerror}; run the same command again to continue"
+        ) from error
+    if len(data) != entry.size:
+        raise ShardError(
+            f"{entry.path} has {len(data)} bytes and had {entry.size} when it was listed: run the same command again"
+        )
+    return convert(data, quality)
+
+
+def _bad_image(reject: Reject) -> BadImageError:
+    return BadImageError(
+        f"{reject.path}: {reject.reason}; replace or remove the image, "
+        "or give --on-bad-image set-aside to go on without such images"
+    )

@@ -1,0 +1,217 @@
+"""cluster.yaml passes Ray's own validator, keeps what its users rely on, and its shell commands do what they say.
+
+No network, AWS account or boto3: the commands run here with stand-ins for what would touch a machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).resolve().parent.parent
+Config = dict[str, Any]
+Change = Callable[[Config], object]
+
+
+@pytest.fixture
+def config() -> Config:
+    return yaml.safe_load((ROOT / "cluster.yaml").read_text())
+
+
+def validated(config: Config) -> Config:
+    """What `ray up` makes of a configuration: AWS's defaults filled in, then Ray's validation."""
+    prepared = prepare_config(copy.deepcopy(config))
+    validate_config(prepared)
+    return prepared
+
+
+def broken_promises(config: Config) -> set[str]:
+    """The names of the promises that a configuration breaks once Ray's defaults are filled in."""
+    prepared = validated(config)
+    head = prepared["available_node_types"][prepared["head_node_type"]]
+    workers = [node for name, node in prepared["available_node_types"].items() if name != prepared["head_node_type"]]
+    start = {kind: " ".join(prepared[f"{kind}_start_ray_commands"]) for kind in ("head", "worker")}
+    setup = {kind: " ".join(prepared[f"{kind}_setup_commands"]) for kind in ("head", "worker")}
+    promises = {
+        "lock file on all nodes": prepared["file_mounts"].get("~/requirements.lock") == "requirements.lock"
+        and all("pip install --no-cache-dir -r ~/requirements.lock" in commands for commands in setup.values()),
+        "set-up of our own": bool(config.get("setup_commands"))
+        and "head_setup_commands" in config
+        and not any("ray-wheels" in commands or "ray-3.0.0" in commands for commands in setup.values()),
+        "token required": all("export RAY_AUTH_MODE=token;" in commands for commands in start.values()),
+        "token distributed": prepared["file_mounts"].get("~/.ray/auth_token") == "~/.ray/auth_token",
+        "token not in the file": "RAY_AUTH_TOKEN" not in yaml.safe_dump(prepared),
+        "nodes are terminated": prepared["provider"].get("cache_stopped_nodes") is False,
+        "head trains nothing": not head["resources"].get("GPU") and head["resources"].get("CPU") == 0,
+        "eight GPUs a worker": all(node["resources"].get("GPU") == 8 for node in workers) and bool(workers),
+        "ports closed": not prepared["provider"].get("security_group", {}).get("IpPermissions")
+        and "--dashboard-host=127.0.0.1 " in start["head"],
+        "workers reach S3": all("IamInstanceProfile" in node["node_config"] for node in [head, *workers]),
+        "idle outlasts set-up": prepared["idle_timeout_minutes"] >= 20,
+        "cost bounded": 0 < prepared["max_workers"] <= 4 and all(node["min_workers"] == 0 for node in workers),
+    }
+    return {name for name, kept in promises.items() if not kept}
+
+
+def test_ray_accepts_it_and_every_promise_is_kept(config: Config) -> None:
+    assert broken_promises(config) == set()
+    assert (ROOT / "requirements.lock").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(setup_command=[]), "setup_command"),
+        (lambda c: c.update(initialization_commands="apt update"), "is not of type 'array'"),
+        (lambda c: c.update(head_node_type="heads"), "must be one of `available_node_types`"),
+        (lambda c: c["available_node_types"]["gpu_worker"].pop("node_config"), "'node_config' is a required property"),
+        (lambda c: c["available_node_types"]["gpu_worker"]["resources"].update(GPU="8"), "is not of type 'integer'"),
+        (lambda c: c["available_node_types"]["gpu_worker"].update(min_workers=3), "smaller than the sum"),
+        (lambda c: c["provider"]["security_group"].update(Ports=[22]), "Ports"),
+    ],
+)
+def test_ray_refuses_what_is_malformed(config: Config, change: Change, message: str) -> None:
+    change(config)
+    with pytest.raises(
+        Exception, match=message
+    ):  # ValueError, or jsonschema's own class, for which there are no stubs.
+        validated(config)
+
+
+@pytest.mark.parametrize(
+    ("promise", "change"),
+    [
+        ("lock file on all nodes", lambda c: c["file_mounts"].pop("~/requirements.lock")),
+        ("set-up of our own", lambda c: c.pop("setup_commands")),
+        ("set-up of our own", lambda c: c.pop("head_setup_commands")),
+        ("token required", lambda c: c.pop("worker_start_ray_commands")),
+        ("token distributed", lambda c: c["file_mounts"].pop("~/.ray/auth_token")),
+        ("token not in the file", lambda c: c["setup_commands"].append("export RAY_AUTH_TOKEN=secret")),
+        ("nodes are terminated", lambda c: c["provider"].pop("cache_stopped_nodes")),
+        ("head trains nothing", lambda c: c["available_node_types"]["head"]["resources"].update(GPU=1)),
+        ("eight GPUs a worker", lambda c: c["available_node_types"]["gpu_worker"]["resources"].clear()),
+        ("ports closed", lambda c: c["provider"]["security_group"].update(IpPermissions=[{"FromPort": 8265}])),
+        (
+            "workers reach S3",
+            lambda c: c["available_node_types"]["gpu_worker"]["node_config"].pop("IamInstanceProfile"),
+        ),
+        ("idle outlasts set-up", lambda c: c.pop("idle_timeout_minutes")),
+        ("cost bounded", lambda c: c["available_node_types"]["gpu_worker"].update(min_workers=1)),
+    ],
+)
+def test_each_promise_can_be_broken(config: Config, promise: str, change: Change) -> None:
+    change(config)
+    assert promise in broken_promises(config)
+
+
+class Shell:
+    """Runs a node's command with a home and stand-in programs of its own; `calls` says what they were asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home = folder
+        self.programs = folder / "bin"
+        self.programs.mkdir()
+        self.log = folder / "calls"
+        self.log.touch()
+
+    def program(self, name: str, script: str = "", folder: Path | None = None) -> None:
+        path = (folder or self.programs) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'#!/bin/bash\necho "{name} $*" >> "{self.log}"\n{script}\n')
+        path.chmod(0o755)
+
+    def run(self, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        # As the launcher runs it: in a subshell, at the end of a chain.
+        path = f"{self.programs}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.run(
+            ["bash", "-c", f"true && ({command})"],
+            env={"HOME": str(self.home), "PATH": path, **environment},
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+
+    @property
+    def calls(self) -> list[str]:
+        return self.log.read_text().splitlines()
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    return Shell(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["head", "worker"])
+def test_ray_starts_with_the_token_mode_and_the_default_routes_interface(
+    config: Config, shell: Shell, kind: str
+) -> None:
+    shell.program("ray", "env", folder=shell.home / "venv" / "bin")
+    shell.program(
+        "ip", "echo 'default via 10.0.0.1 dev ens5 proto dhcp src 10.0.0.7 metric 100'; echo default dev ens6"
+    )
+    done = shell.run(config[f"{kind}_start_ray_commands"][-1], OMP_NUM_THREADS="1", RAY_HEAD_IP="10.0.0.1")
+    assert done.returncode == 0, done.stderr
+    seen = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    assert (seen["GLOO_SOCKET_IFNAME"], seen["NCCL_SOCKET_IFNAME"]) == ("ens5", "ens5")
+    assert seen["RAY_AUTH_MODE"] == "token"
+    assert "OMP_NUM_THREADS" not in seen
+    where = "--head --port=6379 --dashboard-host=127.0.0.1" if kind == "head" else "--address=10.0.0.1:6379"
+    assert shell.calls[-1].startswith(f"ray start {where}")
+
+
+@pytest.mark.parametrize("kind", ["head", "worker"])
+def test_without_a_default_route_or_a_set_up_ray_does_not_start(config: Config, shell: Shell, kind: str) -> None:
+    command = config[f"{kind}_start_ray_commands"][-1]
+    shell.program("ray")  # Another Ray, on the PATH: not ours.
+    shell.program("ip", "echo default via 10.0.0.1 dev ens5")
+    assert shell.run(command).returncode == 127
+    shell.program("ip")
+    done = shell.run(command)
+    assert (done.returncode, "no default route" in done.stderr) == (1, True)
+    assert not [call for call in shell.calls if call.startswith("ray")]
+
+
+@pytest.mark.parametrize(
+    ("mounted", "disks", "expected"),
+    [
+        ("/mnt/nvme", "", []),
+        ("/opt/dlami/nvme", "", ["mount --bind /opt/dlami/nvme /mnt/nvme", "chown ubuntu:ubuntu /mnt/nvme"]),
+        (
+            "",
+            "/dev/nvme0n1 Amazon Elastic Block Store\n/dev/nvme1n1 Amazon EC2 NVMe Instance Storage\n"
+            "/dev/nvme2n1 Amazon EC2 NVMe Instance Storage",
+            [
+                "mdadm --create /dev/md0 --run --force --level=0 --raid-devices=2 /dev/nvme1n1 /dev/nvme2n1",
+                "mkfs.ext4 -q -E lazy_itable_init=1 /dev/md0",
+                "mount -o noatime /dev/md0 /mnt/nvme",
+                "chown ubuntu:ubuntu /mnt/nvme",
+            ],
+        ),
+        ("", "/dev/nvme0n1 Amazon Elastic Block Store", None),
+    ],
+    ids=["done before", "mounted by the AMI", "two bare disks", "no instance store"],
+)
+def test_the_instance_store_is_mounted_at_mnt_nvme(
+    config: Config, shell: Shell, mounted: str, disks: str, expected: list[str] | None
+) -> None:
+    shell.program("sudo", '"$@"')
+    shell.program("mountpoint", f'test "$2" = "{mounted}"')
+    shell.program("lsblk", f"echo '{disks}'")
+    shell.program("systemctl", "exit 5")  # No such service.
+    for name in ("mkdir", "mount", "mdadm", "mkfs.ext4", "chown"):
+        shell.program(name)
+    done = shell.run(config["worker_setup_commands"][0])
+    changes = [call for call in shell.calls if call.split()[0] in ("mount", "mdadm", "mkfs.ext4", "chown")]
+    if expected is None:
+        assert (done.returncode, "no NVMe instance store" in done.stderr, changes) == (1, True, [])
+    else:
+        assert (done.returncode, changes) == (0, expected)
