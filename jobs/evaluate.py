@@ -37,8 +37,8 @@ class EvaluateConfig:
     """Average the softmax over the four corners, the centre and their mirror images (the paper, section 4.1)."""
     json: str | None = None
     """Also write the result to this file."""
-    gpu: bool | None = None
-    """Use a GPU: if there is one."""
+    gpu: bool = dataclasses.field(default_factory=torch.cuda.is_available)
+    """Use a GPU; by default, if torch sees one."""
     batch_size: int = 100
     """Images at a time; with --ten-crop each is seen ten times."""
     threads: int = os.cpu_count() or 1
@@ -89,10 +89,9 @@ def counted(batches: Iterator[Batch], views: int, total: int) -> Iterator[Batch]
 def main(config: EvaluateConfig) -> None:
     data = Path(config.data)
     info = read_dataset(data)
-    on_gpu = config.gpu if config.gpu is not None else torch.cuda.is_available()
-    if on_gpu and not torch.cuda.is_available():
+    if config.gpu and not torch.cuda.is_available():
         raise ValueError("--gpu was asked for, but torch sees no GPU here: use --no-gpu, or a machine with one")
-    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", 0) if config.gpu else torch.device("cpu")
     with local_checkpoint(config.checkpoint) as (location, folder):
         identity = checkpoint.read_state(folder).identity
         wnids = tuple(label.wnid for label in info.classes)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+import functools
 from dataclasses import dataclass
 from pathlib import Path
-
-# Run as a file, the folder on the path is jobs/; the packages lie beside it.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs.cli import run
 from pipeline.synthetic import write_folder
@@ -28,9 +25,8 @@ class Config:
 
 
 def main(config: Config) -> None:
-    write_folder(
-        config.output, config.classes, config.train_per_class, config.val_per_class, config.seed, lambda line: print(line)
-    )
+    say = functools.partial(print, flush=True)  # Each line when it is true, into a pipe too.
+    write_folder(config.output, config.classes, config.train_per_class, config.val_per_class, config.seed, say)
     print(f"images in {config.output}; next: python jobs/shard_imagenet.py --source {config.output} --output SHARDS")
 
 

@@ -143,7 +143,7 @@ def _build_all(output: Path, plan: SetPlan, config: ShardConfig, progress: Progr
         ready, _ = ray.wait(list(running), num_returns=1)
         for reference in ready:
             number = running.pop(reference)
-            built = _get(reference)
+            built = _get(reference, output)
             done[number] = built.annotation
             rejected += len(built.annotation.rejected)
             count = len(plan.shards[number].entries)
@@ -151,17 +151,22 @@ def _build_all(output: Path, plan: SetPlan, config: ShardConfig, progress: Progr
     return [done[number] for number in range(len(plan.shards))]
 
 
-def _get(reference: ray.ObjectRef) -> Any:
+def _get(reference: ray.ObjectRef, output: Path) -> Any:
     """A task's result.
 
     Raises:
-        ValueError, OSError: the task's own error, without Ray's wrapping.
-        ShardError: if Ray gave the task up.
+        ValueError, SourceReadError: the task's own error, without Ray's wrapping.
+        ShardError: if the shard could not be written, or Ray gave the task up.
     """
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
+        if isinstance(error.cause, OSError) and not isinstance(error.cause, SourceReadError):
+            raise ShardError(
+                f"a shard could not be written to {output}: {error.cause}; make room or give leave to write there, "
+                "and run the same command again to continue"
+            ) from error
+        raise error.cause from error
     except ray.exceptions.RayError as error:
         raise ShardError(
             f"Ray gave a shard up after {TASK_RETRIES} retries ({type(error).__name__}): look for what ended the "
@@ -175,7 +180,7 @@ def _print_summary(output: Path, info: DatasetInfo, rate: float | None) -> None:
         print(f"  {name}: {split.samples:,} images, {len(split.shards):,} shards, {split.bytes:,} bytes")
     aside = f", listed in {output / REJECTS_FILE}" if info.set_aside else ""
     print(f"  images set aside: {info.set_aside:,}{aside}")
-    if rate is not None:
+    if rate:
         print(f"  speed: {rate:,.1f} images/s")
     values = ", ".join(f"{value:.6f}" for value in info.rgb.eigenvalues)
     print(f"  RGB PCA eigenvalues, RGB scaled to [0, 1]: {values}")

@@ -1,7 +1,8 @@
 """Trains AlexNet on a shard set, on any number of workers, as the paper did (or by a named deviation).
 
 Run the same command again to continue a run that was stopped. Started plainly, it uses this machine; under
-`ray job submit --working-dir . -- python jobs/train.py ...` it uses the cluster.
+`ray job submit --working-dir . -- python jobs/train.py ...` it uses the cluster. A setting whose default is None follows from
+the recipe, or from the machine; the run begins by printing what they became.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+import tyro
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -26,6 +28,23 @@ from pipeline.dataset import DatasetError, read_dataset
 from pipeline.plan import Plan, colour_matrix
 
 MOST_CORES = 12  # Of a GPU worker by default: decoding 256 x 256 JPEGs for one GPU's AlexNet gains little beyond.
+
+
+Switch = Annotated[
+    bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="(default: as the cluster has)")
+]
+
+
+def choose_gpus(gpus: Switch = False, no_gpus: Switch = False) -> bool | None:
+    """Two flags for three answers, the third being to look what the cluster has.
+
+    Args:
+        gpus: Train on GPUs.
+        no_gpus: Train on CPU, though there be GPUs.
+    """
+    if gpus and no_gpus:
+        raise ValueError("--gpus and --no-gpus exclude each other: give one")
+    return gpus if gpus or no_gpus else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +61,8 @@ class TrainConfig:
     """Which named configuration to train by."""
     workers: int | None = None
     """How many processes train: one per GPU of the cluster, or one on CPU."""
-    gpus: bool | None = None
-    """Train on GPUs: if the cluster has any."""
+    gpus: Annotated[bool | None, tyro.conf.arg(name="", constructor=choose_gpus)] = None
+    """Train on GPUs, or on CPU; None: on GPUs if the cluster has any."""
     batch_size: int | None = None
     """Images per step over all workers."""
     epochs: int | None = None
@@ -160,7 +179,9 @@ def main(config: TrainConfig) -> None:
             print_result(config, state.progress.history, done)
             return
 
-    connect(config.cpus_per_worker)
+    # Ray Train would show what a worker prints twice, once through its own log.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    connect()
     resources = Resources.of(config, ray.cluster_resources())
     refuse_shortage(resources, recipe)
     precision = config.precision if config.precision != "auto" else ("bfloat16" if resources.gpus else "float32")
@@ -194,6 +215,7 @@ def main(config: TrainConfig) -> None:
             name=config.name,
             storage_path=path,
             storage_filesystem=filesystem,
+            logging_config=LoggingConfig("WARNING"),  # at INFO, every report of every worker is a line
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=config.keep, checkpoint_score_attribute="top1_error", checkpoint_score_order="min"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,8 +141,6 @@ def train_worker(assignment: Assignment) -> dict[str, Any]:
     Returns:
         "error": why training stopped early, or None; "history": one row an epoch.
     """
-    # Ray Train logs every report from every worker.
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, getattr(torch, assignment.precision))

@@ -58,7 +58,7 @@ class SetPlan:
 
     def settings(self) -> dict[str, Any]:
         """What must be the same for an unfinished set to be continued."""
-        return {"image": self.image, "seed": self.seed, "samples_per_shard": self.samples_per_shard}
+        return {**self.image, "seed": self.seed, "samples_per_shard": self.samples_per_shard}
 
 
 def find_finished(root: Path, plan: SetPlan) -> DatasetInfo | None:
@@ -71,27 +71,23 @@ def find_finished(root: Path, plan: SetPlan) -> DatasetInfo | None:
     if not (root / DATASET_FILE).exists():
         return None
     info = read_dataset(root)
-    same = {
-        "source": info.source_fingerprint == plan.listing.fingerprint,
-        "image settings": info.image == plan.image,
-        "seed": info.seed == plan.seed,
-    }
+    now = {name: value for name, value in plan.settings().items() if name != "samples_per_shard"}
+    different = _differences(
+        {**info.image, "seed": info.seed}, now, info.source_fingerprint == plan.listing.fingerprint
+    )
     whole = True
     # Where one of these differs every shard does: the samples per shard would be blamed for it.
-    if all(same.values()):
+    if not different:
         annotations = [_read_or_none(root, shard) for shard in plan.shards]
         found = [(shard, annotation) for shard, annotation in zip(plan.shards, annotations, strict=True) if annotation]
         dealt_alike = all(annotation.inputs == inputs_digest(shard, plan.image) for shard, annotation in found)
         rows = [(split, row) for split, content in info.splits.items() for row in content.shards]
-        same["samples per shard"] = dealt_alike and {row.name for _, row in rows} <= {
-            shard.name for shard in plan.shards
-        }
+        if not dealt_alike or not {row.name for _, row in rows} <= {shard.name for shard in plan.shards}:
+            different = "samples per shard"
         whole = None not in annotations and all(_is_there(root, split, row) for split, row in rows)
-    different = [name for name, equal in same.items() if not equal]
     if different:
         raise ShardSetError(
-            f"{root} holds a finished set of another {' and '.join(different)}: "
-            f"give another --output, or delete {root} first"
+            f"{root} holds a finished set of another {different}: give another --output, or delete {root} first"
         )
     if not whole:
         return None
@@ -109,7 +105,10 @@ def claim_folder(root: Path, plan: SetPlan) -> None:
         ShardSetError: if ROOT holds anything else.
         OSError: if ROOT cannot be written.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ShardSetError(f"cannot make the folder {root}: {error.strerror}; give another --output") from error
     marker = root / UNFINISHED_FILE
     if not marker.exists() and not (root / DATASET_FILE).exists():
         there = sorted(item.name for item in root.iterdir() if not _is_temporary(item))
@@ -208,21 +207,33 @@ def _check_rejected(root: Path, rejected: Sequence[Reject], images: int, max_bad
 def _check_begun(root: Path, marker: Path, plan: SetPlan) -> None:
     try:
         begun = json.loads(marker.read_bytes())
-        settings, roots, fingerprint = begun["settings"], begun["roots"], begun["source_fingerprint"]
-        different = sorted(name for name, value in plan.settings().items() if settings[name] != value)
+        # The same folder with a mended or added image goes on; another folder is more likely a slip than a wish.
+        same_source = begun["source_fingerprint"] == plan.listing.fingerprint or begun["roots"] == list(
+            plan.listing.roots
+        )
+        different = _differences(begun["settings"], plan.settings(), same_source)
     except (KeyError, TypeError, ValueError) as error:
         raise ShardSetError(
             f"{marker} cannot be read ({type(error).__name__}): delete {root} and start again"
         ) from error
-    # The same folder with a mended or added image goes on; another folder is more likely a slip than a wish.
-    if roots != list(plan.listing.roots) and fingerprint != plan.listing.fingerprint:
-        different.append("source")
     if different:
-        named = " and ".join(different)
         raise ShardSetError(
-            f"{root} holds an unfinished set of another {named}: "
-            f"go on with the same one, give another --output, or delete {root} first"
+            f"{root} holds an unfinished set of another {different}: "
+            f"go on with the same, give another --output, or delete {root} first"
         )
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any], same_source: bool) -> str:
+    """Names what differs between two sets of settings, with its values; empty where nothing does."""
+    named = [
+        f"{name.replace('_', ' ')} ({then.get(name)}, not {value})"
+        for name, value in now.items()
+        if then.get(name) != value
+    ]
+    # The seed also decides what is split off to validate on, so the source's listing cannot be blamed beside it.
+    if not same_source and then.get("seed") == now["seed"]:
+        named.append("source or --val-fraction")
+    return " and ".join(named)
 
 
 def _read_or_none(root: Path, shard: ShardPlan) -> ShardAnnotation | None:

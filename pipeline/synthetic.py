@@ -10,14 +10,16 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-Field = NDArray[np.float32]
+Field = NDArray[np.floating[Any]]
 """[h, w]: a value for each pixel."""
 
 SPLITS = ("train", "val")
@@ -42,6 +44,11 @@ def _random(seed: int, split: str, class_index: int, number: int, purpose: int) 
 # the outline, and above zero where the texture has its second colour.
 
 
+def _from_cell_centre(x: Field, spacing: float) -> Field:
+    cell = x * (1 / spacing)
+    return (cell - np.floor(cell) - 0.5) * spacing
+
+
 def _striped_disc(x: Field, y: Field, rng: np.random.Generator) -> tuple[Field, Field]:
     rate = math.pi * rng.uniform(3.0, 4.0)
     return 1 - np.hypot(x, y), np.sin(rate * x) / rate
@@ -55,7 +62,7 @@ def _checkered_triangle(x: Field, y: Field, rng: np.random.Generator) -> tuple[F
 
 def _dotted_square(x: Field, y: Field, rng: np.random.Generator) -> tuple[Field, Field]:
     spacing = rng.uniform(0.42, 0.52)
-    distance = np.hypot(x % spacing - spacing / 2, y % spacing - spacing / 2)
+    distance = np.hypot(_from_cell_centre(x, spacing), _from_cell_centre(y, spacing))
     return 0.88 - np.maximum(np.abs(x), np.abs(y)), 0.32 * spacing - distance
 
 
@@ -79,7 +86,7 @@ def _wavy_bars(x: Field, y: Field, rng: np.random.Generator) -> tuple[Field, Fie
 
 def _crosses(x: Field, y: Field, rng: np.random.Generator) -> tuple[Field, Field]:
     spacing = rng.uniform(0.55, 0.65)
-    across, along = np.abs(x % spacing - spacing / 2), np.abs(y % spacing - spacing / 2)
+    across, along = np.abs(_from_cell_centre(x, spacing)), np.abs(_from_cell_centre(y, spacing))
     long, short = 0.42 * spacing, 0.13 * spacing
     plus = np.maximum(np.minimum(long - across, short - along), np.minimum(short - across, long - along))
     hexagon = 0.92 - np.maximum(np.abs(y), np.maximum(np.abs(0.866 * x + 0.5 * y), np.abs(0.866 * x - 0.5 * y)))
@@ -127,12 +134,14 @@ def draw(seed: int, class_index: int, number: int, split: str = "train") -> NDAr
         + math.sin(angle) * np.linspace(-1, 1, height, dtype=np.float32)[:, None]
     )
     image *= light * np.float32(255)
-    blur = ImageFilter.BoxBlur(rng.uniform(0, 1.2))
+    blur = max(0.0, rng.uniform(-0.8, 1.2))
     grain = rng.standard_normal((height, width), dtype=np.float32) * np.float32(rng.uniform(1, 8))
     planes = []
     for plane in image:
-        lens = np.asarray(Image.fromarray(np.clip(plane, 0, 255).astype(np.uint8)).filter(blur))
-        planes.append(Image.fromarray(np.clip(lens + grain, 0, 255).astype(np.uint8)))
+        if blur:
+            sharp = Image.fromarray(np.clip(plane, 0, 255).astype(np.uint8))
+            plane = np.asarray(sharp.filter(ImageFilter.BoxBlur(blur)))
+        planes.append(Image.fromarray(np.clip(plane + grain, 0, 255).astype(np.uint8)))
     return np.array(Image.merge("RGB", planes))
 
 
@@ -163,7 +172,7 @@ def _colour(rng: np.random.Generator, darkest: float, lightest: float) -> NDArra
 
 
 def _pink_noise(rng: np.random.Generator, height: int, width: int) -> Field:
-    """[height, width], mean 0 and deviation 1, nearly: octaves of equal power, each drawn at its own size and scaled up."""
+    """[height, width], mean 0 and deviation 1 or nearly: octaves of equal power, each drawn small and scaled up."""
     octaves = math.ceil(math.log2(max(height, width) / 3))
     noise = np.zeros((1, 1), dtype=np.float32)
     for octave in range(octaves, -1, -1):
@@ -266,12 +275,14 @@ def write_folder(
         say(f"{output} is already there, complete, with these settings")
         return
 
-    partial.mkdir(parents=True, exist_ok=True)
+    if partial.exists():  # Of a run that was killed, perhaps one of other settings. It has the marker: it is ours.
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
     (partial / MARKER).write_text(json.dumps(settings))
     for split, count in (("train", train_per_class), ("val", val_per_class)):
         for index, (wnid, _) in enumerate(CLASSES[:classes]):
             folder = partial / split / wnid
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True)
             for number in range(count):
                 stem = f"{wnid}_{number}" if split == "train" else f"val_{index * count + number + 1:08d}"
                 (folder / f"{stem}.JPEG").write_bytes(encode(seed, index, number, split))

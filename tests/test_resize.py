@@ -9,14 +9,24 @@ import zlib
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from photographs import encoded, photograph
 from PIL import Image
 
 from pipeline.dataset import IMAGE_SIZE
 from pipeline.resize import ImageError, convert, encoder_settings
 from pipeline.rgb_stats import RgbMoments
+from tests.photographs import encoded, photograph
 
-PLAIN_SIZES = [(512, 512), (500, 375), (375, 500), (333, 500), (1200, 800), (256, 256), (224, 224), (97, 61), (257, 256)]
+PLAIN_SIZES = [
+    (512, 512),
+    (500, 375),
+    (375, 500),
+    (333, 500),
+    (1200, 800),
+    (256, 256),
+    (224, 224),
+    (97, 61),
+    (257, 256),
+]
 
 
 def pixels(jpeg: bytes) -> NDArray[np.uint8]:
@@ -43,7 +53,7 @@ def test_equals_a_float64_antialiased_resize(width: int, height: int) -> None:
     side = min(width, height)
     rows = weights(height, (height - side) / 2, side)
     columns = weights(width, (width - side) / 2, side)
-    expected = np.einsum("yh,hwc,xw->yxc", rows, image.astype(np.float64), columns)
+    expected = np.einsum("yh,hwc,xw->yxc", rows, image.astype(np.float64), columns, optimize=True)
     # Quality 95 JPEG lies between: on smooth images it is worth a level on average, and chroma is halved.
     difference = np.abs(pixels(convert(encoded(image, "PNG"), 95).jpeg) - np.clip(expected, 0, 255))
     assert difference.mean() < 1.0
@@ -66,7 +76,9 @@ def test_equals_resizing_then_cropping_up_to_rounding(width: int, height: int) -
 def test_fine_stripes_become_grey_and_not_moire() -> None:
     stripes = np.zeros((1024, 1024, 3), np.uint8)
     stripes[:, ::2] = 255
-    assert np.abs(pixels(convert(encoded(stripes, "PNG"), 90).jpeg).astype(int) - 127).max() <= 3
+    # At the border the filter sees one side only, and one stripe more of it.
+    inside = pixels(convert(encoded(stripes, "PNG"), 90).jpeg).astype(int)[:, 8:-8]
+    assert np.abs(inside - 127.5).max() <= 3
 
 
 def test_moments_are_those_of_the_stored_pixels() -> None:
@@ -135,7 +147,8 @@ def test_16_bit_grey_of_the_other_byte_order() -> None:
 def png_header(width: int, height: int) -> bytes:
     """The start of a PNG that claims a size."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    checked = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + checked + struct.pack(">I", 1000) + b"IDAT" + bytes(10)
 
 
 WHOLE = encoded(photograph(5, 320, 300))
@@ -166,7 +179,13 @@ def test_what_is_no_whole_image_is_refused_with_a_reason(data: bytes, reason: st
 def test_damaged_files_never_raise_anything_else() -> None:
     generator = np.random.default_rng(0)
     small = photograph(6, 64, 48)
-    for data in (encoded(small), encoded(small, "PNG"), encoded(small, "GIF"), encoded(small, "WEBP"), encoded(small, "TIFF")):
+    for data in (
+        encoded(small),
+        encoded(small, "PNG"),
+        encoded(small, "GIF"),
+        encoded(small, "WEBP"),
+        encoded(small, "TIFF"),
+    ):
         for _ in range(40):
             damaged = bytearray(data)
             for place in generator.integers(0, len(damaged), 12):

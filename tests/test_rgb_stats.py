@@ -6,9 +6,9 @@ import json
 
 import numpy as np
 import pytest
-from photographs import photograph
 
 from pipeline.rgb_stats import RgbMoments, RgbStatistics
+from tests.photographs import photograph
 
 IMAGES = [photograph(seed, 60 + seed, 40 + 2 * seed) for seed in range(8)]
 PIXELS = np.concatenate([image.reshape(-1, 3) for image in IMAGES]).astype(np.float64) / 255

@@ -1,0 +1,155 @@
+"""The whole way on this machine: images, shards, two workers through `ray job submit`, evaluation, report.
+
+Each command is shown before it runs, so that this doubles as a tutorial. A Ray cluster of its own is started for it,
+on loopback and with token authentication, and ended with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from jobs.cli import run
+from pipeline.dataset import read_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+HOST = "127.0.0.1"
+STOP_SECONDS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoConfig:
+    output: Path = Path("demo")
+    """Where everything goes: images, shards, runs and report."""
+    source: Path | None = None
+    """Your own images, a folder a class (or train/ and val/ of such); by default some are generated."""
+    epochs: int = 6
+    """How long to train."""
+    batch_size: int = 32
+    """Images per step; small, so that minutes on two cores hold enough steps."""
+    workers: int = 2
+    """Processes that train."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+
+
+class CommandError(ValueError):
+    """One of the demo's commands failed; it has said why."""
+
+
+def call(arguments: list[str], environment: dict[str, str] | None = None) -> None:
+    """Shows a command and runs it from the project's root.
+
+    Raises:
+        CommandError: if its exit status is not 0.
+    """
+    shown = ["python" if a == sys.executable else a for a in arguments]
+    print(f"\n$ {shlex.join(shown)}", flush=True)
+    status = subprocess.run(arguments, cwd=ROOT, env=environment, check=False).returncode
+    if status != 0:
+        raise CommandError(f"`{shlex.join(shown)}` failed with exit status {status}; what it said stands above")
+
+
+@contextlib.contextmanager
+def ray_cluster(environment: dict[str, str], cpus: int) -> Iterator[str]:
+    """Starts a one-node Ray cluster on loopback; gives the dashboard's address and ends the cluster afterwards.
+
+    Raises:
+        CommandError: if it does not come up.
+    """
+    port, dashboard, client = free_ports(3)
+    with tempfile.TemporaryFile("w+") as log:
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats"]
+        command += [f"--node-ip-address={HOST}", f"--port={port}", f"--num-cpus={cpus}"]
+        command += [f"--dashboard-host={HOST}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+        print(f"\n$ {shlex.join(['ray', *command[1:]])} &", flush=True)
+        # A session of its own: all that it starts is ended with it, and no other Ray on this machine.
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            address = f"http://{HOST}:{dashboard}"
+            wait_for_dashboard(process, dashboard)
+            yield address
+        except CommandError:
+            log.seek(0)
+            sys.stderr.write(log.read())
+            raise
+        finally:
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind((HOST, 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def wait_for_dashboard(process: subprocess.Popen[bytes], port: int, seconds: float = 90) -> None:
+    """Returns when the dashboard accepts connections; raises CommandError if it never does."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        with socket.socket() as probe:
+            probe.settimeout(1)
+            if probe.connect_ex((HOST, port)) == 0:
+                return
+        time.sleep(0.2)
+    raise CommandError("the local Ray cluster did not start; what it said stands above")
+
+
+def main(config: DemoConfig) -> None:
+    started = time.perf_counter()
+    output = config.output.absolute()
+    python = sys.executable
+    images = (config.source or output / "images").absolute()
+    shards, runs, report = output / "shards", output / "runs", output / "report.html"
+    if config.source is None:
+        call([python, "jobs/generate_images.py", "--output", str(images)])
+    call([python, "jobs/shard_imagenet.py", "--source", str(images), "--output", str(shards)])
+
+    # Explicit on both sides: Ray turns it on by itself for some clusters, and a client that is not told is refused.
+    environment = {**os.environ, "RAY_AUTH_MODE": "token"}
+    environment.pop("RAY_ADDRESS", None)
+    with ray_cluster(environment, max(os.cpu_count() or 1, config.workers)) as address:
+        train = ["python", "jobs/train.py", "--data", str(shards), "--storage", str(runs), "--name", "demo"]
+        train += ["--workers", str(config.workers), "--batch-size", str(config.batch_size)]
+        train += ["--epochs", str(config.epochs), "--log-every", "5"]
+        ray = str(Path(python).with_name("ray"))
+        call([ray, "job", "submit", "--address", address, "--working-dir", ".", "--", *train], environment)
+
+    evaluate = [python, "jobs/evaluate.py", "--data", str(shards), "--checkpoint", str(runs / "demo")]
+    call([*evaluate, "--json", str(output / "centre.json")])
+    call([*evaluate, "--ten-crop", "--json", str(output / "ten_crops.json")])
+    call([python, "jobs/report.py", "--storage", str(runs), "--name", "demo", "--output", str(report)])
+
+    classes = len(read_dataset(shards).classes)
+    print(f"\nTop-1 validation error, of which guessing among {classes} classes would have {1 - 1 / classes:.1%}:")
+    for name, label in (("centre", "centre crop"), ("ten_crops", "ten crops")):
+        result = json.loads((output / f"{name}.json").read_text("utf-8"))
+        print(f"  {label}: {result['top1_error']:.1%} of {result['images']} images")
+    print(f"Report: {report}. All of it took {(time.perf_counter() - started) / 60:.1f} minutes.")
+
+
+if __name__ == "__main__":
+    run(DemoConfig, main)

@@ -1,0 +1,129 @@
+"""DALI's batches against Pillow and numpy executing the same plan."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.dataset import SplitReader, read_dataset
+from pipeline.loader import Loader, LoaderError, define
+from pipeline.plan import Plan, Views, centre_views, colour_matrix, ten_crop_views
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def reader(shard_set: Path) -> SplitReader:
+    return SplitReader(shard_set, read_dataset(shard_set), "train")
+
+
+@pytest.fixture(scope="module")
+def loader(shard_set: Path, reader: SplitReader) -> Loader:
+    return Loader(reader, read_dataset(shard_set).rgb, 40, CPU, 2)
+
+
+def reference(reader: SplitReader, mean: NDArray[np.float64], views: Views) -> NDArray[np.float64]:
+    """float64 [n, 3, 227, 227]: decode, cut, mirror, subtract the mean, add the shift."""
+    rows = []
+    for sample, (top, left), flip, shift in zip(views.samples, views.crops, views.flips, views.shifts, strict=True):
+        pixels = np.asarray(Image.open(io.BytesIO(reader.image(sample).tobytes())), np.float64)
+        window = pixels[top : top + 227, left : left + 227]
+        window = window[:, ::-1] if flip else window
+        rows.append((window - mean + shift.astype(np.float64)).transpose(2, 0, 1))
+    return np.stack(rows)
+
+
+def test_training_batches_are_the_plans(shard_set: Path, reader: SplitReader, loader: Loader) -> None:
+    rgb = read_dataset(shard_set).rgb
+    plan = Plan(len(reader), 20, 7, colour_matrix(rgb))
+    for epoch in range(2):
+        steps = list(plan.epoch(epoch))
+        batches = list(loader.run(steps))
+        assert len(batches) == plan.steps == 2
+        for views, batch in zip(steps, batches, strict=True):
+            expected = reference(reader, np.array(rgb.mean) * 255, views)
+            np.testing.assert_allclose(batch.images.numpy(), expected, rtol=0, atol=1e-4)
+            np.testing.assert_array_equal(batch.samples, views.samples)
+            np.testing.assert_array_equal(batch.labels.numpy(), reader.labels[views.samples])
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
+            assert batch.images.dtype == torch.float32
+
+
+def test_every_window_position_is_cut_exactly(shard_set: Path, reader: SplitReader, loader: Loader) -> None:
+    mean = np.array(read_dataset(shard_set).rgb.mean) * 255
+    offsets = np.arange(30)
+    views = Views(
+        samples=np.zeros(30, np.int64),
+        crops=np.stack([offsets, offsets[::-1]], axis=1),
+        flips=offsets % 2 == 1,
+        shifts=np.zeros((30, 3), np.float32),
+    )
+    (batch,) = loader.run([views])
+    np.testing.assert_allclose(batch.images.numpy(), reference(reader, mean, views), rtol=0, atol=1e-4)
+
+
+def test_ten_crops(shard_set: Path, reader: SplitReader, loader: Loader) -> None:
+    views = ten_crop_views(np.array([3, 1]))
+    (batch,) = loader.run([views])
+    mean = np.array(read_dataset(shard_set).rgb.mean) * 255
+    np.testing.assert_allclose(batch.images.numpy(), reference(reader, mean, views), rtol=0, atol=1e-4)
+    five, mirrored = batch.images[:5], batch.images[5:10]
+    np.testing.assert_array_equal(mirrored.numpy(), five.flip(3).numpy())
+
+
+def test_a_shorter_last_batch_and_an_abandoned_run(reader: SplitReader, loader: Loader) -> None:
+    samples = np.arange(len(reader))
+    next(loader.run(centre_views(samples).chunks(5)))
+    batches = list(loader.run(centre_views(samples).chunks(40)))
+    assert [len(batch) for batch in batches] == [40, 5]
+    np.testing.assert_array_equal(np.concatenate([batch.samples for batch in batches]), samples)
+    # All batches but the end of the source were taken: DALI has seen that end, the caller has not.
+    run = loader.run(centre_views(samples).chunks(40))
+    next(run)
+    next(run)
+    assert [len(batch) for batch in loader.run(centre_views(samples).chunks(9))] == [9] * 5
+
+
+def test_decoder_threads_do_not_change_the_stream(shard_set: Path, reader: SplitReader, loader: Loader) -> None:
+    alone = Loader(reader, read_dataset(shard_set).rgb, 40, CPU, 1)
+    views = Plan(len(reader), 15, 2, np.eye(3)).epoch(0)
+    for one, two in zip(alone.run(views), loader.run(Plan(len(reader), 15, 2, np.eye(3)).epoch(0)), strict=True):
+        assert torch.equal(one.images, two.images)
+
+
+class DamagedReader:
+    """The same images, but one of them cut short."""
+
+    def __init__(self, reader: SplitReader, sample: int) -> None:
+        self._reader = reader
+        self._sample = sample
+        self.split, self.labels, self.key = reader.split, reader.labels, reader.key
+
+    def image(self, sample: int) -> NDArray[np.uint8]:
+        data = self._reader.image(sample)
+        return data[: len(data) // 3] if sample == self._sample else data
+
+
+def test_an_image_that_does_not_decode_is_named(shard_set: Path, reader: SplitReader) -> None:
+    damaged = Loader(DamagedReader(reader, 8), read_dataset(shard_set).rgb, 10, CPU, 1)  # type: ignore[arg-type]
+    with pytest.raises(LoaderError, match=reader.key(8)):
+        list(damaged.run(centre_views(np.arange(20)).chunks(10)))
+
+
+def nothing() -> Iterator[None]:
+    raise StopIteration
+
+
+def test_the_gpu_pipeline_is_defined_and_serialised_without_a_gpu() -> None:
+    on_gpu, on_cpu = (define(nothing, 8, 2, device, None).serialize() for device in ("gpu", "cpu"))
+    # Operators are stored by name with their device: one decoder of kind mixed, one crop_mirror_normalize on the GPU.
+    assert b"decoders__ImageCrop" in on_gpu
+    assert b"mixed" in on_gpu
+    assert b"mixed" not in on_cpu

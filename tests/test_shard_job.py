@@ -1,0 +1,166 @@
+"""The sharding command as a user runs it: on Ray, killed, continued, and given wrong things."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import run
+from jobs.progress import Progress
+from jobs.shard_imagenet import ShardConfig, main
+from pipeline.dataset import read_dataset
+from tests.photographs import write_source
+
+JOB = Path(__file__).resolve().parents[1] / "jobs" / "shard_imagenet.py"
+DEADLINE_S = 120
+
+
+def command(source: Path, output: Path, *more: str) -> list[str]:
+    return [sys.executable, str(JOB), "--source", str(source), "--output", str(output), *more]
+
+
+def environment() -> dict[str, str]:
+    """Ours, less what would send the job to a cluster."""
+    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return {**kept, "PYTHONPATH": str(JOB.parents[1])}
+
+
+def shard(source: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(source, output, *more),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def failure(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line a failed command left on stderr, progress aside."""
+    assert done.returncode == 1, done.stderr
+    lines = [line for line in done.stderr.splitlines() if " images/s, " not in line]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_source(tmp_path_factory.mktemp("job") / "images", images=20, longest=900)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The set as two workers make it in one go, a shard for each two images."""
+    output = tmp_path_factory.mktemp("job") / "uninterrupted"
+    done = shard(images, output, "--workers", "2", "--samples-per-shard", "2")
+    assert done.returncode == 0, done.stderr
+    assert "train: 54 images, 27 shards" in done.stdout
+    assert "images set aside: 0" in done.stdout
+    assert "RGB PCA eigenvalues" in done.stdout
+    return output
+
+
+@pytest.mark.slow
+def test_a_killed_job_goes_on_and_gives_the_bytes_of_an_uninterrupted_one(
+    images: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    job = subprocess.Popen(
+        command(images, output, "--workers", "1", "--samples-per-shard", "2"),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + DEADLINE_S
+        while len(list(output.glob("train/*.json"))) < 2:
+            assert job.poll() is None, "the job ended before it could be killed"
+            assert time.monotonic() < deadline, "no shard was written"
+            time.sleep(0.005)
+    finally:
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+    assert not (output / "dataset.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in output.glob("train/*.tar") if path.with_suffix(".json").exists()}
+    assert 2 <= len(kept) < 27
+    # One worker here, two there: the bytes must not know.
+    done = shard(images, output, "--workers", "1", "--samples-per-shard", "2")
+    assert done.returncode == 0, done.stderr
+    assert contents(output) == contents(uninterrupted)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+@pytest.mark.slow
+def test_a_second_run_does_nothing_and_other_settings_are_refused(images: Path, uninterrupted: Path) -> None:
+    written = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+    again = shard(images, uninterrupted, "--samples-per-shard", "2")
+    assert again.returncode == 0, again.stderr
+    assert "finished before; nothing to do" in again.stdout
+    other = failure(shard(images, uninterrupted, "--quality", "50", "--samples-per-shard", "2"))
+    assert "finished set of another quality (90, not 50)" in other
+    assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == written
+
+
+@pytest.mark.slow
+def test_bad_images_fail_or_are_set_aside_as_asked(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "images", images=3, longest=280)
+    (source / "n1" / "n1_0.JPEG").write_bytes(b"no image")
+    strict = failure(shard(source, tmp_path / "out", "--workers", "1", "--on-bad-image", "fail"))
+    assert "n1_0.JPEG: it is no image in a known format; replace or remove the image" in strict
+    done = shard(source, tmp_path / "out", "--workers", "1", "--max-bad-fraction", "0.2")
+    assert done.returncode == 0, done.stderr
+    assert "images set aside: 1, listed in" in done.stdout
+    assert read_dataset(tmp_path / "out").set_aside == 1
+
+
+def test_a_missing_source_ends_in_one_line(tmp_path: Path) -> None:
+    message = failure(shard(tmp_path / "missing", tmp_path / "out"))
+    assert message == f"error: {tmp_path / 'missing'} does not exist: give --source a folder of class folders"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--on-bad-image", "perhaps"), "--on-bad-image"),
+        (("--quality", "200"), "--quality 200 must lie between 1 and 95"),
+        (("--workers", "0"), "--workers 0 must be at least 1"),
+    ],
+)
+def test_wrong_usage_is_status_2(
+    more: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["shard_imagenet.py", "--source", "missing", "--output", "out", *more])
+    with pytest.raises(SystemExit) as ended:
+        run(ShardConfig, main)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_progress_in_a_log_is_a_line_now_and_then_and_one_at_the_end() -> None:
+    log, now = io.StringIO(), [0.0]
+    with Progress(100, "images", stream=log, clock=lambda: now[0]) as progress:
+        progress.advance(50, worked=False)
+        for _ in range(4):
+            now[0] += 5.0
+            progress.advance(10, note="1 set aside")
+        now[0] += 1.0
+        progress.advance(10)
+    assert log.getvalue().splitlines() == [
+        "70 of 100 images, 2.0 images/s, 0:00:15 left, 1 set aside",
+        "90 of 100 images, 2.0 images/s, 0:00:05 left, 1 set aside",
+        "100 of 100 images, 2.4 images/s, 0:00:00 left",
+    ]

@@ -1,0 +1,235 @@
+"""The loop: workers, micro-batches and interruptions change nothing of what is learnt."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, multiprocessing, nn
+
+from jobs import checkpoint
+from jobs.checkpoint import CheckpointError, Identity
+from model.alexnet import AlexNet
+from model.metrics import Score
+from model.recipe import Recipe
+from model.training import DivergedError, Trainer, Worker
+from pipeline.plan import share
+from pipeline.rgb_stats import RgbStatistics
+
+CPU = torch.device("cpu")
+GLOBAL_BATCH = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    images: Tensor
+    labels: Tensor
+
+
+def global_batch() -> Images:
+    generator = torch.Generator().manual_seed(0)
+    images = 60 * torch.randn(GLOBAL_BATCH, 3, 227, 227, generator=generator)
+    return Images(images, torch.randint(0, 10, (GLOBAL_BATCH,), generator=generator))
+
+
+def one_step(rank: int, world: int, micro_batch: int) -> dict[str, Tensor]:
+    """The gradients of one step of AlexNet without dropout, of which this rank computes its part."""
+    torch.manual_seed(rank)
+    network = AlexNet(10, dropout=0.0)
+    network.initialise(seed=1, hidden_bias=0.1)
+    trainer = Trainer(network, Recipe(batch_size=GLOBAL_BATCH), Worker(rank, world, CPU))
+    batch, part = global_batch(), share(GLOBAL_BATCH, rank, world)
+    images, labels = batch.images[part.start : part.stop], batch.labels[part.start : part.stop]
+    cuts = zip(images.split(micro_batch), labels.split(micro_batch), strict=True)
+    trainer.step([Images(x, y) for x, y in cuts])
+    return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+
+
+def run_rank(rank: int, world: int, folder: str) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    torch.save(one_step(rank, world, micro_batch=2), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=2e-5 * scale, msg=name)
+
+
+@pytest.mark.slow
+def test_two_workers_step_as_one_does(tmp_path: Path) -> None:
+    # Seven images: four and three, the first part in two micro-batches and the second in two of two and one.
+    multiprocessing.spawn(run_rank, (2, str(tmp_path)), nprocs=2)
+    alone = one_step(0, 1, micro_batch=GLOBAL_BATCH)
+    assert float(alone["fc8.weight"].abs().max()) > 1e-3
+    for rank in range(2):
+        assert_close(torch.load(tmp_path / f"{rank}.pt", weights_only=True), alone)
+
+
+def test_micro_batches_add_up() -> None:
+    assert_close(one_step(0, 1, micro_batch=3), one_step(0, 1, micro_batch=GLOBAL_BATCH))
+
+
+class SmallData:
+    """Five steps of four images an epoch, another order each time."""
+
+    steps = 5
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._images = torch.randn(20, 3, 4, 4, generator=generator)
+        self._labels = torch.randint(0, 3, (20,), generator=generator)
+
+    def training(self, epoch: int, first_step: int) -> Iterator[list[Images]]:
+        order = torch.randperm(20, generator=torch.Generator().manual_seed(epoch))
+        for step in range(first_step, self.steps):
+            chosen = order[4 * step : 4 * step + 4]
+            yield [Images(self._images[chosen], self._labels[chosen])]
+
+    def validation(self) -> Iterator[Images]:
+        yield Images(self._images, self._labels)
+
+
+RECIPE = Recipe(batch_size=4, epochs=4, lr=0.05, seed=3)
+STATISTICS = RgbStatistics(1, (0, 0, 0), (1, 1, 1), ((1, 0, 0),) * 3, (1, 1, 1), ((1, 0, 0),) * 3)
+IDENTITY = Identity(RECIPE, "fingerprint", ("a", "b", "c"), STATISTICS)
+
+
+def make_trainer(recipe: Recipe = RECIPE) -> Trainer:
+    torch.manual_seed(11)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 3))
+    return Trainer(network, recipe, Worker(0, 1, CPU), log_every=2, checkpoint_every=2)
+
+
+class Stopped(Exception):
+    """A process that was killed."""
+
+
+class Recorder:
+    """Keeps checkpoints in folders, and stops the run after so many."""
+
+    def __init__(self, folder: Path, stop_after: int | None = None) -> None:
+        self.folder = folder
+        self.stop_after = stop_after
+        self.saved: list[Path] = []
+        self.rows: list[dict[str, Any]] = []
+        self.losses: list[float] = []
+
+    def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
+        assert 0 <= data_wait <= 1
+        self.losses.append(score.loss)
+
+    def completed(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        self.rows.append({k: v for k, v in row.items() if "seconds" not in k})
+
+    def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
+        folder = self.folder / str(len(self.saved))
+        folder.mkdir(parents=True)
+        checkpoint.save(folder, trainer, IDENTITY)
+        self.saved.append(folder)
+        if len(self.saved) == self.stop_after:
+            raise Stopped
+
+
+def weights(trainer: Trainer) -> list[Tensor]:
+    return [p.detach().clone() for p in trainer.network.parameters()]
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 5, 8])
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, stop_after: int) -> None:
+    whole, record = make_trainer(), Recorder(tmp_path / "whole")
+    whole.fit(SmallData(), record)
+    assert [row["epoch"] for row in record.rows] == [1, 2, 3, 4]
+    assert len(record.saved) == 12
+
+    stopped = Recorder(tmp_path / "stopped", stop_after)
+    with pytest.raises(Stopped):
+        make_trainer().fit(SmallData(), stopped)
+    resumed, rest = make_trainer(), Recorder(tmp_path / "rest")
+    torch.manual_seed(99)
+    checkpoint.restore(stopped.saved[-1], resumed, IDENTITY)
+    resumed.fit(SmallData(), rest)
+
+    for a, b in zip(weights(whole), weights(resumed), strict=True):
+        assert torch.equal(a, b)
+    assert stopped.rows + rest.rows == record.rows
+    assert resumed.progress.history == resumed.progress.history
+
+
+def test_an_epochs_row_counts_every_image(tmp_path: Path) -> None:
+    trainer, record = make_trainer(), Recorder(tmp_path)
+    trainer.fit(SmallData(), record)
+    assert {(row["images"], row["val_images"]) for row in record.rows} == {(20, 20)}
+    with torch.no_grad():
+        trainer.network.eval()
+        (batch,) = SmallData().validation()
+        errors = trainer.network(batch.images).argmax(1) != batch.labels
+    assert record.rows[-1]["top1_error"] == pytest.approx(float(errors.double().mean()))
+
+
+def test_a_diverged_loss_stops_the_run_and_says_where(tmp_path: Path) -> None:
+    trainer = make_trainer(dataclasses.replace(RECIPE, lr=1e30))
+    with pytest.raises(DivergedError, match=r"epoch 1, steps \d to \d, at rate 1e\+30: start again with a lower --lr"):
+        trainer.fit(SmallData(), Recorder(tmp_path))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    record = Recorder(tmp_path, stop_after=3)
+    with pytest.raises(Stopped):
+        make_trainer().fit(SmallData(), record)
+    return record.saved[-1]
+
+
+def test_a_checkpoint_holds_no_code(saved: Path) -> None:
+    assert sorted(path.name for path in saved.iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+
+
+def test_another_runs_checkpoint_is_refused_by_name(saved: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, lr=0.1, groups=2)
+    with pytest.raises(CheckpointError, match=r"lr is 0\.1, was 0\.05; groups is 2, was 1\. Use another --name"):
+        checkpoint.restore(saved, make_trainer(recipe), dataclasses.replace(IDENTITY, recipe=recipe))
+    with pytest.raises(CheckpointError, match="the shard set is other, was fingerprint"):
+        checkpoint.restore(saved, make_trainer(), dataclasses.replace(IDENTITY, dataset="other"))
+
+
+def test_a_longer_run_may_continue_a_finished_one(tmp_path: Path) -> None:
+    record = Recorder(tmp_path / "a")
+    make_trainer().fit(SmallData(), record)
+    longer = dataclasses.replace(RECIPE, epochs=5)
+    trainer, rest = make_trainer(longer), Recorder(tmp_path / "b")
+    checkpoint.restore(record.saved[-1], trainer, dataclasses.replace(IDENTITY, recipe=longer))
+    trainer.fit(SmallData(), rest)
+    assert [row["epoch"] for row in rest.rows] == [5]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_refused(saved: Path, name: str) -> None:
+    path = saved / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=name):
+        checkpoint.restore(saved, make_trainer(), IDENTITY)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=name):
+        checkpoint.restore(saved, make_trainer(), IDENTITY)
+
+
+def test_another_networks_weights_are_refused(saved: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 4))
+    with pytest.raises(CheckpointError, match=r"does not fit this network: 4\.weight, 4\.bias"):
+        checkpoint.load_network(saved, network)
+
+
+def test_a_state_survives_json(saved: Path) -> None:
+    progress = checkpoint.read_state(saved).progress
+    assert (progress.epoch, progress.step) == (1, 0)
+    assert math.isfinite(progress.history[0]["val_loss"])
+    assert checkpoint.read_state(saved).identity == IDENTITY
