@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import ray
 
 
-def connect(cpus: int | None = None) -> None:
+@contextlib.contextmanager
+def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
     """Joins the cluster that RAY_ADDRESS names (as `ray job submit` sets it), else starts Ray on this machine.
+
+    Leaves the one, or stops the other, at the end.
 
     Args:
         cpus: what a locally started Ray shall offer; None for all of the machine's.
+        options: more of ray.init's, for either.
     """
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(logging_level=logging.WARNING)
+    options = {"logging_level": logging.WARNING, **options}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**options)
     else:
-        # The dashboard, on loopback, serves the state that Ray Train's own helpers ask for.
         # "local", because a bare init would join any Ray that happens to run on this machine.
-        ray.init("local", num_cpus=cpus, logging_level=logging.WARNING)
+        ray.init("local", num_cpus=cpus, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()

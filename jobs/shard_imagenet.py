@@ -12,11 +12,9 @@ IMAGES holds a folder a class, or train/ and val/ that do. OUT/dataset.json is w
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +22,7 @@ import ray
 import ray.exceptions
 
 from jobs.cli import run
+from jobs.cluster import connected
 from jobs.progress import Progress
 from pipeline.dataset import DatasetInfo
 from pipeline.resize import encoder_settings
@@ -33,7 +32,6 @@ from pipeline.sources import read_source
 
 MAX_SAMPLES_PER_SHARD = 20_000  # A worker holds its shard in memory, at about 25 KB an image.
 TASK_RETRIES = 3
-OBJECT_STORE_BYTES = 100 * 2**20  # Shards go to the disk: the store only carries plans and annotations.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,32 +95,11 @@ def main(config: ShardConfig) -> None:
         _print_summary(output, info, rate=None)
         return
     claim_folder(output, plan)
-    with _ray(config.workers), Progress(listing.images, "images") as progress:
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    with connected(config.workers, **quiet), Progress(listing.images, "images") as progress:
         annotations = _build_all(output, plan, config, progress)
         rate = progress.rate
     _print_summary(output, finish(output, plan, annotations, config.max_bad_fraction), rate)
-
-
-@contextlib.contextmanager
-def _ray(workers: int | None) -> Iterator[None]:
-    """Joins the cluster that RAY_ADDRESS names, or starts Ray on this machine; leaves or stops it at the end."""
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-    else:
-        cpus = workers or os.cpu_count()
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            num_gpus=0,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **quiet,
-        )
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _build_all(output: Path, plan: SetPlan, config: ShardConfig, progress: Progress) -> list[ShardAnnotation]:

@@ -1,8 +1,8 @@
 """Trains AlexNet on a shard set, on any number of workers, as the paper did (or by a named deviation).
 
 Run the same command again to continue a run that was stopped. Started plainly, it uses this machine; under
-`ray job submit --working-dir . -- python jobs/train.py ...` it uses the cluster. A setting whose default is None follows from
-the recipe, or from the machine; the run begins by printing what they became.
+`ray job submit --working-dir . -- python jobs/train.py ...` it uses the cluster. A setting whose default is None
+follows from the recipe or from the machine; the run begins by printing what came of it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from jobs import checkpoint
 from jobs.checkpoint import Identity
 from jobs.cli import run
-from jobs.cluster import connect
+from jobs.cluster import connected
 from jobs.worker import Assignment, train_worker
 from model.recipe import RECIPES, Recipe
-from pipeline.dataset import DatasetError, read_dataset
+from pipeline.dataset import DatasetError, DatasetInfo, read_dataset
 from pipeline.plan import Plan, colour_matrix
 
 MOST_CORES = 12  # Of a GPU worker by default: decoding 256 x 256 JPEGs for one GPU's AlexNet gains little beyond.
@@ -158,40 +158,56 @@ def check_storage(storage: str, name: str) -> None:
 
 def main(config: TrainConfig) -> None:
     recipe = config.make_recipe()
-    if "://" in config.data:
-        raise DatasetError(f"--data is {config.data}: copy the set to a local path on every node and give that path")
-    data = Path(config.data).absolute()
-    info = read_dataset(data)
-    for split in ("train", "val"):
-        if split not in info.splits or info.splits[split].samples == 0:
-            raise DatasetError(
-                f"the shard set {data} has no {split} images; shard it with --source-val or --val-fraction"
-            )
+    data, info = open_dataset(config.data)
     plan = Plan(info.splits["train"].samples, recipe.batch_size, recipe.seed, colour_matrix(info.rgb, recipe.colour))
-    identity = Identity.of(recipe, info)
     check_storage(config.storage, config.name)
     done = checkpoint.committed(config.storage, config.name)
     if done:
         folder, state = list(done.items())[-1]
-        checkpoint.refuse_other(state, identity, f"{config.storage}/{config.name}/{folder}")
+        checkpoint.refuse_other(state, Identity.of(recipe, info), f"{config.storage}/{config.name}/{folder}")
         if checkpoint.finished(state, recipe):
             print(f"the run {config.name} is finished already; --epochs extends it, another --name starts anew")
             print_result(config, state.progress.history, done)
             return
+    with connected():
+        resources = Resources.of(config, ray.cluster_resources())
+        refuse_shortage(resources, recipe)
+        precision = config.precision if config.precision != "auto" else ("bfloat16" if resources.gpus else "float32")
+        print(
+            f"{'continuing' if done else 'starting'} {config.name}: recipe {config.recipe}, {len(info.classes)} classes; an "
+            f"epoch is {plan.steps} steps of {recipe.batch_size} and leaves out {plan.left_out} of {plan.samples} "
+            f"images; {resources.workers} worker(s) on {'GPU' if resources.gpus else 'CPU'} with "
+            f"{resources.cpus_per_worker} core(s) each; {precision}",
+            flush=True,
+        )
+        history = launch(config, recipe, data, resources, precision)
+    print_result(config, history, checkpoint.committed(config.storage, config.name))
 
-    # Ray Train would show what a worker prints twice, once through its own log.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    connect()
-    resources = Resources.of(config, ray.cluster_resources())
-    refuse_shortage(resources, recipe)
-    precision = config.precision if config.precision != "auto" else ("bfloat16" if resources.gpus else "float32")
-    print(
-        f"{'continuing' if done else 'starting'} {config.name}: recipe {config.recipe}, {len(info.classes)} classes, "
-        f"{plan.samples} training images; {plan.steps} steps of {recipe.batch_size} an epoch, {plan.left_out} images "
-        f"left out of each; {resources.workers} worker(s) on {'GPU' if resources.gpus else 'CPU'} with "
-        f"{resources.cpus_per_worker} core(s) each; {precision}",
-        flush=True,
-    )
+
+def open_dataset(location: str) -> tuple[Path, DatasetInfo]:
+    """The shard set's absolute path and description.
+
+    Raises:
+        DatasetError: if it cannot be trained on and validated with.
+    """
+    if "://" in location:
+        raise DatasetError(f"--data is {location}: copy the set to one local path on all nodes and give that path")
+    data = Path(location).absolute()
+    info = read_dataset(data)
+    for split in ("train", "val"):
+        if split not in info.splits or info.splits[split].samples == 0:
+            raise DatasetError(f"the shard set {data} has no {split} images; shard with --source-val or --val-fraction")
+    return data, info
+
+
+def launch(
+    config: TrainConfig, recipe: Recipe, data: Path, resources: Resources, precision: str
+) -> list[dict[str, float]]:
+    """Runs the workers to the end; rank 0's history.
+
+    Raises:
+        ValueError: if training failed; it says why.
+    """
     filesystem, path = checkpoint.open_storage(config.storage)
     assignment = Assignment(
         data=str(data),
@@ -203,6 +219,8 @@ def main(config: TrainConfig) -> None:
         log_every=config.log_every,
         checkpoint_every=config.checkpoint_every,
     )
+    # Ray Train would show what a worker prints twice, once through its own log.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=assignment,
@@ -228,7 +246,7 @@ def main(config: TrainConfig) -> None:
         raise ValueError(f"training failed: {error}; the same command continues from the last checkpoint") from error
     if outcome["error"]:
         raise ValueError(outcome["error"])
-    print_result(config, outcome["history"], checkpoint.committed(config.storage, config.name))
+    return list(outcome["history"])
 
 
 def refuse_shortage(resources: Resources, recipe: Recipe) -> None:

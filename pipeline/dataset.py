@@ -152,7 +152,8 @@ def read_dataset(root: Path) -> DatasetInfo:
     except FileNotFoundError:
         state = "is unfinished: it has no dataset.json" if root.is_dir() else "does not exist"
         raise DatasetError(
-            f"the shard set {root} {state}; make or finish it with: python jobs/shard_imagenet.py --source IMAGES --output {root}"
+            f"the shard set {root} {state}; make or finish it with: "
+            f"python jobs/shard_imagenet.py --source IMAGES --output {root}"
         ) from None
     try:
         value = json.loads(text)

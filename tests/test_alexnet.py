@@ -48,7 +48,8 @@ def test_layer_shapes() -> None:
 def test_initial_values() -> None:
     network = AlexNet(10)
     network.initialise(seed=4, hidden_bias=1.0)
-    biases = {name: layer.bias.unique().tolist() for name, layer in network.named_children() if hasattr(layer, "bias")}
+    layers = {name: layer for name, layer in network.named_children() if isinstance(layer, nn.Conv2d | nn.Linear)}
+    biases = {name: layer.bias.unique().tolist() for name, layer in layers.items() if layer.bias is not None}
     ones, zeros = [1.0], [0.0]
     assert biases == {
         "conv1": zeros,
@@ -60,11 +61,10 @@ def test_initial_values() -> None:
         "fc7": ones,
         "fc8": zeros,
     }
-    for name, layer in network.named_children():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            n = layer.weight.numel()
-            assert abs(layer.weight.mean()) < 4 * 0.01 / np.sqrt(n), name
-            assert abs(layer.weight.std() / 0.01 - 1) < 4 / np.sqrt(2 * n), name
+    for name, layer in layers.items():
+        n = layer.weight.numel()
+        assert abs(layer.weight.mean()) < 4 * 0.01 / np.sqrt(n), name
+        assert abs(layer.weight.std() / 0.01 - 1) < 4 / np.sqrt(2 * n), name
     again, other = AlexNet(10), AlexNet(10)
     again.initialise(seed=4)
     other.initialise(seed=5)
