@@ -30,7 +30,7 @@ format: .venv/.installed
 
 # Writes the versions that this pyproject.toml resolves to today; commit the result.
 lock: .venv/.installed
-	$(BIN)/pip-compile --quiet --extra dev --strip-extras --no-emit-index-url --no-emit-find-links \
+	$(BIN)/pip-compile --quiet --extra dev --extra aws --strip-extras --no-emit-index-url --no-emit-find-links \
 		--output-file requirements.lock pyproject.toml
 
 clean:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from model.recipe import Recipe
 from model.training import Progress, Trainer
 from pipeline.dataset import DatasetInfo
 from pipeline.rgb_stats import RgbStatistics
+from pipeline.storage import open_location, read_text
 
 SCHEMA_VERSION = 1
 STATE_FILE = "state.json"
@@ -192,28 +192,13 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path} is damaged or missing ({error}): use an earlier checkpoint") from error
 
 
-def open_storage(location: str) -> tuple[arrow_fs.FileSystem, str]:
-    """The file system and path of a local path or a URL (s3://, gs://).
-
-    Raises:
-        ValueError: for a URL that pyarrow, through which Ray stores its checkpoints, does not know.
-    """
-    if "://" not in location:
-        return arrow_fs.LocalFileSystem(), os.path.abspath(location)
-    try:
-        filesystem, path = arrow_fs.FileSystem.from_uri(location)
-    except (ValueError, TypeError, OSError) as error:
-        raise ValueError(f"the storage {location} cannot be opened: {error}") from error
-    return filesystem, path
-
-
 def committed(storage: str, name: str) -> dict[str, State]:
     """A run's committed checkpoints, in the order of training: folder name -> state; empty if it has none."""
-    filesystem, path = open_storage(storage)
+    filesystem, path = open_location(storage)
     listing = f"{path}/{name}/{RUN_FILE}"
     if filesystem.get_file_info(listing).type != arrow_fs.FileType.File:
         return {}
-    value = json.loads(_read(filesystem, listing))
+    value = json.loads(read_text(filesystem, listing))
     results = [
         *value["checkpoint_results"],
         *([value["latest_checkpoint_result"]] if value["latest_checkpoint_result"] else []),
@@ -221,13 +206,8 @@ def committed(storage: str, name: str) -> dict[str, State]:
     states = {}
     for folder in {result["checkpoint_dir_name"] for result in results}:
         file = f"{path}/{name}/{folder}/{STATE_FILE}"
-        states[folder] = State.from_json(_read(filesystem, file), file)
+        states[folder] = State.from_json(read_text(filesystem, file), file)
     return dict(sorted(states.items(), key=lambda item: (item[1].progress.epoch, item[1].progress.step)))
-
-
-def _read(filesystem: arrow_fs.FileSystem, path: str) -> str:
-    with filesystem.open_input_stream(path) as stream:
-        return str(stream.read().decode("utf-8"))
 
 
 def best(states: dict[str, State]) -> str | None:

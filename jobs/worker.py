@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from model.training import DivergedError, Trainer, Worker
 from pipeline.dataset import SplitReader, read_dataset
 from pipeline.loader import Batch, Loader
 from pipeline.plan import Plan, centre_views, colour_matrix, share
+from pipeline.staging import stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,9 @@ class Assignment:
     """What the driver tells every worker."""
 
     data: str
-    """The shard set's folder, as an absolute path that exists on every node."""
+    """The shard set: an absolute path that every node sees, or a URL."""
+    stage: str | None
+    """Where to copy it to on this node, or None to use it where it is."""
     events: str
     """Where rank 0 writes TensorBoard events."""
     recipe: Recipe
@@ -146,7 +150,10 @@ def train_worker(assignment: Assignment) -> dict[str, Any]:
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, getattr(torch, assignment.precision))
     if device.type == "cpu":
         torch.set_num_threads(assignment.threads)
-    data = WorkerData(Path(assignment.data), assignment.recipe, worker, assignment.micro_batch, assignment.threads)
+    folder = Path(assignment.data)
+    if assignment.stage is not None:
+        folder = stage(assignment.data, Path(assignment.stage), functools.partial(print, flush=True))
+    data = WorkerData(folder, assignment.recipe, worker, assignment.micro_batch, assignment.threads)
     identity = Identity.of(assignment.recipe, data.info)
     trainer = Trainer(
         make_network(identity).to(memory_format=torch.channels_last).to(device),
@@ -157,8 +164,8 @@ def train_worker(assignment: Assignment) -> dict[str, Any]:
     )
     previous = ray.train.get_checkpoint()
     if previous is not None:
-        with previous.as_directory() as folder:
-            checkpoint.restore(Path(folder), trainer, identity)
+        with previous.as_directory() as saved:
+            checkpoint.restore(Path(saved), trainer, identity)
     start = trainer.progress.epoch * data.steps + trainer.progress.step
     if previous is not None and worker.rank == 0:
         print(f"continuing after epoch {trainer.progress.epoch}, step {trainer.progress.step}", flush=True)

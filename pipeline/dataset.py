@@ -155,13 +155,22 @@ def read_dataset(root: Path) -> DatasetInfo:
             f"the shard set {root} {state}; make or finish it with: "
             f"python jobs/shard_imagenet.py --source IMAGES --output {root}"
         ) from None
+    return parse_dataset(text, str(path))
+
+
+def parse_dataset(text: str, where: str) -> DatasetInfo:
+    """Parses the contents of a `dataset.json`.
+
+    Raises:
+        DatasetError: naming `where`, if it cannot be understood.
+    """
     try:
         value = json.loads(text)
         if not isinstance(value, dict):
             raise DatasetError("it holds no JSON object")
         return DatasetInfo.from_json(value)
     except (json.JSONDecodeError, DatasetError) as error:
-        raise DatasetError(f"{path} cannot be used: {error}") from error
+        raise DatasetError(f"{where} cannot be used: {error}") from error
 
 
 def read_index(path: Path) -> list[dict[str, tuple[int, int, str]]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from model.recipe import Plateau, Recipe, make_optimizer
+from model.recipe import RECIPES, Plateau, Recipe, make_optimizer
 
 
 def test_the_update_is_the_papers() -> None:
@@ -28,6 +30,12 @@ def test_the_update_is_the_papers() -> None:
         w = w + v
         np.testing.assert_allclose(layer.weight.detach().numpy(), w, rtol=1e-4, atol=1e-6)
         w = layer.weight.detach().double().numpy().copy()
+
+
+def test_the_named_recipes_differ_in_one_number() -> None:
+    paper, default = (dataclasses.asdict(RECIPES[name]) for name in ("paper", "default"))
+    assert {name for name in paper if paper[name] != default[name]} == {"hidden_bias"}
+    assert (paper["batch_size"], paper["epochs"], paper["lr"], paper["hidden_bias"]) == (128, 90, 0.01, 1.0)
 
 
 def metrics(seed: int, count: int) -> list[float]:

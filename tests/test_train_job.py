@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from jobs import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAIN = ["--workers", "2", "--batch-size", "15", "--log-every", "1", "--hidden-bias", "0.1", "--no-gpus"]
+TRAIN = ["--workers", "2", "--batch-size", "15", "--log-every", "1", "--no-gpus"]
 
 
 def command(job: str, *arguments: object) -> list[str]:
