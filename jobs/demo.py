@@ -24,6 +24,7 @@ from jobs.cli import run
 from pipeline.dataset import read_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
+RAY = str(Path(sys.executable).with_name("ray"))
 HOST = "127.0.0.1"
 STOP_SECONDS = 20
 
@@ -57,11 +58,16 @@ def call(arguments: list[str], environment: dict[str, str] | None = None) -> Non
     Raises:
         CommandError: if its exit status is not 0.
     """
-    shown = ["python" if a == sys.executable else a for a in arguments]
-    print(f"\n$ {shlex.join(shown)}", flush=True)
+    show(arguments)
     status = subprocess.run(arguments, cwd=ROOT, env=environment, check=False).returncode
     if status != 0:
-        raise CommandError(f"`{shlex.join(shown)}` failed with exit status {status}; what it said stands above")
+        raise CommandError(f"`{shlex.join(arguments)}` failed with exit status {status}; what it said stands above")
+
+
+def show(arguments: list[str]) -> None:
+    """Prints a command as a person would type it in the project's environment."""
+    names = {sys.executable: "python", RAY: "ray"}
+    print(f"\n$ {shlex.join(names.get(a, a) for a in arguments)}", flush=True)
 
 
 @contextlib.contextmanager
@@ -73,10 +79,10 @@ def ray_cluster(environment: dict[str, str], cpus: int) -> Iterator[str]:
     """
     port, dashboard, client = free_ports(3)
     with tempfile.TemporaryFile("w+") as log:
-        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats"]
+        command = [RAY, "start", "--head", "--block", "--disable-usage-stats"]
         command += [f"--node-ip-address={HOST}", f"--port={port}", f"--num-cpus={cpus}"]
         command += [f"--dashboard-host={HOST}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
-        print(f"\n$ {shlex.join(['ray', *command[1:]])} &", flush=True)
+        show([*command, "&"])
         # A session of its own: all that it starts is ended with it, and no other Ray on this machine.
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -129,14 +135,15 @@ def main(config: DemoConfig) -> None:
     call([python, "jobs/shard_imagenet.py", "--source", str(images), "--output", str(shards)])
 
     # Explicit on both sides: Ray turns it on by itself for some clusters, and a client that is not told is refused.
-    environment = {**os.environ, "RAY_AUTH_MODE": "token"}
+    # A job's `python` is the one that the cluster finds first.
+    path = f"{Path(python).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "PATH": path}
     environment.pop("RAY_ADDRESS", None)
     with ray_cluster(environment, max(os.cpu_count() or 1, config.workers)) as address:
         train = ["python", "jobs/train.py", "--data", str(shards), "--storage", str(runs), "--name", "demo"]
         train += ["--workers", str(config.workers), "--batch-size", str(config.batch_size)]
         train += ["--epochs", str(config.epochs), "--log-every", "5"]
-        ray = str(Path(python).with_name("ray"))
-        call([ray, "job", "submit", "--address", address, "--working-dir", ".", "--", *train], environment)
+        call([RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", *train], environment)
 
     evaluate = [python, "jobs/evaluate.py", "--data", str(shards), "--checkpoint", str(runs / "demo")]
     call([*evaluate, "--json", str(output / "centre.json")])

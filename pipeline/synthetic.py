@@ -1,8 +1,9 @@
 """Generated images with the statistics of photographs, for trying everything before ImageNet is at hand.
 
 Each shows one or two textured objects before a background of pink noise (amplitude 1/f, as in photographs) under uneven
-light. Shape and texture make the class; place, size, turn, colours, contrast, blur and noise are drawn in the same way
-for every class, so that a network has to look at structure: the mean colour says nothing.
+light. Shape and texture make the class, and, as a church has its sky and a fish its water, each class has a colour of
+surroundings that is typical of it, though not certain: what a network learns first, in the minutes of a demonstration.
+Place, size, turn, the object's colours, contrast, blur and noise are drawn in the same way for every class.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ ASPECT = (0.6, 1.8)
 """Width over height."""
 GRAYSCALE_FRACTION = 0.05
 JPEG_QUALITY = (75, 95)
+HUE_SPREAD = 0.35
+"""Radians: the deviation of a class's surroundings around its hue; neighbouring hues are 2 pi / 8 = 0.79 apart."""
 
 
 def _random(seed: int, split: str, class_index: int, number: int, purpose: int) -> np.random.Generator:
@@ -124,7 +127,7 @@ def draw(seed: int, class_index: int, number: int, split: str = "train") -> NDAr
     """One image, [h, w, 3] uint8 RGB: the same arguments give the same pixels."""
     rng = _random(seed, split, class_index, number, purpose=0)
     height, width = _size(rng)
-    image = _background(rng, height, width)
+    image = _background(rng, height, width, class_index)
     for centre, radius in _places(rng, height, width):
         _add_object(image, class_index, centre, radius, rng)
 
@@ -171,6 +174,13 @@ def _colour(rng: np.random.Generator, darkest: float, lightest: float) -> NDArra
     return np.clip(colour, 0, 1).astype(np.float32)
 
 
+def _surroundings(rng: np.random.Generator, class_index: int) -> NDArray[np.float32]:
+    """[3]: a colour near the class's own, on the circle of hues."""
+    angle = 2 * math.pi * class_index / len(CLASSES) + rng.normal(0, HUE_SPREAD)
+    hue = np.cos(angle - 2 * math.pi * np.arange(3) / 3)
+    return (rng.uniform(0.35, 0.6) + rng.uniform(0.1, 0.25) * hue).astype(np.float32)
+
+
 def _pink_noise(rng: np.random.Generator, height: int, width: int) -> Field:
     """[height, width], mean 0 and deviation 1 or nearly: octaves of equal power, each drawn small and scaled up."""
     octaves = math.ceil(math.log2(max(height, width) / 3))
@@ -184,9 +194,9 @@ def _pink_noise(rng: np.random.Generator, height: int, width: int) -> Field:
     return (noise - sample.mean()) * (1 / sample.std())
 
 
-def _background(rng: np.random.Generator, height: int, width: int) -> NDArray[np.float32]:
+def _background(rng: np.random.Generator, height: int, width: int, class_index: int) -> NDArray[np.float32]:
     """[3, height, width] in about [0, 1]: pink noise in brightness, and weaker and coarser in hue."""
-    base = _colour(rng, 0.3, 0.7)
+    base = _surroundings(rng, class_index)
     tint = (_colour(rng, 0.5, 0.5) - np.float32(0.5)) * np.float32(0.4)
     bright = _pink_noise(rng, height, width) * np.float32(rng.uniform(0.07, 0.18))
     coarse = Image.fromarray(_pink_noise(rng, height // 4, width // 4))

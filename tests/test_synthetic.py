@@ -1,4 +1,4 @@
-"""Generated images: a function of the seed, shaped like ImageNet and photographs, and not told apart by colour."""
+"""Generated images: a function of the seed, shaped like ImageNet and photographs, their colours a hint of the class."""
 
 from __future__ import annotations
 
@@ -54,24 +54,12 @@ def _central_square(image: np.ndarray) -> np.ndarray:
     return np.asarray(square.resize((48, 48), Image.Resampling.BOX), dtype=np.float64)
 
 
-def variance_ratio(means: np.ndarray) -> float:
-    """Analysis of variance of [classes, images, 3]: the largest F of the three channels, near 1 for equal classes."""
-    within = means.var(axis=1, ddof=1).mean(axis=0)
-    between = means.mean(axis=1).var(axis=0, ddof=1) * means.shape[1]
-    return float((between / within).max())
-
-
-def test_the_mean_colour_says_nothing_about_the_class(small_images: list[np.ndarray]) -> None:
+def test_the_mean_colour_hints_at_the_class_and_does_not_settle_it(small_images: list[np.ndarray]) -> None:
     means = np.stack([images.mean(axis=(1, 2)) for images in small_images])  # [classes, images, 3]
-    # With equal means, F is above 2.7 for 1 seed in 100 (7 and 192 degrees of freedom).
-    assert variance_ratio(means) < 2.7
-    shifted = means.copy()
-    shifted[0] += 40  # One class brighter by 40 of 255: the measure sees such a thing.
-    assert variance_ratio(shifted) > 2.7
-    # A mean colour guesses the class by the nearest centre hardly better than chance, 0.125.
     centres = means[:, ::2].mean(axis=1)
     distances = np.linalg.norm(means[:, 1::2, None] - centres, axis=3)
-    assert (distances.argmin(axis=2) == np.arange(len(CLASSES))[:, None]).mean() < 0.25
+    guessed = float((distances.argmin(axis=2) == np.arange(len(CLASSES))[:, None]).mean())
+    assert 3 / len(CLASSES) < guessed < 0.9  # by the nearest centre; chance is 1 / 8
 
 
 def test_the_spectrum_falls_as_in_photographs() -> None:
