@@ -35,7 +35,7 @@ class DemoConfig:
     """Where everything goes: images, shards, runs and report."""
     source: Path | None = None
     """Your own images, a folder a class (or train/ and val/ of such); by default some are generated."""
-    epochs: int = 6
+    epochs: int = 5
     """How long to train."""
     batch_size: int = 32
     """Images per step; small, so that minutes on two cores hold enough steps."""
