@@ -35,7 +35,7 @@ class DemoConfig:
     """Where everything goes: images, shards, runs and report."""
     source: Path | None = None
     """Your own images, a folder a class (or train/ and val/ of such); by default some are generated."""
-    epochs: int = 5
+    epochs: int = 4
     """How long to train."""
     batch_size: int = 32
     """Images per step; small, so that minutes on two cores hold enough steps."""
@@ -52,7 +52,7 @@ class CommandError(ValueError):
     """One of the demo's commands failed; it has said why."""
 
 
-def call(arguments: list[str], environment: dict[str, str] | None = None) -> None:
+def call(arguments: list[str], environment: dict[str, str]) -> None:
     """Shows a command and runs it from the project's root.
 
     Raises:
@@ -130,15 +130,14 @@ def main(config: DemoConfig) -> None:
     python = sys.executable
     images = (config.source or output / "images").absolute()
     shards, runs, report = output / "shards", output / "runs", output / "report.html"
-    if config.source is None:
-        call([python, "jobs/generate_images.py", "--output", str(images)])
-    call([python, "jobs/shard_imagenet.py", "--source", str(images), "--output", str(shards)])
-
-    # Explicit on both sides: Ray turns it on by itself for some clusters, and a client that is not told is refused.
-    # A job's `python` is the one that the cluster finds first.
+    # The token mode is explicit on both sides: Ray turns it on by itself for some clusters, and then refuses a client
+    # that was not told. A job's `python` is the one that the cluster finds first.
     path = f"{Path(python).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "PATH": path}
     environment.pop("RAY_ADDRESS", None)
+    if config.source is None:
+        call([python, "jobs/generate_images.py", "--output", str(images)], environment)
+    call([python, "jobs/shard_imagenet.py", "--source", str(images), "--output", str(shards)], environment)
     with ray_cluster(environment, max(os.cpu_count() or 1, config.workers)) as address:
         train = ["python", "jobs/train.py", "--data", str(shards), "--storage", str(runs), "--name", "demo"]
         train += ["--workers", str(config.workers), "--batch-size", str(config.batch_size)]
@@ -146,9 +145,9 @@ def main(config: DemoConfig) -> None:
         call([RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", *train], environment)
 
     evaluate = [python, "jobs/evaluate.py", "--data", str(shards), "--checkpoint", str(runs / "demo")]
-    call([*evaluate, "--json", str(output / "centre.json")])
-    call([*evaluate, "--ten-crop", "--json", str(output / "ten_crops.json")])
-    call([python, "jobs/report.py", "--storage", str(runs), "--name", "demo", "--output", str(report)])
+    call([*evaluate, "--json", str(output / "centre.json")], environment)
+    call([*evaluate, "--ten-crop", "--json", str(output / "ten_crops.json")], environment)
+    call([python, "jobs/report.py", "--storage", str(runs), "--name", "demo", "--output", str(report)], environment)
 
     classes = len(read_dataset(shards).classes)
     print(f"\nTop-1 validation error, of which guessing among {classes} classes would have {1 - 1 / classes:.1%}:")

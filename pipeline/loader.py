@@ -108,6 +108,7 @@ class Loader:
         self._pipeline = define(
             self._next, batch_size, threads, "gpu" if on_gpu else "cpu", (device.index or 0) if on_gpu else None
         )
+        self._copy_stream = torch.cuda.Stream(device) if on_gpu else None
         self._pipeline.build()
 
     def _next(self) -> tuple[list[NDArray[np.uint8]], NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
@@ -137,10 +138,20 @@ class Loader:
             except RuntimeError as error:
                 raise LoaderError(self._diagnose(error)) from error
             done = self._in_flight.popleft()
-            # A copy, because DALI writes the next batch into the same memory.
-            images = torch.from_dlpack(output.as_tensor()).clone().permute(0, 3, 1, 2)
+            images = self._copied(torch.from_dlpack(output.as_tensor())).permute(0, 3, 1, 2)
             labels = torch.from_numpy(self._reader.labels[done.samples]).to(self._device)
             yield Batch(images, labels, done.samples)
+
+    def _copied(self, images: Tensor) -> Tensor:
+        """A copy of DALI's output, finished on return: DALI writes the next batch into the same memory."""
+        if self._copy_stream is None:
+            return images.clone()
+        # On a stream of its own, since waiting on the current one would wait for the training step that runs there.
+        with torch.cuda.stream(self._copy_stream):
+            copy = images.clone()
+        self._copy_stream.synchronize()
+        copy.record_stream(torch.cuda.current_stream(self._device))
+        return copy
 
     def _drain(self) -> None:
         """Lets DALI finish what an earlier `run`, not read to its end, had already handed to it."""
