@@ -192,10 +192,10 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path} is damaged or missing ({error}): use an earlier checkpoint") from error
 
 
-def committed(storage: str, name: str) -> dict[str, State]:
-    """A run's committed checkpoints, in the order of training: folder name -> state; empty if it has none."""
-    filesystem, path = open_location(storage)
-    listing = f"{path}/{name}/{RUN_FILE}"
+def committed(run: str) -> dict[str, State]:
+    """The committed checkpoints of the run at a path or URL, in the order of training: folder name -> state."""
+    filesystem, path = open_location(run)
+    listing = f"{path}/{RUN_FILE}"
     if filesystem.get_file_info(listing).type != arrow_fs.FileType.File:
         return {}
     value = json.loads(read_text(filesystem, listing))
@@ -205,7 +205,7 @@ def committed(storage: str, name: str) -> dict[str, State]:
     ]
     states = {}
     for folder in {result["checkpoint_dir_name"] for result in results}:
-        file = f"{path}/{name}/{folder}/{STATE_FILE}"
+        file = f"{path}/{folder}/{STATE_FILE}"
         states[folder] = State.from_json(read_text(filesystem, file), file)
     return dict(sorted(states.items(), key=lambda item: (item[1].progress.epoch, item[1].progress.step)))
 

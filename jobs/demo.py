@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import secrets
 import shlex
 import signal
 import socket
@@ -131,9 +132,9 @@ def main(config: DemoConfig) -> None:
     images = (config.source or output / "images").absolute()
     shards, runs, report = output / "shards", output / "runs", output / "report.html"
     # The token mode is explicit on both sides: Ray turns it on by itself for some clusters, and then refuses a client
-    # that was not told. A job's `python` is the one that the cluster finds first.
+    # that was not told. The token is this cluster's alone. A job's `python` is the one that the cluster finds first.
     path = f"{Path(python).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "PATH": path}
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PATH": path}
     environment.pop("RAY_ADDRESS", None)
     if config.source is None:
         call([python, "jobs/generate_images.py", "--output", str(images)], environment)

@@ -23,7 +23,7 @@ from model.metrics import Score, evaluate
 from pipeline.dataset import SplitReader, read_dataset, write_json
 from pipeline.loader import Batch, Loader
 from pipeline.plan import centre_views, ten_crop_views
-from pipeline.storage import is_url, open_location
+from pipeline.storage import join, open_location
 
 TEN = 10
 
@@ -57,20 +57,18 @@ def local_checkpoint(location: str) -> Iterator[tuple[str, Path]]:
     Raises:
         CheckpointError: if there is neither a checkpoint nor a run with one.
     """
-    location = location.rstrip("/")
     filesystem, path = open_location(location)
     if filesystem.get_file_info(path).type != arrow_fs.FileType.Directory:
         raise CheckpointError(
             f"{location} does not exist or is no folder: give a checkpoint_* folder or a run's folder"
         )
     if filesystem.get_file_info(f"{path}/{checkpoint.STATE_FILE}").type != arrow_fs.FileType.File:
-        storage, _, name = (location if is_url(location) else path).rpartition("/")
-        chosen = checkpoint.best(checkpoint.committed(storage, name))
+        chosen = checkpoint.best(checkpoint.committed(location))
         if chosen is None:
             raise CheckpointError(
                 f"{location} holds no finished epoch's checkpoint: train first, or give a checkpoint_* folder"
             )
-        location, path = f"{location}/{chosen}", f"{path}/{chosen}"
+        location, path = join(location, chosen), f"{path}/{chosen}"
     if isinstance(filesystem, arrow_fs.LocalFileSystem):
         yield location, Path(path)
         return

@@ -19,6 +19,7 @@ from jobs.cli import run
 from jobs.evaluate import local_checkpoint
 from jobs.worker import make_network
 from pipeline.dataset import write_atomically
+from pipeline.storage import join
 
 FILTER_COLUMNS = 16  # 96 filters in six rows; the paper's figure 3 has 12 to a row.
 
@@ -168,13 +169,13 @@ def page(name: str, state: State, weights: NDArray[np.float32]) -> str:
 
 
 def main(config: ReportConfig) -> None:
-    states = checkpoint.committed(config.storage, config.name)
-    run_folder = f"{config.storage.rstrip('/')}/{config.name}"
+    location = join(config.storage, config.name)
+    states = checkpoint.committed(location)
     if checkpoint.best(states) is None:
         raise CheckpointError(
-            f"the run {run_folder} has no finished epoch: train first, or give its --storage and --name"
+            f"the run {location} has no finished epoch: train first, or give its --storage and --name"
         )
-    with local_checkpoint(run_folder) as (_, folder):
+    with local_checkpoint(location) as (_, folder):
         network = make_network(checkpoint.read_state(folder).identity)
         checkpoint.load_network(folder, network)
     weights = network.conv1.weight.detach().numpy()

@@ -27,7 +27,7 @@ from model.recipe import RECIPES, Recipe
 from pipeline.dataset import DatasetError, DatasetInfo, read_dataset
 from pipeline.plan import Plan, colour_matrix
 from pipeline.staging import read_remote_dataset
-from pipeline.storage import is_url, open_location
+from pipeline.storage import is_url, join, open_location
 
 MOST_CORES = 12  # Of a GPU worker by default: decoding 256 x 256 JPEGs for one GPU's AlexNet gains little beyond.
 
@@ -165,13 +165,14 @@ def main(config: TrainConfig) -> None:
     data, info = open_dataset(config)
     plan = Plan(info.splits["train"].samples, recipe.batch_size, recipe.seed, colour_matrix(info.rgb, recipe.colour))
     check_storage(config.storage, config.name)
-    done = checkpoint.committed(config.storage, config.name)
+    run_location = join(config.storage, config.name)
+    done = checkpoint.committed(run_location)
     if done:
         folder, state = list(done.items())[-1]
-        checkpoint.refuse_other(state, Identity.of(recipe, info), f"{config.storage}/{config.name}/{folder}")
+        checkpoint.refuse_other(state, Identity.of(recipe, info), join(run_location, folder))
         if checkpoint.finished(state, recipe):
             print(f"the run {config.name} is finished already; --epochs extends it, another --name starts anew")
-            print_result(config, state.progress.history, done)
+            print_result(data, run_location, state.progress.history)
             return
     with connected():
         resources = Resources.of(config, ray.cluster_resources())
@@ -185,7 +186,7 @@ def main(config: TrainConfig) -> None:
             flush=True,
         )
         history = launch(config, recipe, data, resources, precision)
-    print_result(config, history, checkpoint.committed(config.storage, config.name))
+    print_result(data, run_location, history)
 
 
 def open_dataset(config: TrainConfig) -> tuple[str, DatasetInfo]:
@@ -216,7 +217,7 @@ def launch(
     assignment = Assignment(
         data=data,
         stage=config.stage,
-        events=f"{config.storage if is_url(config.storage) else path}/{config.name}/tensorboard",
+        events=join(config.storage, config.name, "tensorboard"),
         recipe=recipe,
         micro_batch=min(config.micro_batch, -(-recipe.batch_size // resources.workers)),
         threads=resources.cpus_per_worker,
@@ -250,7 +251,11 @@ def launch(
     except TrainingFailedError as error:
         raise ValueError(f"training failed: {error}; the same command continues from the last checkpoint") from error
     if outcome["error"]:
-        raise ValueError(outcome["error"])
+        run_location = join(config.storage, config.name)
+        kept = list(checkpoint.committed(run_location))
+        raise ValueError(
+            f"{outcome['error']}; the last good checkpoint is {join(run_location, kept[-1]) if kept else 'none'}"
+        )
     return list(outcome["history"])
 
 
@@ -270,15 +275,14 @@ def refuse_shortage(resources: Resources, recipe: Recipe) -> None:
         print(f"waiting for the cluster to grow: the run needs {' and '.join(short)} now", flush=True)
 
 
-def print_result(config: TrainConfig, history: list[dict[str, float]], states: dict[str, checkpoint.State]) -> None:
+def print_result(data: str, run: str, history: list[dict[str, float]]) -> None:
     lowest = min(history, key=lambda row: row["top1_error"])
     print(
         f"done: {len(history)} epochs; lowest validation error {lowest['top1_error']:.1%} top-1, "
         f"{lowest['top5_error']:.1%} top-5, after epoch {lowest['epoch']}"
     )
-    run_folder = f"{config.storage.rstrip('/')}/{config.name}"
-    print(f"best checkpoint: {run_folder}/{checkpoint.best(states)}")
-    print(f"next: python jobs/evaluate.py --data {config.data} --checkpoint {run_folder} --ten-crop")
+    print(f"best checkpoint: {join(run, str(checkpoint.best(checkpoint.committed(run))))}")
+    print(f"next: python jobs/evaluate.py --data {data} --checkpoint {run} --ten-crop")
 
 
 if __name__ == "__main__":

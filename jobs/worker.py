@@ -14,6 +14,7 @@ import numpy as np
 import ray.train
 import ray.train.torch
 import torch
+from pyarrow import fs as arrow_fs
 from ray.train import Checkpoint
 from torch.utils.tensorboard import SummaryWriter
 
@@ -27,6 +28,7 @@ from pipeline.dataset import SplitReader, read_dataset
 from pipeline.loader import Batch, Loader
 from pipeline.plan import Plan, centre_views, colour_matrix, share
 from pipeline.staging import stage
+from pipeline.storage import open_location
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Assignment:
     stage: str | None
     """Where to copy it to on this node, or None to use it where it is."""
     events: str
-    """Where rank 0 writes TensorBoard events."""
+    """A local path or URL, where rank 0 puts TensorBoard events."""
     recipe: Recipe
     micro_batch: int
     """At most this many images are in the network at once."""
@@ -90,8 +92,14 @@ class Reporter:
         self._rank = worker.rank
         self._steps = steps
         self._epochs = assignment.recipe.epochs
-        # What an interrupted run wrote after its last checkpoint is hidden by purge_step: it happens again.
-        self._events = SummaryWriter(assignment.events, purge_step=start) if worker.rank == 0 else None
+        self._events: SummaryWriter | None = None
+        if worker.rank == 0:
+            self._storage, self._events_path = open_location(assignment.events)
+            # Appending is nothing that object stores do: events are written here and copied there after each epoch.
+            remote = not isinstance(self._storage, arrow_fs.LocalFileSystem)
+            self._local_events = tempfile.mkdtemp() if remote else self._events_path
+            # What an interrupted run wrote after its last checkpoint is hidden by purge_step: it happens again.
+            self._events = SummaryWriter(self._local_events, purge_step=start)
 
     def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
         if self._events is None:
@@ -126,6 +134,9 @@ class Reporter:
         for name in ("val_loss", "top1_error", "top5_error"):
             self._events.add_scalar(f"val/{name.removeprefix('val_')}", row[name], step)
         self._events.flush()
+        if self._local_events != self._events_path:
+            self._storage.create_dir(self._events_path, recursive=True)
+            arrow_fs.copy_files(self._local_events, self._events_path, destination_filesystem=self._storage)
 
     def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
         progress = trainer.progress

@@ -12,6 +12,12 @@ def is_url(location: str) -> bool:
     return "://" in location
 
 
+def join(location: str, *names: str) -> str:
+    """The location of something inside a folder; a local path becomes absolute, a URL keeps its ?options."""
+    base, mark, options = location.partition("?") if is_url(location) else (os.path.abspath(location), "", "")
+    return "/".join([base.rstrip("/"), *names]) + mark + options
+
+
 def open_location(location: str) -> tuple[fs.FileSystem, str]:
     """The file system and path of a local path or a URL (s3://, gs://).
 

@@ -54,7 +54,7 @@ def run(shard_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_a_run_can_be_followed_and_leaves_what_is_needed(run: Path, shard_set: Path) -> None:
-    states = checkpoint.committed(str(run.parent), run.name)
+    states = checkpoint.committed(str(run))
     last = list(states.values())[-1].progress
     assert last.finished
     assert [row["epoch"] for row in last.history] == [1, 2, 3]
@@ -88,9 +88,9 @@ def test_a_run_killed_in_an_epoch_ends_with_the_same_weights(run: Path, shard_se
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    before = list(checkpoint.committed(str(tmp_path), "whole"))
+    before = list(checkpoint.committed(str(tmp_path / "whole")))
     assert before
-    assert not list(checkpoint.committed(str(tmp_path), "whole").values())[-1].progress.finished
+    assert not list(checkpoint.committed(str(tmp_path / "whole")).values())[-1].progress.finished
 
     done = call("train", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -104,7 +104,7 @@ def test_a_run_killed_in_an_epoch_ends_with_the_same_weights(run: Path, shard_se
 
 @pytest.mark.slow
 def test_evaluation_agrees_with_training_and_counts_each_image_once(run: Path, shard_set: Path, tmp_path: Path) -> None:
-    last = list(checkpoint.committed(str(run.parent), run.name).values())[-1].progress.history[-1]
+    last = list(checkpoint.committed(str(run)).values())[-1].progress.history[-1]
     one, ten = tmp_path / "one.json", tmp_path / "ten.json"
     newest = run / "checkpoint_0003_000000"
     for extra in (["--json", one, "--batch-size", 4], ["--json", ten, "--ten-crop"]):
@@ -120,7 +120,7 @@ def test_evaluation_agrees_with_training_and_counts_each_image_once(run: Path, s
 
 @pytest.mark.slow
 def test_a_runs_folder_stands_for_its_best_checkpoint(run: Path, shard_set: Path, tmp_path: Path) -> None:
-    states = checkpoint.committed(str(run.parent), run.name)
+    states = checkpoint.committed(str(run))
     history = list(states.values())[-1].progress.history
     done = call("evaluate", "--data", shard_set, "--checkpoint", run, "--json", tmp_path / "best.json")
     assert done.returncode == 0, done.stderr
