@@ -1,4 +1,4 @@
-"""Turn folders of images into a shard set that training reads: 256 x 256 JPEGs in WebDataset tars.
+"""Turn images into a shard set that training reads: 256 x 256 JPEGs in WebDataset tars.
 
 Each image's shorter side is resized to 256 and the central 256 x 256 square is kept. The set's order is a seeded
 permutation, and its bytes depend on the images, the seed and the settings alone: a job that was stopped goes on when
@@ -6,7 +6,12 @@ the same command is run again. Shards are built by Ray, on this machine or on th
 
     python jobs/shard_imagenet.py --source IMAGES --output OUT
 
-IMAGES holds a folder a class, or train/ and val/ that do. OUT/dataset.json is written last.
+IMAGES holds a folder a class, or train/ and val/ that do; ImageNet's tars are read as they are:
+
+    python jobs/shard_imagenet.py --source ILSVRC2012_img_train.tar --source-val ILSVRC2012_img_val.tar \
+        --val-labels WNIDS.txt --output OUT
+
+OUT/dataset.json is written last.
 """
 
 from __future__ import annotations
@@ -24,10 +29,11 @@ import ray.exceptions
 from jobs.cli import run
 from jobs.cluster import connected
 from jobs.progress import Progress
+from pipeline.annotation import ShardAnnotation, ShardError
 from pipeline.dataset import DatasetInfo
 from pipeline.resize import encoder_settings
 from pipeline.shard_set import REJECTS_FILE, SetPlan, claim_folder, find_finished, finish
-from pipeline.shards import ShardAnnotation, ShardError, SourceReadError, build_shard, plan_shards
+from pipeline.shards import SourceReadError, build_shard, plan_shards
 from pipeline.sources import read_source
 
 MAX_SAMPLES_PER_SHARD = 20_000  # A worker holds its shard in memory, at about 25 KB an image.
@@ -39,12 +45,19 @@ class ShardConfig:
     """The command line of this job."""
 
     source: Path
-    """Folder with one folder of images a class, or with train/ and val/ that are such folders."""
+    """Folder with one folder of images a class; or ILSVRC2012_img_train.tar (a tar of class tars); or a folder of
+    WebDataset shards (.jpg and .cls); or a folder that holds one of these as train/ (and val/), or ImageNet's tars."""
     output: Path
     """Folder for the shard set: a new or empty one, or one where the same set was begun. On a cluster, on a disk that
     all nodes share."""
     source_val: Path | None = None
-    """Folder of class folders to validate on, instead of SOURCE/val."""
+    """What to validate on, in any of these forms, instead of SOURCE/val; with --val-labels also a folder or a tar of
+    images without classes, as ILSVRC2012_img_val.tar is."""
+    val_labels: Path | None = None
+    """Text file with the class of each validation image: a wnid a line, or one of the devkit's ids, in the order of the
+    images' names."""
+    val_synsets: Path | None = None
+    """Text file with 'id wnid' a line, which --val-labels with the devkit's ids needs."""
     workers: int | None = None
     """How many shards are built at a time; by default one a CPU."""
     quality: int = 90
@@ -82,7 +95,9 @@ def main(config: ShardConfig) -> None:
         SourceError, ShardSetError, ShardError, DatasetError, OSError: with one line for the user.
     """
     output = Path(os.path.abspath(config.output))
-    listing = read_source(config.source, config.source_val, config.val_fraction, config.seed)
+    listing = read_source(
+        config.source, config.source_val, config.val_fraction, config.seed, config.val_labels, config.val_synsets
+    )
     counts = ", ".join(f"{len(entries):,} {split}" for split, entries in listing.splits.items())
     print(f"{' and '.join(listing.roots)}: {counts} images of {len(listing.classes):,} classes", flush=True)
     if listing.ignored:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.annotation import Reject, ShardAnnotation, ShardError, read_annotation
 from pipeline.dataset import (
     DATASET_FILE,
     SPLITS,
@@ -26,15 +27,7 @@ from pipeline.dataset import (
     write_json,
 )
 from pipeline.rgb_stats import RgbMoments, RgbStatistics
-from pipeline.shards import (
-    Reject,
-    ShardAnnotation,
-    ShardError,
-    ShardPlan,
-    annotation_path,
-    inputs_digest,
-    read_annotation,
-)
+from pipeline.shards import ShardPlan, annotation_path, inputs_digest
 from pipeline.sources import Listing
 
 UNFINISHED_FILE = "unfinished.json"
@@ -182,7 +175,10 @@ def finish(root: Path, plan: SetPlan, annotations: Sequence[ShardAnnotation], ma
     for shard, annotation in pairs:
         write_json(annotation_path(root, shard), dataclasses.replace(annotation, rgb=rgb).to_json())
     info = DatasetInfo(
-        classes=tuple(ClassLabel(index, wnid, wnid) for index, wnid in enumerate(plan.listing.classes)),
+        classes=tuple(
+            ClassLabel(index, wnid, name)
+            for index, (wnid, name) in enumerate(zip(plan.listing.classes, plan.listing.class_names, strict=True))
+        ),
         splits=splits,
         image=plan.image,
         seed=plan.seed,

@@ -128,7 +128,9 @@ def test_bad_images_fail_or_are_set_aside_as_asked(tmp_path: Path) -> None:
 
 def test_a_missing_source_ends_in_one_line(tmp_path: Path) -> None:
     message = failure(shard(tmp_path / "missing", tmp_path / "out"))
-    assert message == f"error: {tmp_path / 'missing'} does not exist: give --source a folder of class folders"
+    assert message.startswith(
+        f"error: {tmp_path / 'missing'} does not exist: give --source a folder of class folders, "
+    )
     assert not (tmp_path / "out").exists()
 
 
