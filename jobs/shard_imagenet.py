@@ -16,7 +16,6 @@ OUT/dataset.json is written last.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import logging
 import os
@@ -27,10 +26,11 @@ import ray
 import ray.exceptions
 
 from jobs.cli import run
-from jobs.cluster import connected
+from jobs.cluster import connected, in_parallel
 from jobs.progress import Progress
 from pipeline.annotation import ShardAnnotation, ShardError
 from pipeline.dataset import DatasetInfo
+from pipeline.repair import rebuild
 from pipeline.resize import encoder_settings
 from pipeline.shard_set import REJECTS_FILE, SetPlan, claim_folder, find_finished, finish
 from pipeline.shards import SourceReadError, build_shard, plan_shards
@@ -70,6 +70,8 @@ class ShardConfig:
     """What to do with an image that does not decode: leave it out and list it in rejects.jsonl, or stop."""
     max_bad_fraction: float = 0.001
     """Fail if more than this part of all images was set aside."""
+    only: tuple[str, ...] = ()
+    """Build just these shards of a set again, as train-000123, which must be the same set: see verify_shards.py."""
     val_fraction: float = 0.1
     """Part of each class to validate on where there is no validation folder."""
 
@@ -104,6 +106,11 @@ def main(config: ShardConfig) -> None:
         print(f"files ignored, since their extensions are not those of images: {listing.ignored:,}", flush=True)
     shards = plan_shards(listing, config.seed, config.samples_per_shard)
     plan = SetPlan(listing, encoder_settings(config.quality), config.seed, config.samples_per_shard, tuple(shards))
+    if config.only:
+        for name in config.only:
+            annotation = rebuild(output, plan, name, config.on_bad_image == "set-aside")
+            print(f"{name} was built again: {annotation.samples:,} images, {annotation.bytes:,} bytes", flush=True)
+        return
     info = find_finished(output, plan)
     if info is not None:
         print("This set was finished before; nothing to do.")
@@ -123,23 +130,15 @@ def _build_all(output: Path, plan: SetPlan, config: ShardConfig, progress: Progr
     task = ray.remote(build_shard).options(
         num_cpus=1, max_retries=TASK_RETRIES, retry_exceptions=[SourceReadError], name="build_shard"
     )
-    waiting = collections.deque(enumerate(plan.shards))
-    running: dict[ray.ObjectRef, int] = {}
     done: dict[int, ShardAnnotation] = {}
     rejected = 0
-    while waiting or running:
-        slots = config.workers or int(ray.cluster_resources().get("CPU", 1))
-        while waiting and len(running) < slots:
-            number, shard = waiting.popleft()
-            running[task.remote(output, shard, plan.image, config.on_bad_image == "set-aside")] = number
-        ready, _ = ray.wait(list(running), num_returns=1)
-        for reference in ready:
-            number = running.pop(reference)
-            built = _get(reference, output)
-            done[number] = built.annotation
-            rejected += len(built.annotation.rejected)
-            count = len(plan.shards[number].entries)
-            progress.advance(count, worked=not built.kept, note=f"{rejected:,} set aside")
+    calls = ((output, shard, plan.image, config.on_bad_image == "set-aside") for shard in plan.shards)
+    for number, reference in in_parallel(task, calls, config.workers):
+        built = _get(reference, output)
+        done[number] = built.annotation
+        rejected += len(built.annotation.rejected)
+        count = len(plan.shards[number].entries)
+        progress.advance(count, worked=not built.kept, note=f"{rejected:,} set aside")
     return [done[number] for number in range(len(plan.shards))]
 
 

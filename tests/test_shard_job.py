@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,6 +113,52 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(images: Path, 
     other = failure(shard(images, uninterrupted, "--quality", "50", "--samples-per-shard", "2"))
     assert "finished set of another quality (90, not 50)" in other
     assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == written
+
+
+@pytest.mark.slow
+def test_verify_names_a_damaged_shard_and_only_mends_it(images: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(uninterrupted, tmp_path / "out"))
+    verify = [
+        sys.executable,
+        str(JOB.with_name("verify_shards.py")),
+        "--data",
+        str(output),
+        "--decode",
+        "--workers",
+        "1",
+    ]
+
+    def verified() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            verify, env=environment(), capture_output=True, text=True, timeout=DEADLINE_S, check=False
+        )
+
+    right = verified()
+    assert right.returncode == 0, right.stderr
+    assert right.stdout.splitlines() == [
+        "OK train: 54 images in 27 shards, 18 to 18 of each of 3 classes, all decoded",
+        "OK val: 6 images in 3 shards, 2 to 2 of each of 3 classes, all decoded",
+    ]
+    tar = output / "train" / "train-000003.tar"
+    data = bytearray(tar.read_bytes())
+    data[9000] ^= 1
+    tar.write_bytes(data)
+    wrong = verified()
+    assert failure(wrong).startswith(f"error: {output} has ")
+    assert "OK val" in wrong.stdout
+    assert "OK train" not in wrong.stdout
+    faults = [line for line in wrong.stdout.splitlines() if line.startswith("FAULT")]
+    assert all(line.startswith("FAULT train-000003") for line in faults)
+    cures = [line for line in wrong.stdout.splitlines() if "--only" in line]
+    assert len(cures) == 1
+    # The command as it is printed, with the user's images for IMAGES.
+    arguments = cures[0].partition("python jobs/shard_imagenet.py ")[2].replace("IMAGES", str(images)).split()
+    mended = subprocess.run(
+        [sys.executable, str(JOB), *arguments], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert mended.returncode == 0, mended.stderr
+    assert mended.stdout.splitlines()[-1].startswith("train-000003 was built again: 2 images, ")
+    assert contents(output) == contents(uninterrupted)
 
 
 @pytest.mark.slow
