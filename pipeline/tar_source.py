@@ -80,10 +80,12 @@ def members(tar: Stretch) -> Generator[Member]:
             raise
         # A damaged extended header ends in a ValueError of tarfile's.
         except (tarfile.TarError, ValueError) as error:
-            after = f" after its member {last!r}" if last else ""
-            raise SourceError(
-                f"{tar.where} is no whole tar ({error}{after}): it must not be compressed; download or copy it again"
-            ) from error
+            cure = (
+                f"it is cut off or damaged after its member {last!r}, download or copy it again"
+                if last
+                else "give a tar that is not compressed"
+            )
+            raise SourceError(f"{tar.where} is no whole tar ({error}): {cure}") from error
         # tarfile takes a damaged header for the end, and what follows would be lost without a word.
         file.seek(end)
         if file.read(BLOCK) != bytes(BLOCK):

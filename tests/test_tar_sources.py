@@ -185,7 +185,7 @@ DAMAGED[2 * (512 + 1024) + 5] ^= 1  # in the third member's header
         (GOOD[: 3 * 1536], "cut off or damaged after its member '2.jpg', at byte 4608"),
         (GOOD[: 3 * 1536 + 100], "cut off or damaged after its member '2.jpg', at byte 4608"),
         (bytes(DAMAGED), "cut off or damaged after its member '1.jpg', at byte 3072: download or copy it again"),
-        (b"\x1f\x8b" + bytes(1000), "no whole tar.*must not be compressed"),
+        (b"\x1f\x8b" + bytes(1000), "no whole tar.*: give a tar that is not compressed"),
         (b"", "no whole tar"),
         (tar_of({"notes.txt": b""}), "class tar .*a.tar holds 1 files and no image.*add its images or remove it"),
     ],
