@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ray
@@ -31,3 +31,30 @@ def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def in_parallel(
+    task: Any, calls: Iterable[tuple[Any, ...]], workers: int | None = None
+) -> Iterator[tuple[int, ray.ObjectRef]]:
+    """Runs a task once for each tuple of arguments, and yields each call's number and result as they end.
+
+    No more run, or wait at Ray, than there are workers, so that a million calls take no more memory than a few.
+
+    Args:
+        task: a remote function with its options.
+        workers: how many at a time; None for one a CPU, counted anew as nodes come and go.
+    """
+    waiting = enumerate(calls)
+    running: dict[ray.ObjectRef, int] = {}
+    left = True
+    while left or running:
+        slots = workers or int(ray.cluster_resources().get("CPU", 1))
+        while left and len(running) < slots:
+            number, arguments = next(waiting, (-1, ()))
+            left = number >= 0
+            if left:
+                running[task.remote(*arguments)] = number
+        if running:
+            ready, _ = ray.wait(list(running), num_returns=1)
+            for reference in ready:
+                yield running.pop(reference), reference

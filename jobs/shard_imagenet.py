@@ -1,4 +1,4 @@
-"""Turn folders of images into a shard set that training reads: 256 x 256 JPEGs in WebDataset tars.
+"""Turn images into a shard set that training reads: 256 x 256 JPEGs in WebDataset tars.
 
 Each image's shorter side is resized to 256 and the central 256 x 256 square is kept. The set's order is a seeded
 permutation, and its bytes depend on the images, the seed and the settings alone: a job that was stopped goes on when
@@ -6,12 +6,16 @@ the same command is run again. Shards are built by Ray, on this machine or on th
 
     python jobs/shard_imagenet.py --source IMAGES --output OUT
 
-IMAGES holds a folder a class, or train/ and val/ that do. OUT/dataset.json is written last.
+IMAGES holds a folder a class, or train/ and val/ that do; ImageNet's tars are read as they are:
+
+    python jobs/shard_imagenet.py --source ILSVRC2012_img_train.tar --source-val ILSVRC2012_img_val.tar \
+        --val-labels WNIDS.txt --output OUT
+
+OUT/dataset.json is written last.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import logging
 import os
@@ -22,12 +26,14 @@ import ray
 import ray.exceptions
 
 from jobs.cli import run
-from jobs.cluster import connected
+from jobs.cluster import connected, in_parallel
 from jobs.progress import Progress
+from pipeline.annotation import ShardAnnotation, ShardError
 from pipeline.dataset import DatasetInfo
+from pipeline.repair import rebuild
 from pipeline.resize import encoder_settings
 from pipeline.shard_set import REJECTS_FILE, SetPlan, claim_folder, find_finished, finish
-from pipeline.shards import ShardAnnotation, ShardError, SourceReadError, build_shard, plan_shards
+from pipeline.shards import SourceReadError, build_shard, plan_shards
 from pipeline.sources import read_source
 
 MAX_SAMPLES_PER_SHARD = 20_000  # A worker holds its shard in memory, at about 25 KB an image.
@@ -39,12 +45,19 @@ class ShardConfig:
     """The command line of this job."""
 
     source: Path
-    """Folder with one folder of images a class, or with train/ and val/ that are such folders."""
+    """Folder with one folder of images a class; or ILSVRC2012_img_train.tar (a tar of class tars); or a folder of
+    WebDataset shards (.jpg and .cls); or a folder that holds one of these as train/ (and val/), or ImageNet's tars."""
     output: Path
     """Folder for the shard set: a new or empty one, or one where the same set was begun. On a cluster, on a disk that
     all nodes share."""
     source_val: Path | None = None
-    """Folder of class folders to validate on, instead of SOURCE/val."""
+    """What to validate on, in any of these forms, instead of SOURCE/val; with --val-labels also a folder or a tar of
+    images without classes, as ILSVRC2012_img_val.tar is."""
+    val_labels: Path | None = None
+    """Text file with the class of each validation image: a wnid a line, or one of the devkit's ids, in the order of the
+    images' names."""
+    val_synsets: Path | None = None
+    """Text file with 'id wnid' a line, which --val-labels with the devkit's ids needs."""
     workers: int | None = None
     """How many shards are built at a time; by default one a CPU."""
     quality: int = 90
@@ -57,6 +70,8 @@ class ShardConfig:
     """What to do with an image that does not decode: leave it out and list it in rejects.jsonl, or stop."""
     max_bad_fraction: float = 0.001
     """Fail if more than this part of all images was set aside."""
+    only: tuple[str, ...] = ()
+    """Build just these shards of a set again, as train-000123, which must be the same set: see verify_shards.py."""
     val_fraction: float = 0.1
     """Part of each class to validate on where there is no validation folder."""
 
@@ -82,13 +97,20 @@ def main(config: ShardConfig) -> None:
         SourceError, ShardSetError, ShardError, DatasetError, OSError: with one line for the user.
     """
     output = Path(os.path.abspath(config.output))
-    listing = read_source(config.source, config.source_val, config.val_fraction, config.seed)
+    listing = read_source(
+        config.source, config.source_val, config.val_fraction, config.seed, config.val_labels, config.val_synsets
+    )
     counts = ", ".join(f"{len(entries):,} {split}" for split, entries in listing.splits.items())
     print(f"{' and '.join(listing.roots)}: {counts} images of {len(listing.classes):,} classes", flush=True)
     if listing.ignored:
         print(f"files ignored, since their extensions are not those of images: {listing.ignored:,}", flush=True)
     shards = plan_shards(listing, config.seed, config.samples_per_shard)
     plan = SetPlan(listing, encoder_settings(config.quality), config.seed, config.samples_per_shard, tuple(shards))
+    if config.only:
+        for name in config.only:
+            annotation = rebuild(output, plan, name, config.on_bad_image == "set-aside")
+            print(f"{name} was built again: {annotation.samples:,} images, {annotation.bytes:,} bytes", flush=True)
+        return
     info = find_finished(output, plan)
     if info is not None:
         print("This set was finished before; nothing to do.")
@@ -108,23 +130,15 @@ def _build_all(output: Path, plan: SetPlan, config: ShardConfig, progress: Progr
     task = ray.remote(build_shard).options(
         num_cpus=1, max_retries=TASK_RETRIES, retry_exceptions=[SourceReadError], name="build_shard"
     )
-    waiting = collections.deque(enumerate(plan.shards))
-    running: dict[ray.ObjectRef, int] = {}
     done: dict[int, ShardAnnotation] = {}
     rejected = 0
-    while waiting or running:
-        slots = config.workers or int(ray.cluster_resources().get("CPU", 1))
-        while waiting and len(running) < slots:
-            number, shard = waiting.popleft()
-            running[task.remote(output, shard, plan.image, config.on_bad_image == "set-aside")] = number
-        ready, _ = ray.wait(list(running), num_returns=1)
-        for reference in ready:
-            number = running.pop(reference)
-            built = _get(reference, output)
-            done[number] = built.annotation
-            rejected += len(built.annotation.rejected)
-            count = len(plan.shards[number].entries)
-            progress.advance(count, worked=not built.kept, note=f"{rejected:,} set aside")
+    calls = ((output, shard, plan.image, config.on_bad_image == "set-aside") for shard in plan.shards)
+    for number, reference in in_parallel(task, calls, config.workers):
+        built = _get(reference, output)
+        done[number] = built.annotation
+        rejected += len(built.annotation.rejected)
+        count = len(plan.shards[number].entries)
+        progress.advance(count, worked=not built.kept, note=f"{rejected:,} set aside")
     return [done[number] for number in range(len(plan.shards))]
 
 

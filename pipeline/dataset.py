@@ -191,6 +191,18 @@ def read_index(path: Path) -> list[dict[str, tuple[int, int, str]]]:
     return samples
 
 
+def rebuild_advice(root: Path, shard: str, settings: str = "") -> str:
+    """What to do about one damaged shard.
+
+    Args:
+        settings: the arguments besides source and output that the set was made with, where they are known.
+    """
+    return (
+        "build the shard again from the source and with the settings it was made of: "
+        f"python jobs/shard_imagenet.py --source IMAGES --output {root} {settings}--only {shard}"
+    )
+
+
 class SplitReader:
     """One split's images, memory-mapped.
 
@@ -240,30 +252,33 @@ class SplitReader:
 def _open_shard(folder: Path, row: ShardRow, classes: int) -> tuple[NDArray[np.uint8], list[tuple[int, int, int, str]]]:
     """One shard's bytes and its samples as (label, offset, size, file name)."""
     path = folder / f"{row.name}.tar"
+    advice = rebuild_advice(folder.parent, row.name)
     try:
         size = path.stat().st_size
         if size != row.bytes:
-            raise DatasetError(
-                f"{path} has {size} bytes, dataset.json says {row.bytes}: the shard is damaged; shard the source again"
-            )
+            raise DatasetError(f"{path} has {size} bytes, dataset.json says {row.bytes}")
         with path.open("rb") as file:
             mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         index = read_index(path.with_suffix(".idx"))
+        if len(index) != row.samples:
+            raise DatasetError(
+                f"{path.with_suffix('.idx')} lists {len(index)} samples, dataset.json says {row.samples}"
+            )
     except FileNotFoundError as error:
-        raise DatasetError(f"{error.filename} is missing from the shard set; shard the source again") from None
-    if len(index) != row.samples:
-        raise DatasetError(f"{path.with_suffix('.idx')} lists {len(index)} samples, dataset.json says {row.samples}")
+        raise DatasetError(f"{error.filename} is missing: {advice}") from None
+    except DatasetError as error:
+        raise DatasetError(f"{error}: {advice}") from error
     samples = []
     for components in index:
         if "jpg" not in components or "cls" not in components:
-            raise DatasetError(f"{path}: a sample has {sorted(components)}, not jpg and cls")
+            raise DatasetError(f"{path}: a sample has {sorted(components)}, not jpg and cls: {advice}")
         offset, length, name = components["jpg"]
         at, digits, _ = components["cls"]
         if max(offset + length, at + digits) > size:
-            raise DatasetError(f"{path}: sample {name} lies beyond the end of the file")
+            raise DatasetError(f"{path}: sample {name} lies beyond the end of the file: {advice}")
         text = mapped[at : at + digits].tobytes()
         if not text.isdigit() or int(text) >= classes:
-            raise DatasetError(f"{path}: sample {name} has the label {text!r}, the set has {classes} classes")
+            raise DatasetError(f"{path}: sample {name} has the label {text!r} of {classes} classes: {advice}")
         samples.append((int(text), offset, length, name))
     return mapped, samples
 

@@ -177,5 +177,8 @@ class Loader:
                         image.load()
                 except OSError as reason:
                     where = f"{self._reader.split} image {self._reader.key(sample)} (sample {sample})"
-                    return f"{where} does not decode: {reason}; the shard is damaged: shard the source again"
+                    return (
+                        f"{where} does not decode: {reason}; its shard is damaged, find it with: "
+                        "python jobs/verify_shards.py --data OUT"
+                    )
         return f"DALI failed: {error}"

@@ -2,11 +2,18 @@
 
 Decided once, for every image:
 - The orientation in EXIF is not applied and colour profiles are not read, as is usual with ImageNet: everyone's results
-  were made with the pixels as stored.
+  were made with the pixels as stored. Pillow turns TIFFs by itself; they are turned back.
 - Transparency is laid over white. Grey is repeated to three channels, palettes are looked up, CMYK is converted as
   Pillow does, 16-bit grey keeps its upper 8 bits (as Pillow reads 16-bit colour). 32-bit and floating point pixels have
   no known range and are refused.
-- Of an animation, the first frame counts.
+- Of an animation, or of several pictures or pages in one file, the first counts.
+- Bytes behind the image do not matter. A file that ends before its image does is refused, even where only the end
+  marker is lost: what else is lost cannot be known.
+- A JPEG with wrong bits inside is kept as libjpeg reads it, which goes on at the next marker or leaves grey. Every
+  program that trains on ImageNet sees those pixels; Pillow cannot tell such a file from a good one. PNG has checksums,
+  and a wrong one is refused.
+- The contents decide on the format, not the name. Others than FORMATS are no images here; Pillow would run a
+  PostScript interpreter for some.
 """
 
 from __future__ import annotations
@@ -18,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import PIL
-from PIL import Image, features
+from PIL import ExifTags, Image, ImageFile, features
 
 from pipeline.dataset import IMAGE_SIZE
 from pipeline.rgb_stats import RgbMoments
@@ -26,8 +33,23 @@ from pipeline.rgb_stats import RgbMoments
 # ImageNet's largest image has 61 million pixels; a header that claims more than this is a mistake or an attack.
 # Pillow's own limit is a little higher, and is heeded too.
 MAX_PIXELS = 80_000_000
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")  # "JPEG" also opens multi-picture files.
 SUBSAMPLING = "4:2:0"
 RESIZE = "bicubic, antialiased, shorter side to 256, central square"
+
+# Some libraries switch it on for the whole process; half an image would then be padded with grey without a word.
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+# What undoes each turn that Pillow makes.
+_TURN_BACK = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
 class ImageError(ValueError):
@@ -60,7 +82,7 @@ def convert(data: bytes, quality: int) -> Converted:
     """Decodes an image, resizes it to the central IMAGE_SIZE square and encodes it as JPEG.
 
     Args:
-        data: the bytes of an image file, in any format Pillow reads.
+        data: the bytes of an image file in one of FORMATS.
         quality: of the JPEG, 1 to 95.
 
     Raises:
@@ -83,11 +105,13 @@ def _decode(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ImageError(f"it claims more than {MAX_PIXELS} pixels")
+                turn = image.getexif().get(ExifTags.Base.Orientation) if image.format == "TIFF" else None
                 image.load()
-                return _to_rgb(image)
+                rgb = _to_rgb(image)
+                return rgb.transpose(_TURN_BACK[turn]) if turn in _TURN_BACK else rgb
     except (ImageError, MemoryError):
         raise
     except PIL.UnidentifiedImageError as error:
@@ -103,8 +127,11 @@ def _decode(data: bytes) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         # astype makes the byte order the machine's own, which "I;16B" is not.
-        grey = np.asarray(image).astype(np.uint16) >> 8
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        grey = np.asarray(image).astype(np.uint16)
+        upper = (grey >> 8).astype(np.uint8)
+        # PNG can call one level of grey transparent.
+        upper[grey == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(upper).convert("RGB")
     if image.mode in ("I", "F"):
         raise ImageError(f"its pixels are 32-bit numbers (mode {image.mode}) without a known range")
     if image.has_transparency_data:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.annotation import Reject, ShardAnnotation, ShardError, read_annotation
 from pipeline.dataset import (
     DATASET_FILE,
     SPLITS,
@@ -26,15 +27,7 @@ from pipeline.dataset import (
     write_json,
 )
 from pipeline.rgb_stats import RgbMoments, RgbStatistics
-from pipeline.shards import (
-    Reject,
-    ShardAnnotation,
-    ShardError,
-    ShardPlan,
-    annotation_path,
-    inputs_digest,
-    read_annotation,
-)
+from pipeline.shards import ShardPlan, annotation_path, inputs_digest
 from pipeline.sources import Listing
 
 UNFINISHED_FILE = "unfinished.json"
@@ -70,6 +63,24 @@ def find_finished(root: Path, plan: SetPlan) -> DatasetInfo | None:
     """
     if not (root / DATASET_FILE).exists():
         return None
+    info, whole = compare_finished(root, plan)
+    if not whole:
+        return None
+    # A kill may have come between the set's last file and this.
+    (root / UNFINISHED_FILE).unlink(missing_ok=True)
+    return info
+
+
+def compare_finished(root: Path, plan: SetPlan, but: str = "") -> tuple[DatasetInfo, bool]:
+    """Reads the finished set in ROOT, which must be what `plan` would make, and whether no file of it is missing.
+
+    Args:
+        but: a shard whose annotation is not to be believed.
+
+    Raises:
+        ShardSetError: if ROOT holds another finished set.
+        DatasetError: if ROOT's dataset.json cannot be understood.
+    """
     info = read_dataset(root)
     now = {name: value for name, value in plan.settings().items() if name != "samples_per_shard"}
     different = _differences(
@@ -79,7 +90,11 @@ def find_finished(root: Path, plan: SetPlan) -> DatasetInfo | None:
     # Where one of these differs every shard does: the samples per shard would be blamed for it.
     if not different:
         annotations = [_read_or_none(root, shard) for shard in plan.shards]
-        found = [(shard, annotation) for shard, annotation in zip(plan.shards, annotations, strict=True) if annotation]
+        found = [
+            (shard, annotation)
+            for shard, annotation in zip(plan.shards, annotations, strict=True)
+            if annotation and shard.name != but
+        ]
         dealt_alike = all(annotation.inputs == inputs_digest(shard, plan.image) for shard, annotation in found)
         rows = [(split, row) for split, content in info.splits.items() for row in content.shards]
         if not dealt_alike or not {row.name for _, row in rows} <= {shard.name for shard in plan.shards}:
@@ -89,11 +104,32 @@ def find_finished(root: Path, plan: SetPlan) -> DatasetInfo | None:
         raise ShardSetError(
             f"{root} holds a finished set of another {different}: give another --output, or delete {root} first"
         )
-    if not whole:
-        return None
-    # A kill may have come between the set's last file and this.
-    (root / UNFINISHED_FILE).unlink(missing_ok=True)
-    return info
+    return info, whole
+
+
+def check_begun(root: Path, plan: SetPlan) -> None:
+    """Makes sure that the unfinished set in ROOT is what `plan` would make.
+
+    Raises:
+        ShardSetError: if it is another, or its description cannot be read.
+    """
+    marker = root / UNFINISHED_FILE
+    try:
+        begun = json.loads(marker.read_bytes())
+        # The same folder with a mended or added image goes on; another folder is more likely a slip than a wish.
+        same_source = begun["source_fingerprint"] == plan.listing.fingerprint or begun["roots"] == list(
+            plan.listing.roots
+        )
+        different = _differences(begun["settings"], plan.settings(), same_source)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ShardSetError(
+            f"{marker} cannot be read ({type(error).__name__}): delete {root} and start again"
+        ) from error
+    if different:
+        raise ShardSetError(
+            f"{root} holds an unfinished set of another {different}: "
+            f"go on with the same, give another --output, or delete {root} first"
+        )
 
 
 def claim_folder(root: Path, plan: SetPlan) -> None:
@@ -117,7 +153,7 @@ def claim_folder(root: Path, plan: SetPlan) -> None:
                 f"{root} holds {there[0]!r} and no shard set of this program: give --output a new or empty folder"
             )
     if marker.exists():
-        _check_begun(root, marker, plan)
+        check_begun(root, plan)
     state = {
         "settings": plan.settings(),
         "roots": list(plan.listing.roots),
@@ -182,7 +218,10 @@ def finish(root: Path, plan: SetPlan, annotations: Sequence[ShardAnnotation], ma
     for shard, annotation in pairs:
         write_json(annotation_path(root, shard), dataclasses.replace(annotation, rgb=rgb).to_json())
     info = DatasetInfo(
-        classes=tuple(ClassLabel(index, wnid, wnid) for index, wnid in enumerate(plan.listing.classes)),
+        classes=tuple(
+            ClassLabel(index, wnid, name)
+            for index, (wnid, name) in enumerate(zip(plan.listing.classes, plan.listing.class_names, strict=True))
+        ),
         splits=splits,
         image=plan.image,
         seed=plan.seed,
@@ -201,25 +240,6 @@ def _check_rejected(root: Path, rejected: Sequence[Reject], images: int, max_bad
             f"{len(rejected)} of {images} images are bad, more than --max-bad-fraction {max_bad_fraction} allows; "
             f"the first is {rejected[0].path}: {rejected[0].reason}. {root / REJECTS_FILE} lists them: mend or remove "
             f"them, or give --max-bad-fraction {math.ceil(len(rejected) / images * 100) / 100}, and run again"
-        )
-
-
-def _check_begun(root: Path, marker: Path, plan: SetPlan) -> None:
-    try:
-        begun = json.loads(marker.read_bytes())
-        # The same folder with a mended or added image goes on; another folder is more likely a slip than a wish.
-        same_source = begun["source_fingerprint"] == plan.listing.fingerprint or begun["roots"] == list(
-            plan.listing.roots
-        )
-        different = _differences(begun["settings"], plan.settings(), same_source)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ShardSetError(
-            f"{marker} cannot be read ({type(error).__name__}): delete {root} and start again"
-        ) from error
-    if different:
-        raise ShardSetError(
-            f"{root} holds an unfinished set of another {different}: "
-            f"go on with the same, give another --output, or delete {root} first"
         )
 
 

@@ -13,13 +13,16 @@ import hashlib
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pipeline.annotation import Reject, ShardAnnotation, ShardError, read_annotation
 from pipeline.dataset import INDEX_VERSION, write_atomically, write_json
 from pipeline.resize import Converted, ImageError, convert, encoder_settings
-from pipeline.rgb_stats import RgbMoments, RgbStatistics
+from pipeline.rgb_stats import RgbMoments
+from pipeline.source_files import read_bytes
 from pipeline.sources import Entry, Listing, permutation
 
 # What is wrong with one file and stays so. Any other failure to read is the disk's or the network's, and is not the
@@ -27,10 +30,6 @@ from pipeline.sources import Entry, Listing, permutation
 _FILE_ERRORS = frozenset(
     (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 )
-
-
-class ShardError(ValueError):
-    """A shard that cannot be built as planned."""
 
 
 class BadImageError(ShardError):
@@ -50,82 +49,6 @@ class ShardPlan:
     """train-000000."""
     entries: tuple[Entry, ...]
     """In the order in which they are stored."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Reject:
-    """An image that was set aside."""
-
-    path: str
-    split: str
-    wnid: str
-    reason: str
-    repaired: bool = False
-    """Whether the set holds it all the same, mended."""
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "path": self.path,
-            "split": self.split,
-            "class": self.wnid,
-            "reason": self.reason,
-            "repaired": self.repaired,
-        }
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Reject:
-        return cls(
-            str(value["path"]),
-            str(value["split"]),
-            str(value["class"]),
-            str(value["reason"]),
-            bool(value["repaired"]),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardAnnotation:
-    """The contents of a shard's NAME.json."""
-
-    name: str
-    samples: int
-    """0 where every image was set aside: such a shard has no tar and no index, which no reader accepts empty."""
-    bytes: int
-    """Size of the tar."""
-    sha256: str
-    """Of the tar."""
-    inputs: str
-    """sha256 over what the shard is made of: see `inputs_digest`."""
-    moments: RgbMoments
-    """Of the shard's own stored pixels."""
-    rejected: tuple[Reject, ...]
-    rgb: RgbStatistics | None = None
-    """Of the whole training split; None until the set is finished."""
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "samples": self.samples,
-            "bytes": self.bytes,
-            "sha256": self.sha256,
-            "inputs": self.inputs,
-            "moments": self.moments.to_json(),
-            "rejected": [reject.to_json() for reject in self.rejected],
-            "rgb": None if self.rgb is None else self.rgb.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> ShardAnnotation:
-        return cls(
-            name=str(value["name"]),
-            samples=int(value["samples"]),
-            bytes=int(value["bytes"]),
-            sha256=str(value["sha256"]),
-            inputs=str(value["inputs"]),
-            moments=RgbMoments.from_json(value["moments"]),
-            rejected=tuple(Reject.from_json(reject) for reject in value["rejected"]),
-            rgb=None if value["rgb"] is None else RgbStatistics.from_json(value["rgb"]),
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,19 +140,6 @@ def build_shard(root: Path, plan: ShardPlan, image: dict[str, Any], set_aside: b
     return built
 
 
-def read_annotation(path: Path) -> ShardAnnotation:
-    """Reads a shard's NAME.json.
-
-    Raises:
-        ShardError: if it cannot be understood.
-        OSError: if it cannot be read.
-    """
-    try:
-        return ShardAnnotation.from_json(json.loads(path.read_bytes()))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ShardError(f"{path} is no shard's annotation ({type(error).__name__}: {error})") from error
-
-
 def annotation_path(root: Path, plan: ShardPlan) -> Path:
     return root / plan.split / f"{plan.name}.json"
 
@@ -242,7 +152,7 @@ def _write_shard(root: Path, plan: ShardPlan, inputs: str, quality: int, set_asi
         try:
             converted = _convert(entry, quality)
         except ImageError as error:
-            rejected.append(Reject(entry.path, plan.split, entry.wnid, str(error)))
+            rejected.append(Reject(entry.where, plan.split, entry.wnid, str(error)))
             if not set_aside:
                 raise _bad_image(rejected[-1]) from error
             continue
@@ -260,7 +170,8 @@ def _write_shard(root: Path, plan: ShardPlan, inputs: str, quality: int, set_asi
         path.with_suffix(".tar").unlink(missing_ok=True)
         path.with_suffix(".idx").unlink(missing_ok=True)
     digest = hashlib.sha256(tar).hexdigest()
-    annotation = ShardAnnotation(plan.name, len(samples), len(tar), digest, inputs, moments, tuple(rejected))
+    checksums = tuple(zlib.crc32(jpeg) for _, _, jpeg in samples)
+    annotation = ShardAnnotation(plan.name, len(samples), len(tar), digest, inputs, moments, tuple(rejected), checksums)
     write_json(path, annotation.to_json())
     return annotation
 
@@ -283,7 +194,7 @@ def _find_shard(root: Path, plan: ShardPlan, inputs: str, quality: int) -> Shard
     if annotation.samples and index != index_of(io.BytesIO(tar)).encode():
         return None
     # A file may have been mended without changing its size, as by giving leave to read it.
-    entries = {entry.path: entry for entry in plan.entries}
+    entries = {entry.where: entry for entry in plan.entries}
     for reject in annotation.rejected:
         if reject.path not in entries:
             return None
@@ -297,16 +208,16 @@ def _find_shard(root: Path, plan: ShardPlan, inputs: str, quality: int) -> Shard
 
 def _convert(entry: Entry, quality: int) -> Converted:
     try:
-        data = Path(entry.path).read_bytes()
+        data = read_bytes(entry.path, entry.offset, entry.size)
     except OSError as error:
         if error.errno in _FILE_ERRORS:
             raise ImageError(f"it cannot be read: {error.strerror}") from error
         raise SourceReadError(
-            f"reading {entry.path} failed: {error.strerror}; run the same command again to continue"
+            f"reading {entry.where} failed: {error.strerror}; run the same command again to continue"
         ) from error
     if len(data) != entry.size:
         raise ShardError(
-            f"{entry.path} has {len(data)} bytes and had {entry.size} when it was listed: run the same command again"
+            f"{entry.where} has {len(data)} bytes and had {entry.size} when it was listed: run the same command again"
         )
     return convert(data, quality)
 

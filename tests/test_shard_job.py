@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,52 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(images: Path, 
 
 
 @pytest.mark.slow
+def test_verify_names_a_damaged_shard_and_only_mends_it(images: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(uninterrupted, tmp_path / "out"))
+    verify = [
+        sys.executable,
+        str(JOB.with_name("verify_shards.py")),
+        "--data",
+        str(output),
+        "--decode",
+        "--workers",
+        "1",
+    ]
+
+    def verified() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            verify, env=environment(), capture_output=True, text=True, timeout=DEADLINE_S, check=False
+        )
+
+    right = verified()
+    assert right.returncode == 0, right.stderr
+    assert right.stdout.splitlines() == [
+        "OK train: 54 images in 27 shards, 18 to 18 of each of 3 classes, all decoded",
+        "OK val: 6 images in 3 shards, 2 to 2 of each of 3 classes, all decoded",
+    ]
+    tar = output / "train" / "train-000003.tar"
+    data = bytearray(tar.read_bytes())
+    data[9000] ^= 1
+    tar.write_bytes(data)
+    wrong = verified()
+    assert failure(wrong).startswith(f"error: {output} has ")
+    assert "OK val" in wrong.stdout
+    assert "OK train" not in wrong.stdout
+    faults = [line for line in wrong.stdout.splitlines() if line.startswith("FAULT")]
+    assert all(line.startswith("FAULT train-000003") for line in faults)
+    cures = [line for line in wrong.stdout.splitlines() if "--only" in line]
+    assert len(cures) == 1
+    # The command as it is printed, with the user's images for IMAGES.
+    arguments = cures[0].partition("python jobs/shard_imagenet.py ")[2].replace("IMAGES", str(images)).split()
+    mended = subprocess.run(
+        [sys.executable, str(JOB), *arguments], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert mended.returncode == 0, mended.stderr
+    assert mended.stdout.splitlines()[-1].startswith("train-000003 was built again: 2 images, ")
+    assert contents(output) == contents(uninterrupted)
+
+
+@pytest.mark.slow
 def test_bad_images_fail_or_are_set_aside_as_asked(tmp_path: Path) -> None:
     source = write_source(tmp_path / "images", images=3, longest=280)
     (source / "n1" / "n1_0.JPEG").write_bytes(b"no image")
@@ -128,7 +175,9 @@ def test_bad_images_fail_or_are_set_aside_as_asked(tmp_path: Path) -> None:
 
 def test_a_missing_source_ends_in_one_line(tmp_path: Path) -> None:
     message = failure(shard(tmp_path / "missing", tmp_path / "out"))
-    assert message == f"error: {tmp_path / 'missing'} does not exist: give --source a folder of class folders"
+    assert message.startswith(
+        f"error: {tmp_path / 'missing'} does not exist: give --source a folder of class folders, "
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -18,10 +18,11 @@ import webdataset
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
+from pipeline.annotation import ShardAnnotation, ShardError, read_annotation
 from pipeline.dataset import DatasetError, SplitReader, read_dataset
 from pipeline.resize import encoder_settings
 from pipeline.shard_set import SetPlan, ShardSetError, claim_folder, find_finished, finish
-from pipeline.shards import BadImageError, ShardAnnotation, ShardError, build_shard, pack, plan_shards, read_annotation
+from pipeline.shards import BadImageError, build_shard, pack, plan_shards
 from pipeline.sources import read_source
 from tests.photographs import encoded, photograph, write_source
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.sources import MAX_KEY, UNREADABLE, Listing, SourceError, escape, permutation, read_source
+from pipeline.keys import MAX_KEY, escape
+from pipeline.source_files import UNREADABLE, SourceError
+from pipeline.sources import Listing, permutation, read_source
 
 
 def write(root: Path, *names: str) -> Path:
@@ -135,8 +137,8 @@ FIXED_ORDER = [6, 0, 2, 3, 4, 5, 7, 1]
 @pytest.mark.parametrize(
     ("files", "folder", "message"),
     [
-        ([], "missing", "does not exist.*give --source a folder of class folders"),
-        (["x.tar"], "x.tar", "is a file: unpack it"),
+        ([], "missing", "does not exist: give --source a folder of class folders, a tar"),
+        (["x.tar"], "x.tar", "is no whole tar"),
         (["s/1.jpg"], "s", "1 files and no class folders"),
         (["s/a/1.jpg"], "s", "holds one class, 'a', at least 2"),
         (
@@ -149,7 +151,7 @@ FIXED_ORDER = [6, 0, 2, 3, 4, 5, 7, 1]
         (
             ["s/train/a/1.jpg", "s/train/b/1.jpg", "s/val/1.jpg"],
             "s",
-            "val holds 1 files and no class folders: give --source-val",
+            "val holds 1 files and no class folders: give --source-val .*, or name .*--val-labels",
         ),
     ],
 )

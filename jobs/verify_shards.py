@@ -1,0 +1,135 @@
+"""Check a finished shard set: every shard against dataset.json, its index, its annotation and, if asked, its pixels.
+
+    python jobs/verify_shards.py --data OUT
+
+Prints a line for each split that is right, or for each fault with the shard and sample that it is in, and the command
+that builds a damaged shard again.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import ray
+import ray.exceptions
+
+from jobs.cli import run
+from jobs.cluster import connected, in_parallel
+from jobs.progress import Progress
+from pipeline.dataset import DATASET_FILE, DatasetInfo, read_dataset, rebuild_advice
+from pipeline.verify import Fault, ShardReport, check_set, check_shard
+
+FAULTS_SHOWN = 20  # Of one shard: a cut one may have thousands.
+TASK_RETRIES = 3
+
+
+class VerifyError(ValueError):
+    """A set that has faults, or that could not be checked to its end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyConfig:
+    """The command line of this job."""
+
+    data: Path
+    """Folder of the shard set. On a cluster, on a disk that all nodes share."""
+    decode: bool = False
+    """Decode every image, too: it must be 256 x 256 RGB, and its pixels must be those that the annotation counted."""
+    workers: int | None = None
+    """How many shards are checked at a time; by default one a CPU."""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"--workers {self.workers} must be at least 1")
+
+
+def main(config: VerifyConfig) -> None:
+    """Checks the set and prints what it found.
+
+    Raises:
+        VerifyError: if anything is wrong, after the faults were printed.
+        DatasetError, OSError: if there is no finished set, or it cannot be read.
+    """
+    root = Path(os.path.abspath(config.data))
+    info = read_dataset(root)
+    samples = sum(part.samples for part in info.splits.values())
+    with (
+        connected(config.workers, logging_level=logging.ERROR, log_to_driver=False),
+        Progress(samples, "images") as progress,
+    ):
+        reports = _check_all(root, info, config, progress)
+    whole = check_set(root, info, reports)
+    by_shard: dict[str, list[Fault]] = collections.defaultdict(list)
+    for fault in [*(fault for report in reports for fault in report.faults), *whole]:
+        by_shard[fault.shard].append(fault)
+    for split in info.splits:
+        mine = [report for report in reports if report.split == split]
+        if not any(report.name in by_shard for report in mine):
+            _print_right(split, mine, config.decode)
+    for name, faults in by_shard.items():
+        for fault in faults[:FAULTS_SHOWN]:
+            print(f"FAULT {fault}")
+        if len(faults) > FAULTS_SHOWN:
+            print(f"FAULT {name}: and {len(faults) - FAULTS_SHOWN:,} more")
+        if name:
+            print(f"  {rebuild_advice(root, name, _settings(info, reports))}")
+        else:
+            print(f"  if no shard is at fault, make the set anew in another folder: {DATASET_FILE} itself is damaged")
+    if by_shard:
+        count, shards = sum(map(len, by_shard.values())), len([name for name in by_shard if name])
+        raise VerifyError(f"{root} has {count:,} faults, in {shards:,} of {len(reports):,} shards: see above")
+
+
+def _check_all(root: Path, info: DatasetInfo, config: VerifyConfig, progress: Progress) -> list[ShardReport]:
+    """A report of each shard, in the set's order."""
+    work = [(split, row) for split, part in info.splits.items() for row in part.shards]
+    task = ray.remote(check_shard).options(
+        num_cpus=1, max_retries=TASK_RETRIES, retry_exceptions=[OSError], name="check_shard"
+    )
+    shared = ray.put(info)
+    found = 0
+    reports: dict[int, ShardReport] = {}
+    calls = ((root, split, row, shared, config.decode) for split, row in work)
+    for number, reference in in_parallel(task, calls, config.workers):
+        try:
+            reports[number] = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except ray.exceptions.RayError as error:
+            raise VerifyError(
+                f"Ray gave a shard up after {TASK_RETRIES} retries ({type(error).__name__}): look for what ended the "
+                "worker, as a lack of memory would, and give fewer --workers"
+            ) from error
+        found += len(reports[number].faults)
+        progress.advance(work[number][1].samples, note=f"{found:,} faults")
+    return [reports[number] for number in range(len(work))]
+
+
+def _print_right(split: str, reports: list[ShardReport], decode: bool) -> None:
+    per_class = np.sum([report.per_class for report in reports], axis=0)
+    samples = sum(len(report.key_hashes) for report in reports)
+    print(
+        f"OK {split}: {samples:,} images in {len(reports):,} shards, {min(per_class):,} to {max(per_class):,} of each "
+        f"of {len(per_class):,} classes{', all decoded' if decode else ''}"
+    )
+
+
+def _settings(info: DatasetInfo, reports: list[ShardReport]) -> str:
+    """The arguments that the set was made with, as far as they can be told and are not the defaults."""
+    # Only the last shard of a split may be short.
+    dealt = [report.annotation.samples + len(report.annotation.rejected) for report in reports if report.annotation]
+    values = {
+        "quality": (info.image.get("quality"), 90),
+        "seed": (info.seed, 0),
+        "samples-per-shard": (max(dealt, default=1250) if len(reports) > len(info.splits) else 1250, 1250),
+    }
+    return "".join(f"--{name} {value} " for name, (value, default) in values.items() if value not in (default, None))
+
+
+if __name__ == "__main__":
+    run(VerifyConfig, main)
