@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,6 +157,9 @@ def train_worker(assignment: Assignment) -> dict[str, Any]:
     Returns:
         "error": why training stopped early, or None; "history": one row an epoch.
     """
+    # Ray Train logs every report of every worker through a logger that is none of "ray.train", so LoggingConfig, which
+    # the driver sets, does not reach it.
+    logging.getLogger().setLevel(logging.WARNING)
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, getattr(torch, assignment.precision))
