@@ -74,7 +74,7 @@ class Rates:
         """Which part is the limit, in words."""
         ratio = self.loader_images_per_s / self.network_images_per_s
         if ratio >= COMFORT:
-            return f"the network is the limit: the loader could feed {ratio:.1f} of it"
+            return f"the network is the limit: the loader could feed {ratio:.1f} times as much"
         part = self.loader_images_per_s / self.decode_limit_images_per_s
         return (
             f"the loader is the limit, at {ratio:.0%} of what the network takes and {part:.0%} of bare decoding on "
