@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 from torchvision.io import decode_jpeg
 
+from jobs.checkpoint import Identity
 from jobs.cli import run
-from model.alexnet import AlexNet
+from jobs.device import choose_device
+from jobs.worker import make_network
 from model.recipe import RECIPES
 from model.training import Trainer, Worker
 from pipeline.dataset import SplitReader, read_dataset, write_json
@@ -97,10 +99,9 @@ def measure(config: BenchmarkConfig) -> Rates:
     reader = SplitReader(config.data, info, "train")
     recipe = dataclasses.replace(RECIPES["default"], batch_size=config.batch_size)
     plan = Plan(len(reader), config.batch_size, recipe.seed, colour_matrix(info.rgb, recipe.colour))
-    device = torch.device("cuda", 0) if config.gpu else torch.device("cpu")
+    device = choose_device(config.gpu)
     torch.set_num_threads(config.threads)
-    network = AlexNet(len(info.classes), recipe.groups, recipe.dropout)
-    network.initialise(recipe.seed, recipe.hidden_bias)
+    network = make_network(Identity.of(recipe, info))
     worker = Worker(0, 1, device, torch.bfloat16 if config.gpu else torch.float32)
     trainer = Trainer(network.to(memory_format=torch.channels_last).to(device), recipe, worker)
     network.train()
@@ -156,8 +157,6 @@ def _nothing() -> None:
 
 
 def main(config: BenchmarkConfig) -> None:
-    if config.gpu and not torch.cuda.is_available():
-        raise ValueError("--gpu was asked for, but torch sees no GPU here: use --no-gpu, or a machine with one")
     rates = measure(config)
     name = torch.cuda.get_device_name(0) if config.gpu else platform.processor() or platform.machine()
     print(f"{name}, {config.threads} thread(s), batch {config.batch_size}; images/s, medians of {config.rounds}:")

@@ -17,6 +17,7 @@ from pyarrow import fs as arrow_fs
 from jobs import checkpoint
 from jobs.checkpoint import CheckpointError
 from jobs.cli import run
+from jobs.device import choose_device
 from jobs.progress import Progress
 from jobs.worker import make_network
 from model.metrics import Score, evaluate
@@ -88,9 +89,7 @@ def counted(batches: Iterator[Batch], views: int, total: int) -> Iterator[Batch]
 def main(config: EvaluateConfig) -> None:
     data = Path(config.data)
     info = read_dataset(data)
-    if config.gpu and not torch.cuda.is_available():
-        raise ValueError("--gpu was asked for, but torch sees no GPU here: use --no-gpu, or a machine with one")
-    device = torch.device("cuda", 0) if config.gpu else torch.device("cpu")
+    device = choose_device(config.gpu)
     with local_checkpoint(config.checkpoint) as (location, folder):
         identity = checkpoint.read_state(folder).identity
         wnids = tuple(label.wnid for label in info.classes)

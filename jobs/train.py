@@ -133,9 +133,6 @@ class Resources:
         Args:
             config: the command line.
             cluster: Ray's cluster resources, "CPU" and "GPU".
-
-        Raises:
-            ValueError: if the cluster has no core.
         """
         gpus = config.gpus if config.gpus is not None else cluster.get("GPU", 0) > 0
         workers = config.workers or (max(int(cluster.get("GPU", 0)), 1) if gpus else 1)
@@ -269,7 +266,7 @@ def refuse_shortage(resources: Resources, recipe: Recipe) -> None:
     have = ray.cluster_resources()
     need = {"CPU": resources.workers * resources.cpus_per_worker, "GPU": resources.workers * resources.gpus}
     short = [f"{n} {kind}(s), there are {have.get(kind, 0):g}" for kind, n in need.items() if have.get(kind, 0) < n]
-    if short and "RAY_ADDRESS" not in os.environ:
+    if short and not os.environ.get("RAY_ADDRESS"):
         raise ValueError(f"the run needs {' and '.join(short)}: use fewer --workers, --cpus-per-worker or --no-gpus")
     if short:
         print(f"waiting for the cluster to grow: the run needs {' and '.join(short)} now", flush=True)

@@ -24,6 +24,7 @@ from pipeline.dataset import (
     ShardRow,
     parse_dataset,
     write_atomically,
+    write_json,
 )
 from pipeline.storage import open_location, read_text
 
@@ -96,17 +97,17 @@ def _copy(location: str, info: DatasetInfo, target: Path, report: Report) -> Non
     report(f"staging {need / 1e9:.2f} GB in {len(missing)} of {len(work)} shards from {location} to {target}")
     done = 0
     with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
-        futures = {pool.submit(_copy_shard, filesystem, path, target, *item): item for item in work}
+        futures = [pool.submit(_copy_shard, filesystem, path, target, *item) for item in missing]
         try:
             for number, future in enumerate(concurrent.futures.as_completed(futures), start=1):
                 done += future.result()
-                if number % max(1, len(work) // 20) == 0:
-                    report(f"staged {number} of {len(work)} shards, {done / 1e9:.2f} GB")
+                if number % max(1, len(missing) // 20) == 0:
+                    report(f"staged {number} of {len(missing)} shards, {done / 1e9:.2f} GB")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    text = read_text(filesystem, f"{path}/{DATASET_FILE}")
-    write_atomically(target / DATASET_FILE, text.encode())
+    # What was read at the start, not what may lie there by now.
+    write_json(target / DATASET_FILE, info.to_json())
 
 
 def _is_whole(path: Path, row: ShardRow) -> bool:
@@ -116,8 +117,6 @@ def _is_whole(path: Path, row: ShardRow) -> bool:
 def _copy_shard(filesystem: fs.FileSystem, path: str, target: Path, split: str, row: ShardRow) -> int:
     """Copies one shard's index and tar, the tar last; the bytes copied."""
     tar = target / split / f"{row.name}.tar"
-    if _is_whole(tar, row):
-        return 0
     for attempt in range(1, ATTEMPTS + 1):
         try:
             write_atomically(tar.with_suffix(".idx"), read_text(filesystem, f"{path}/{split}/{row.name}.idx").encode())
