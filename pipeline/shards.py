@@ -20,7 +20,8 @@ from typing import Any, BinaryIO
 
 from pipeline.annotation import Reject, ShardAnnotation, ShardError, read_annotation
 from pipeline.dataset import INDEX_VERSION, write_atomically, write_json
-from pipeline.resize import Converted, ImageError, convert, encoder_settings
+from pipeline.decode import ImageError
+from pipeline.resize import Converted, convert, encoder_settings
 from pipeline.rgb_stats import RgbMoments
 from pipeline.source_files import read_bytes
 from pipeline.sources import Entry, Listing, permutation
@@ -127,7 +128,7 @@ def build_shard(root: Path, plan: ShardPlan, image: dict[str, Any], set_aside: b
     if encoder_settings(image["quality"]) != image:
         here = encoder_settings(image["quality"])["encoder"]
         raise ShardError(
-            f"a node encodes JPEGs with {here}, the set with {image['encoder']}: install the same Pillow on all nodes"
+            f"a node encodes JPEGs with {here}, the set with {image['encoder']}: install the same versions on all nodes"
         )
     inputs = inputs_digest(plan, image)
     found = _find_shard(root, plan, inputs, image["quality"])

@@ -11,21 +11,21 @@ from pipeline.dataset import IMAGE_SIZE
 
 
 def central_square(image: NDArray[Any]) -> NDArray[np.float64]:
-    """[IMAGE_SIZE, IMAGE_SIZE, 3] of a [height, width, 3] image: the shorter side to IMAGE_SIZE, then the centre."""
+    """[IMAGE_SIZE, IMAGE_SIZE, 3] of a [height, width, 3] image: its central square, to a whole pixel, resized."""
     height, width = image.shape[:2]
     side = min(width, height)
-    rows = weights(height, (height - side) / 2, side)
-    columns = weights(width, (width - side) / 2, side)
-    resized = np.einsum("yh,hwc,xw->yxc", rows, image.astype(np.float64), columns, optimize=True)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image[top : top + side, left : left + side].astype(np.float64)
+    matrix = weights(side)
+    resized = np.einsum("yh,hwc,xw->yxc", matrix, square, matrix, optimize=True)
     return np.clip(resized, 0, 255)
 
 
-def weights(length: int, start: float, side: float) -> NDArray[np.float64]:
-    """[IMAGE_SIZE, length]: an antialiased bicubic (a = -0.5) resize of [start, start + side) as a matrix."""
+def weights(side: int) -> NDArray[np.float64]:
+    """[IMAGE_SIZE, side]: an antialiased bicubic (a = -0.5) resize of `side` pixels as a matrix."""
     scale = side / IMAGE_SIZE
-    stretch = max(scale, 1.0)
-    centre = start + (np.arange(IMAGE_SIZE) + 0.5) * scale
-    x = np.abs((np.arange(length)[None, :] + 0.5 - centre[:, None]) / stretch)
+    centre = (np.arange(IMAGE_SIZE) + 0.5) * scale
+    x = np.abs((np.arange(side)[None, :] + 0.5 - centre[:, None]) / max(scale, 1.0))
     near = 1.5 * x**3 - 2.5 * x**2 + 1
     far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
     kernel = np.where(x < 1, near, np.where(x < 2, far, 0.0))

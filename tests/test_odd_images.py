@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from pipeline.dataset import SplitReader, read_dataset
-from pipeline.resize import MAX_PIXELS, ImageError, convert, encoder_settings
+from pipeline.decode import MAX_PIXELS, ImageError
+from pipeline.resize import convert, encoder_settings
 from pipeline.shard_set import SetPlan, claim_folder, finish
 from pipeline.shards import build_shard, plan_shards
 from pipeline.sources import read_source
@@ -274,7 +275,8 @@ def test_a_header_alone_takes_no_memory(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
     program = """
 import pathlib, resource, sys
-from pipeline.resize import ImageError, convert
+from pipeline.decode import ImageError
+from pipeline.resize import convert
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 files = [path.read_bytes() for path in sorted(pathlib.Path(sys.argv[1]).iterdir())]
 before, refused = peak(), 0

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.dataset import IMAGE_SIZE
-from pipeline.resize import ImageError, convert, encoder_settings
+from pipeline.decode import ImageError
+from pipeline.resize import convert, encoder_settings
 from pipeline.rgb_stats import RgbMoments
 from tests.photographs import encoded, photograph
 from tests.reference_resize import central_square

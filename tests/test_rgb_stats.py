@@ -32,6 +32,14 @@ def test_equals_numpy_on_all_pixels() -> None:
     assert statistics.pixels == len(PIXELS)
 
 
+@pytest.mark.parametrize("level", [255, 254])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (16, 16), (1, 257), (300, 257)])
+def test_the_brightest_images_are_counted_exactly(level: int, height: int, width: int) -> None:
+    pixels = height * width
+    moments = RgbMoments.of(np.full((height, width, 3), level, np.uint8))
+    assert moments == RgbMoments(pixels, (level * pixels,) * 3, (level**2 * pixels,) * 6)
+
+
 def test_columns_are_eigenvectors_and_their_largest_component_is_positive() -> None:
     statistics = RgbStatistics.of(merged())
     vectors, values = np.array(statistics.eigenvectors), np.array(statistics.eigenvalues)

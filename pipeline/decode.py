@@ -1,0 +1,118 @@
+"""One image file's bytes -> its pixels, whatever kind of file it is.
+
+Decided once, for every image:
+- The orientation in EXIF is not applied and colour profiles are not read, as is usual with ImageNet: everyone's results
+  were made with the pixels as stored. Pillow turns TIFFs by itself; they are turned back.
+- Transparency is laid over white. Grey is repeated to three channels, palettes are looked up, CMYK is converted as
+  Pillow does, 16-bit grey keeps its upper 8 bits (as Pillow reads 16-bit colour). 32-bit and floating point pixels have
+  no known range and are refused.
+- Of an animation, or of several pictures or pages in one file, the first counts.
+- Bytes behind the image do not matter. A file that ends before its image does is refused, even where only the end
+  marker is lost: what else is lost cannot be known.
+- A JPEG with wrong bits inside is kept as libjpeg reads it, which goes on at the next marker or leaves grey. Every
+  program that trains on ImageNet sees those pixels; Pillow cannot tell such a file from a good one. PNG has checksums,
+  and a wrong one is refused.
+- The contents decide on the format, not the name. Others than FORMATS are no images here; Pillow would run a
+  PostScript interpreter for some.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import PIL
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageFile
+
+# ImageNet's largest image has 61 million pixels; a header that claims more than this is a mistake or an attack.
+# Pillow's own limit is a little higher, and is heeded too.
+MAX_PIXELS = 80_000_000
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")  # "JPEG" also opens multi-picture files.
+
+# Some libraries switch it on for the whole process; half an image would then be padded with grey without a word.
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+# What undoes each turn that Pillow makes.
+_TURN_BACK = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+class ImageError(ValueError):
+    """Bytes that are no whole image; the message is a short reason."""
+
+
+def decode(data: bytes) -> NDArray[np.uint8]:
+    """The pixels of an image file in one of FORMATS, [height, width, 3] in RGB.
+
+    Raises:
+        ImageError: if the bytes do not decode to a whole image of a sane size.
+    """
+    pixels = _flawless_jpeg(data)
+    return np.array(_by_pillow(data)) if pixels is None else pixels
+
+
+def _flawless_jpeg(data: bytes) -> NDArray[np.uint8] | None:
+    """A usual JPEG's pixels; None for what Pillow must judge: other formats, inks, and any flaw libjpeg notices.
+
+    Nearly all of ImageNet goes through here. It is the same libjpeg-turbo as Pillow's, without Pillow's copies.
+    """
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if height * width > MAX_PIXELS or colours not in ("YCbCr", "Gray", "RGB"):
+            return None
+        return simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    except ValueError:
+        return None
+
+
+def _by_pillow(data: bytes) -> Image.Image:
+    """An image file's first frame in mode RGB."""
+    if not data:
+        raise ImageError("the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ImageError(f"it claims more than {MAX_PIXELS} pixels")
+                turn = image.getexif().get(ExifTags.Base.Orientation) if image.format == "TIFF" else None
+                image.load()
+                rgb = _to_rgb(image)
+                return rgb.transpose(_TURN_BACK[turn]) if turn in _TURN_BACK else rgb
+    except (ImageError, MemoryError):
+        raise
+    except PIL.UnidentifiedImageError as error:
+        raise ImageError("it is no image in a known format") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ImageError(f"it claims more than {MAX_PIXELS} pixels") from error
+    # Pillow's readers raise whatever the bytes lead them to: OSError, SyntaxError, struct.error, zlib.error, KeyError.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise ImageError(f"it does not decode: {reason[:200]} ({type(error).__name__})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        # astype makes the byte order the machine's own, which "I;16B" is not.
+        grey = np.asarray(image).astype(np.uint16)
+        upper = (grey >> 8).astype(np.uint8)
+        # PNG can call one level of grey transparent.
+        upper[grey == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(upper).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ImageError(f"its pixels are 32-bit numbers (mode {image.mode}) without a known range")
+    if image.has_transparency_data:
+        transparent = image.convert("RGBA")
+        white = Image.new("RGBA", transparent.size, "white")
+        return Image.alpha_composite(white, transparent).convert("RGB")
+    return image.convert("RGB")
