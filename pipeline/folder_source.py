@@ -27,16 +27,15 @@ def scan(folder: str) -> Iterator[Item]:
 def _scan_disk(folder: str) -> Iterator[Item]:
     with os.scandir(folder) as items:
         for item in items:
-            if item.is_dir():
-                yield Item(item.name, True, None)
-                continue
             try:
-                status = item.stat()
+                is_folder = item.is_dir()
+                status = None if is_folder else item.stat()
             except OSError:
                 yield Item(item.name, False, UNREADABLE)
                 continue
             # A pipe called x.jpg would be waited for without end.
-            yield Item(item.name, False, status.st_size if stat.S_ISREG(status.st_mode) else None)
+            size = status.st_size if status is not None and stat.S_ISREG(status.st_mode) else None
+            yield Item(item.name, is_folder, size)
 
 
 def read_class_folders(root: str, names: tuple[str, ...], others: int, flag: str) -> tuple[Classes, int]:

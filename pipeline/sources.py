@@ -133,7 +133,7 @@ def _look(place: Location, flag: str) -> _Root:
     location = os.fspath(place)
     location = location if is_url(location) else os.path.abspath(location)
     if "{" in location and not (not is_url(location) and os.path.exists(location)):
-        tars = {os.path.basename(tar): tar for tar in braceexpand.braceexpand(location)}
+        tars = {os.path.basename(shown(tar)): tar for tar in braceexpand.braceexpand(location)}
         return _Root(location, flag, tars=dict(sorted(tars.items())))
     if is_http(location) and not location.partition("?")[0].lower().endswith(".tar"):
         raise SourceError(
@@ -150,15 +150,13 @@ def _look(place: Location, flag: str) -> _Root:
     if kind != fs.FileType.Directory:
         return _Root(location, flag)
     items = sorted(scan(location))
-    tars = [item.name for item in items if not item.folder and item.name.endswith(".tar")]
+    names = [item.name for item in items if not item.folder and item.name.endswith(".tar")]
     return _Root(
         location,
         flag,
         is_folder=True,
         folders=tuple(item.name for item in items if item.folder),
-        tars={
-            item.name: child(location, item.name) for item in items if not item.folder and item.name.endswith(".tar")
-        },
+        tars={name: child(location, name) for name in names},
         others=sum(not item.folder for item in items),
     )
 
@@ -198,7 +196,7 @@ def _read_root(root: _Root, names: tuple[str, ...] | None) -> tuple[Classes, int
     location, flag = root.location, root.flag
     if root.is_folder and (root.folders or not root.tars):
         return *read_class_folders(location, root.folders, root.others, flag), None
-    tars = root.tars or {os.path.basename(location): location}
+    tars = root.tars or {os.path.basename(shown(location)): location}
     kind, first = contents_of(next(iter(tars.values())))
     if root.tars and kind == "images":
         return *read_class_tars(tars), None
