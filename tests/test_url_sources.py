@@ -97,7 +97,7 @@ def test_class_tars_beside_each_other_give_the_same_bytes(
 ) -> None:
     listing = listed(forms / form, labels=forms / form / "wnids.txt")
     assert made(listing, tmp_path / "out") == expected
-    assert listing.splits["train"][1].where.endswith("/n0.tar/n0_1.JPEG")
+    assert listing.splits["train"][1].where.endswith("/n0.tar/n0_2.JPEG")
 
 
 def test_class_tars_may_be_validated_on_and_have_folders_for_it(forms: Path, tmp_path: Path) -> None:
