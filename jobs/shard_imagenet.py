@@ -11,6 +11,8 @@ IMAGES holds a folder a class, or train/ and val/ that do; ImageNet's tars are r
     python jobs/shard_imagenet.py --source ILSVRC2012_img_train.tar --source-val ILSVRC2012_img_val.tar \
         --val-labels WNIDS.txt --output OUT
 
+Any of them may be a URL, as s3://BUCKET/ILSVRC2012_img_train.tar or http://HOST/imagenet-train-{000000..000146}.tar.
+
 OUT/dataset.json is written last.
 """
 
@@ -44,19 +46,21 @@ TASK_RETRIES = 3
 class ShardConfig:
     """The command line of this job."""
 
-    source: Path
-    """Folder with one folder of images a class; or ILSVRC2012_img_train.tar (a tar of class tars); or a folder of
-    WebDataset shards (.jpg and .cls); or a folder that holds one of these as train/ (and val/), or ImageNet's tars."""
+    source: str
+    """Folder with one folder of images a class; or ILSVRC2012_img_train.tar (a tar of class tars); or a folder of class
+    tars; or a folder of WebDataset shards (.jpg and .cls); or a folder that holds one of these as train/ (and val/), or
+    ImageNet's tars. A local path or a URL (s3://, gs://, and http:// for tars); {000..146} in it stands for many tars.
+    """
     output: Path
     """Folder for the shard set: a new or empty one, or one where the same set was begun. On a cluster, on a disk that
     all nodes share."""
-    source_val: Path | None = None
+    source_val: str | None = None
     """What to validate on, in any of these forms, instead of SOURCE/val; with --val-labels also a folder or a tar of
     images without classes, as ILSVRC2012_img_val.tar is."""
-    val_labels: Path | None = None
+    val_labels: str | None = None
     """Text file with the class of each validation image: a wnid a line, or one of the devkit's ids, in the order of the
     images' names."""
-    val_synsets: Path | None = None
+    val_synsets: str | None = None
     """Text file with 'id wnid' a line, which --val-labels with the devkit's ids needs."""
     workers: int | None = None
     """How many shards are built at a time; by default one a CPU."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+
+import numpy as np
 
 # A USTAR member's name has 100 bytes; the rest is room for ".jpg" and what keeps two keys apart.
 MAX_KEY = 80
@@ -35,6 +38,8 @@ def escape(text: str) -> str:
 
     A dot would end a WebDataset key and a space would break a line of DALI's index.
     """
+    if _PLAIN.issuperset(text):
+        return text
     return "".join(
         character
         if character in _PLAIN
@@ -43,16 +48,46 @@ def escape(text: str) -> str:
     )
 
 
-def make_unique(keys: Iterable[str]) -> list[str]:
-    """Adds _2, _3, ... to a key that was there before, case aside: a shard unpacked on any disk keeps every file."""
-    taken: set[str] = set()
+def rename_equal(keys: Iterable[str], count: int, key: Callable[[int], str]) -> dict[int, str]:
+    """New keys, with _2, _3, ... added, for those that were there before, case aside, by their places.
+
+    So a shard unpacked on any disk keeps every file. Holds 64 bits of each key and no key.
+
+    Args:
+        keys: all of them, in order.
+        count: how many there are.
+        key: gives the one at a place again.
+    """
+    hashes = np.fromiter((_hash(text) for text in keys), np.uint64, count)
+    order = np.argsort(hashes, kind="stable")
+    ordered = hashes[order]
+    # Each place whose key an earlier one has; a new key may add the one whose own it is.
+    again = np.sort(order[1:][ordered[1:] == ordered[:-1]]).tolist()
+    queued = set(again)
+    renamed: dict[int, str] = {}
+    given: set[int] = set()
     following: dict[str, int] = {}
-    unique = []
-    for key in keys:
-        candidate, folded = key, key.lower()
-        while candidate.lower() in taken:
-            following[folded] = following.get(folded, 1) + 1
-            candidate = f"{key}_{following[folded]}"
-        taken.add(candidate.lower())
-        unique.append(candidate)
-    return unique
+
+    def owners(text: str) -> list[int]:
+        first, last = (np.searchsorted(ordered, np.uint64(_hash(text)), side=side) for side in ("left", "right"))
+        found: list[int] = order[first:last].tolist()
+        return found
+
+    while again:
+        place = heapq.heappop(again)
+        text = candidate = key(place)
+        while _hash(candidate) in given or any(i < place and i not in renamed for i in owners(candidate)):
+            following[text.lower()] = following.get(text.lower(), 1) + 1
+            candidate = f"{text}_{following[text.lower()]}"
+        if candidate != text:
+            renamed[place] = candidate
+        given.add(_hash(candidate))
+        for later in owners(candidate):
+            if later > place and later not in queued:
+                queued.add(later)
+                heapq.heappush(again, later)
+    return renamed
+
+
+def _hash(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.lower().encode(), digest_size=8).digest(), "little")

@@ -26,9 +26,9 @@ from pipeline.dataset import (
     write_atomically,
     write_json,
 )
+from pipeline.listing import Listing
 from pipeline.rgb_stats import RgbMoments, RgbStatistics
 from pipeline.shards import ShardPlan, annotation_path, inputs_digest
-from pipeline.sources import Listing
 
 UNFINISHED_FILE = "unfinished.json"
 REJECTS_FILE = "rejects.jsonl"

@@ -21,10 +21,12 @@ from typing import Any, BinaryIO
 from pipeline.annotation import Reject, ShardAnnotation, ShardError, read_annotation
 from pipeline.dataset import INDEX_VERSION, write_atomically, write_json
 from pipeline.decode import ImageError
-from pipeline.resize import Converted, convert, encoder_settings
+from pipeline.listing import Entries, Entry, Listing
+from pipeline.read_ahead import readings
+from pipeline.resize import convert, encoder_settings
 from pipeline.rgb_stats import RgbMoments
 from pipeline.source_files import read_bytes
-from pipeline.sources import Entry, Listing, permutation
+from pipeline.sources import permutation
 
 # What is wrong with one file and stays so. Any other failure to read is the disk's or the network's, and is not the
 # image's fault: setting the image aside for it would make the set depend on luck.
@@ -48,7 +50,7 @@ class ShardPlan:
     split: str
     name: str
     """train-000000."""
-    entries: tuple[Entry, ...]
+    entries: Entries
     """In the order in which they are stored."""
 
 
@@ -68,9 +70,9 @@ def plan_shards(listing: Listing, seed: int, samples_per_shard: int) -> list[Sha
     """
     plans = []
     for split, entries in listing.splits.items():
-        order = permutation(seed, f"shards {split}", len(entries)).tolist()
+        order = permutation(seed, f"shards {split}", len(entries))
         for number, start in enumerate(range(0, len(order), samples_per_shard)):
-            chosen = tuple(entries[i] for i in order[start : start + samples_per_shard])
+            chosen = entries.take(order[start : start + samples_per_shard])
             plans.append(ShardPlan(split, f"{split}-{number:06d}", chosen))
     return plans
 
@@ -149,9 +151,9 @@ def _write_shard(root: Path, plan: ShardPlan, inputs: str, quality: int, set_asi
     samples: list[tuple[str, int, bytes]] = []
     rejected: list[Reject] = []
     moments = RgbMoments()
-    for entry in plan.entries:
+    for entry, read in readings(plan.entries, _read):
         try:
-            converted = _convert(entry, quality)
+            converted = convert(read(), quality)
         except ImageError as error:
             rejected.append(Reject(entry.where, plan.split, entry.wnid, str(error)))
             if not set_aside:
@@ -200,27 +202,28 @@ def _find_shard(root: Path, plan: ShardPlan, inputs: str, quality: int) -> Shard
         if reject.path not in entries:
             return None
         try:
-            _convert(entries[reject.path], quality)
+            convert(_read(entries[reject.path]), quality)
         except ImageError:
             continue
         return None
     return annotation
 
 
-def _convert(entry: Entry, quality: int) -> Converted:
+def _read(entry: Entry) -> bytes:
     try:
         data = read_bytes(entry.path, entry.offset, entry.size)
     except OSError as error:
-        if error.errno in _FILE_ERRORS:
+        # A tar that is gone is no fault of one image in it.
+        if entry.offset is None and error.errno in _FILE_ERRORS:
             raise ImageError(f"it cannot be read: {error.strerror}") from error
         raise SourceReadError(
-            f"reading {entry.where} failed: {error.strerror}; run the same command again to continue"
+            f"reading {entry.where} failed: {error.strerror or error}; run the same command again to continue"
         ) from error
     if len(data) != entry.size:
         raise ShardError(
             f"{entry.where} has {len(data)} bytes and had {entry.size} when it was listed: run the same command again"
         )
-    return convert(data, quality)
+    return data
 
 
 def _bad_image(reject: Reject) -> BadImageError:

@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline import remote
+from pipeline.storage import is_url
+
 IMAGE_EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"})
 LISTING_THREADS = 16  # A network disk answers many at once; a local one does not mind.
 UNREADABLE = -1
@@ -19,21 +22,13 @@ class File(NamedTuple):
     """One image file, or one member of a tar."""
 
     path: str
-    """Absolute: of the file, or of the tar that holds it."""
+    """Absolute path or URL: of the file, or of the tar that holds it."""
     size: int
     """In bytes; UNREADABLE for a file that cannot be reached."""
     offset: int | None = None
     """Where its bytes begin in the tar; None for a file of its own."""
     member: str = ""
     """Its name in the tar, with the names of tars in between."""
-
-    @property
-    def name(self) -> str:
-        return os.path.basename(self.member or self.path)
-
-
-Classes = dict[str, list[File]]
-"""The images of each class, in the order of their names."""
 
 
 def is_image_name(name: str) -> bool:
@@ -43,16 +38,40 @@ def is_image_name(name: str) -> bool:
 def read_bytes(path: str, offset: int | None, size: int) -> bytes:
     """A whole file, or `size` bytes of one from `offset` on; fewer where it ends before.
 
+    Args:
+        path: a local path or a URL.
+
     Raises:
         OSError: if it cannot be read.
     """
+    if is_url(path):
+        return remote.read(path) if offset is None else remote.read_range(path, offset, size)
     if offset is None:
         return Path(path).read_bytes()
-    with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
+    with LocalRanges(path) as file:
+        return file.read_at(offset, size)
+
+
+class LocalRanges:
+    """A file on a disk, read at any place."""
+
+    def __init__(self, path: str) -> None:
+        self._file = os.open(path, os.O_RDONLY)
+
+    def __enter__(self) -> LocalRanges:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset` on; fewer where it ends before."""
+        parts, missing = [], length
         # A network disk may hand out less than it was asked for.
-        parts, missing = [], size
-        while missing and (part := file.read(missing)):
+        while missing > 0 and (part := os.pread(self._file, missing, offset + length - missing)):
             parts.append(part)
             missing -= len(part)
         return b"".join(parts)
+
+    def close(self) -> None:
+        os.close(self._file)

@@ -1,101 +1,55 @@
 """Where images come from, listed in an order that no file system decides, and nothing unpacked.
 
-A source is a folder of class folders (for ImageNet, named by wnid), a tar of class tars, a WebDataset of images and
-labels, or a folder that holds any of these as train/ and val/, or ImageNet's own tars. Listing reads names, headers and
-sizes; what an image holds is found out when its shard is written. Equal images give an equal listing in any form.
+A source is a folder of class folders (for ImageNet, named by wnid), a tar of class tars, a folder of class tars, a
+WebDataset of images and labels, or a folder that holds any of these as train/ and val/, or ImageNet's own tars; each by
+a local path or a URL. Listing reads names, headers and sizes; what an image holds is found out when its shard is
+written. Equal images give an equal listing in any form.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import os
 from pathlib import Path
 
+import braceexpand
 import numpy as np
 from numpy.typing import NDArray
+from pyarrow import fs
 
-from pipeline.class_names import names_of
-from pipeline.folder_source import read_class_folders, read_flat_folder, subfolders
-from pipeline.keys import key_of, make_unique
-from pipeline.source_files import Classes, File, SourceError, is_image_name
-from pipeline.tar_source import first_member, read_class_tars, read_flat_tar, whole
+from pipeline import remote
+from pipeline.file_table import Classes, FileTable
+from pipeline.folder_source import read_class_folders, read_flat_folder, scan
+from pipeline.listing import Entries, Listing
+from pipeline.source_files import SourceError
+from pipeline.storage import child, is_http, is_url, shown
+from pipeline.tar_source import read_class_tars, read_flat_tar, read_tar_of_tars
 from pipeline.val_labels import by_label
-from pipeline.webdataset_source import class_names, read_shards, shards_by_split, shards_of
+from pipeline.webdataset_source import Tars, class_names, contents_of, read_shards, shards_by_split
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
-_FORMS = "a folder of class folders, a tar of class tars, or a folder of WebDataset shards"
+_FORMS = "a folder of class folders, a tar or a folder of class tars, or a folder of WebDataset shards"
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Entry:
-    """One image of a source."""
-
-    path: str
-    """Absolute: of its file, or of the tar that holds it."""
-    label: int
-    """Its class's index."""
-    wnid: str
-    """Its class's name."""
-    key: str
-    """Its name in the shard set: [A-Za-z0-9_-]+, unique in its split even where case does not count."""
-    size: int
-    """In bytes; UNREADABLE for a broken link."""
-    offset: int | None = None
-    """Where it begins in the tar; None for a file of its own."""
-    member: str = ""
-    """Its name in the tar."""
-
-    @property
-    def where(self) -> str:
-        """What a person looks for: its path, continued inside the tar."""
-        return f"{self.path}/{self.member}" if self.member else self.path
-
-
-@dataclasses.dataclass(frozen=True)
-class Listing:
-    """All images of a source."""
-
-    roots: tuple[str, ...]
-    """The folders or tars read, absolute."""
-    classes: tuple[str, ...]
-    """Sorted: a class's place is its label."""
-    splits: dict[str, tuple[Entry, ...]]
-    """train and val, each sorted by class and file name."""
-    ignored: int
-    """How many files were no images by their extension, hidden ones not counted."""
-
-    @property
-    def images(self) -> int:
-        return sum(len(entries) for entries in self.splits.values())
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """What a person calls each class."""
-        return names_of(self.classes)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """sha256 over every image's split, class, key and size, in order: not over where it lies."""
-        digest = hashlib.sha256()
-        for split, entries in self.splits.items():
-            for entry in entries:
-                line = f"{split}\t{entry.wnid}\t{entry.key}\t{entry.size}\n"
-                digest.update(line.encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
+Location = str | os.PathLike[str]
+"""A local path, or a URL."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Root:
-    """Where the images of one split lie."""
+    """Where the images of one split lie: a tar, a folder, or some tars together."""
 
-    path: Path
+    location: str
     flag: str
     """The argument that named it."""
-    shards: tuple[Path, ...] = ()
-    """Of a WebDataset."""
+    is_folder: bool = False
+    folders: tuple[str, ...] = ()
+    """The names of the folders in a folder, sorted."""
+    tars: Tars = dataclasses.field(default_factory=dict)
+    """The tars in a folder, or those that {000..146} stands for."""
+    others: int = 0
+    """How many things in a folder are no folders."""
 
 
 def permutation(seed: int, stream: str, count: int) -> NDArray[np.int64]:
@@ -109,12 +63,12 @@ def permutation(seed: int, stream: str, count: int) -> NDArray[np.int64]:
 
 
 def read_source(
-    source: Path,
-    source_val: Path | None,
+    source: Location,
+    source_val: Location | None,
     val_fraction: float,
     seed: int,
-    val_labels: Path | None = None,
-    val_synsets: Path | None = None,
+    val_labels: Location | None = None,
+    val_synsets: Location | None = None,
 ) -> Listing:
     """Lists a source.
 
@@ -130,81 +84,107 @@ def read_source(
 
     Raises:
         SourceError: naming what was found, what is needed and what to do.
+        ValueError: for a URL that cannot be opened.
         OSError: where something cannot be read.
     """
     if val_synsets is not None and val_labels is None:
         raise SourceError("--val-synsets explains the ids of --val-labels: give that too")
-    source = Path(os.path.abspath(source))
-    train_root, val_root = _find_roots(source, None if source_val is None else Path(os.path.abspath(source_val)))
+    train_root, val_root = _inside(_look(source, "--source"))
+    if source_val is not None:
+        val_root = _look(source_val, "--source-val")
     train, ignored, names = _read_root(train_root, None)
     classes = sorted(train)
+    place = shown(train_root.location)
     if len(classes) < 2:
         raise SourceError(
-            f"{train_root.path} holds one class, {classes[0]!r}, at least 2 are needed: "
+            f"{place} holds one class, {classes[0]!r}, at least 2 are needed: "
             "give --source the folder above all classes"
         )
-    roots = [str(train_root.path)]
+    roots = [place]
     if val_root is None:
         if val_labels is not None:
             raise SourceError("--val-labels names the classes of validation images: give them with --source-val")
         train, val = _split_off(train, val_fraction, seed)
-        if not any(val.values()):
+        if not any(len(files) for files in val.values()):
             raise SourceError(
-                f"{train_root.path} has one image a class, so none can be split off to validate on: give --source-val"
+                f"{place} has one image a class, so none can be split off to validate on: give --source-val"
             )
     else:
-        roots.append(str(val_root.path))
+        roots.append(shown(val_root.location))
         if val_labels is None:
             val, more, _ = _read_root(val_root, names)
         else:
             files, more = _read_flat(val_root)
-            val = by_label(val_root.path, files, val_labels, val_synsets, classes)
+            synsets = None if val_synsets is None else os.fspath(val_synsets)
+            val = by_label(val_root.location, files, os.fspath(val_labels), synsets, classes)
         ignored += more
         unknown = sorted(set(val) - set(train))
         if unknown:
             raise SourceError(
-                f"{val_root.path} has {len(unknown)} classes that {train_root.path} has not, the first {unknown[0]!r}: "
+                f"{roots[1]} has {len(unknown)} classes that {place} has not, the first {unknown[0]!r}: "
                 "name the classes of both alike"
             )
-    return Listing(
-        tuple(roots), tuple(classes), {"train": _entries(classes, train), "val": _entries(classes, val)}, ignored
+    splits = {"train": Entries.of(classes, train), "val": Entries.of(classes, val)}
+    return Listing(tuple(roots), tuple(classes), splits, ignored)
+
+
+def _look(place: Location, flag: str) -> _Root:
+    """What lies at a local path or URL."""
+    location = os.fspath(place)
+    location = location if is_url(location) else os.path.abspath(location)
+    if "{" in location and not (not is_url(location) and os.path.exists(location)):
+        tars = {os.path.basename(shown(tar)): tar for tar in braceexpand.braceexpand(location)}
+        return _Root(location, flag, tars=dict(sorted(tars.items())))
+    if is_http(location) and not location.partition("?")[0].lower().endswith(".tar"):
+        raise SourceError(
+            f"{shown(location)} is no tar, and HTTP cannot list folders: give {flag} http://HOST/NAME.tar, "
+            "or shards as http://HOST/NAME-{000000..000146}.tar"
+        )
+    if is_url(location):
+        kind = remote.kind(location)
+    else:
+        path = Path(location)
+        kind = fs.FileType.Directory if path.is_dir() else fs.FileType.File if path.exists() else fs.FileType.NotFound
+    if kind == fs.FileType.NotFound:
+        raise SourceError(f"{shown(location)} does not exist: give {flag} {_FORMS}")
+    if kind != fs.FileType.Directory:
+        return _Root(location, flag)
+    items = sorted(scan(location))
+    names = [item.name for item in items if not item.folder and item.name.endswith(".tar")]
+    return _Root(
+        location,
+        flag,
+        is_folder=True,
+        folders=tuple(item.name for item in items if item.folder),
+        tars={name: child(location, name) for name in names},
+        others=sum(not item.folder for item in items),
     )
 
 
-def _find_roots(source: Path, source_val: Path | None) -> tuple[_Root, _Root | None]:
-    """Where the training and the validation images lie; None where validation is to be split off."""
-    _require(source, "--source")
-    if source_val is not None:
-        _require(source_val, "--source-val")
-    train, val = _Root(source, "--source"), None
-    if source.is_dir():
-        folder = source / "train"
-        if (source / TRAIN_TAR).is_file():
-            train = _Root(source / TRAIN_TAR, "--source")
-        # A class may be called "train": only where it holds folders or shards itself is it a split.
-        elif folder.is_dir() and (subfolders(folder)[0] or shards_of(folder)):
-            train = _Root(folder, "--source", _shards_in(folder))
-        elif shards := _shards_in(source):
-            by_split = shards_by_split(source, shards)
-            train = _Root(source, "--source", by_split["train"])
-            if "val" in by_split:
-                val = _Root(source, "--source-val", by_split["val"])
-        if train.path != source:
-            there = [path for path in (source / "val", source / VAL_TAR) if path.exists()]
-            val = _Root(there[0], "--source-val", _shards_in(there[0])) if there else None
-    if source_val is not None:
-        val = _Root(source_val, "--source-val", _shards_in(source_val))
+def _inside(root: _Root) -> tuple[_Root, _Root | None]:
+    """Where in SOURCE the images to train on and those to validate on lie; None where these are to be split off."""
+    val = None
+    if VAL_TAR in root.tars:
+        val = _Root(root.tars[VAL_TAR], "--source-val")
+    if "val" in root.folders:
+        val = _look(child(root.location, "val"), "--source-val")
+    if TRAIN_TAR in root.tars:
+        return _Root(root.tars[TRAIN_TAR], root.flag), val
+    if "train" in root.folders:
+        train = _look(child(root.location, "train"), root.flag)
+        # A class may be called "train": only where it holds folders or tars itself is it a split.
+        if train.folders or train.tars:
+            return train, val
+    tars = {name: location for name, location in root.tars.items() if name != VAL_TAR}
+    if not tars or set(root.folders) - {"val"}:
+        return root, None
+    train = dataclasses.replace(root, folders=(), tars=tars)
+    if contents_of(next(iter(tars.values())))[0] != "images":
+        by_split = shards_by_split(root.location, tars)
+        train = dataclasses.replace(train, tars=by_split["train"])
+        if "val" in by_split:
+            val = dataclasses.replace(train, flag="--source-val", tars=by_split["val"])
     return train, val
-
-
-def _shards_in(folder: Path) -> tuple[Path, ...]:
-    """The shards in a folder that is a WebDataset; none where it is a file or holds folders of classes."""
-    return shards_of(folder) if folder.is_dir() and not subfolders(folder)[0] else ()
-
-
-def _require(path: Path, flag: str) -> None:
-    if not path.exists():
-        raise SourceError(f"{path} does not exist: give {flag} {_FORMS}")
 
 
 def _read_root(root: _Root, names: tuple[str, ...] | None) -> tuple[Classes, int, tuple[str, ...] | None]:
@@ -213,36 +193,44 @@ def _read_root(root: _Root, names: tuple[str, ...] | None) -> tuple[Classes, int
     Args:
         names: of the labels of a WebDataset without names of its own; None for the training set's.
     """
-    path, flag = root.path, root.flag
-    if root.shards:
-        own = class_names(path)
+    location, flag = root.location, root.flag
+    if root.is_folder and (root.folders or not root.tars):
+        return *read_class_folders(location, root.folders, root.others, flag), None
+    tars = root.tars or {os.path.basename(shown(location)): location}
+    kind, first = contents_of(next(iter(tars.values())))
+    if root.tars and kind == "images":
+        return *read_class_tars(tars), None
+    if root.tars or kind == "samples":
+        own = class_names(tars)
         if own is None and names is None and flag == "--source-val":
             raise SourceError(
-                f"{path} numbers its classes and --source names them: give shards for both, or class folders for both"
+                f"{shown(location)} numbers its classes and --source names them: "
+                "give shards for both, or class folders for both"
             )
-        return read_shards(path, root.shards, own or names)
-    if path.is_dir():
-        return *read_class_folders(path, flag), None
-    first = first_member(whole(path))
-    if first is None:
-        raise SourceError(f"{path} holds no files: give {flag} {_FORMS}")
-    if first.name.endswith(".tar"):
-        return *read_class_tars(path, flag), None
-    if flag == "--source-val" and is_image_name(first.name):
+        return read_shards(location, tars, own or names)
+    if first.endswith(".tar"):
+        return *read_tar_of_tars(location, flag), None
+    if not first:
+        raise SourceError(f"{shown(location)} holds no files: give {flag} {_FORMS}")
+    if flag == "--source-val" and kind == "images":
         raise SourceError(
-            f"{path} holds images and not their classes: name these with --val-labels, a text file with the wnid of "
-            "each image, or its id in the devkit, in the order of their names"
+            f"{shown(location)} holds images and not their classes: name these with --val-labels, a text file with the "
+            "wnid of each image, or its id in the devkit, in the order of their names"
         )
-    raise SourceError(f"{path} begins with {first.name!r} and not with a class tar: give {flag} {_FORMS}")
+    raise SourceError(f"{shown(location)} begins with {first!r} and not with a class tar: give {flag} {_FORMS}")
 
 
-def _read_flat(root: _Root) -> tuple[list[File], int]:
+def _read_flat(root: _Root) -> tuple[FileTable, int]:
     """Validation images that lie beside each other, without classes."""
-    folders = subfolders(root.path)[0] if root.path.is_dir() else []
-    files, others = ([], 0) if folders else (read_flat_folder if root.path.is_dir() else read_flat_tar)(root.path)
-    if not files:
+    together = root.folders or (root.tars and not root.is_folder)
+    if together:
+        files, others = FileTable.joined([]), 0
+    else:
+        files, others = (read_flat_folder if root.is_folder else read_flat_tar)(root.location)
+    if not len(files):
+        what = "folders" if root.folders else f"{others} files"
         raise SourceError(
-            f"{root.path} holds {'folders' if folders else f'{others} files'} and no images beside each other: "
+            f"{shown(root.location)} holds {what} and no images beside each other: "
             "--val-labels is for those; leave it out for images in classes"
         )
     return files, others
@@ -253,16 +241,8 @@ def _split_off(classes: Classes, fraction: float, seed: int) -> tuple[Classes, C
     train, val = {}, {}
     for name, files in classes.items():
         count = min(max(round(len(files) * fraction), 1), len(files) - 1)
-        chosen = set(permutation(seed, f"validation {name}", len(files))[:count].tolist())
-        train[name] = [file for i, file in enumerate(files) if i not in chosen]
-        val[name] = [file for i, file in enumerate(files) if i in chosen]
+        chosen = np.zeros(len(files), np.bool_)
+        chosen[permutation(seed, f"validation {name}", len(files))[:count]] = True
+        train[name] = files.take(np.flatnonzero(~chosen))
+        val[name] = files.take(np.flatnonzero(chosen))
     return train, val
-
-
-def _entries(classes: list[str], files: Classes) -> tuple[Entry, ...]:
-    listed = [(label, name, file) for label, name in enumerate(classes) for file in files.get(name, [])]
-    keys = make_unique(key_of(name, file.name) for _, name, file in listed)
-    return tuple(
-        Entry(file.path, label, name, key, file.size, file.offset, file.member)
-        for (label, name, file), key in zip(listed, keys, strict=True)
-    )

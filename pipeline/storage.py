@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from typing import Any
+from urllib.parse import quote, unquote
 
-from pyarrow import fs
+import fsspec
+from fsspec.implementations.http import HTTPFile
+from pyarrow import PythonFile, fs
+
+HTTP = ("http", "https")
+_MISSING, _FORBIDDEN = (404, 410), (401, 403)  # Answers of an HTTP server
+
+
+class NoRangesError(OSError):
+    """A server that hands out whole files only."""
 
 
 def is_url(location: str) -> bool:
     """Whether a location is a URL and not a local path."""
     return "://" in location
+
+
+def is_http(location: str) -> bool:
+    return location.partition("://")[0] in HTTP and is_url(location)
 
 
 def join(location: str, *names: str) -> str:
@@ -18,22 +34,83 @@ def join(location: str, *names: str) -> str:
     return "/".join([base.rstrip("/"), *names]) + mark + options
 
 
+def child(folder: str, name: str) -> str:
+    """The location of what a folder lists as `name`, which a URL may have to escape."""
+    return join(folder, quote(name, safe="")) if is_url(folder) else f"{folder.rstrip('/')}/{name}"
+
+
+def parent(location: str) -> str:
+    """The folder that something lies in."""
+    base, mark, options = location.partition("?") if is_url(location) else (location, "", "")
+    return base.rpartition("/")[0] + mark + options
+
+
+def shown(location: str) -> str:
+    """A location for people: a URL without its ?options and user, where keys and signatures may be."""
+    if not is_url(location):
+        return location
+    scheme, _, rest = location.partition("?")[0].partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{unquote(path)}"
+
+
 def open_location(location: str) -> tuple[fs.FileSystem, str]:
-    """The file system and path of a local path or a URL (s3://, gs://).
+    """The file system and path of a local path or a URL (s3://, gs://, or http:// and https:// to read from).
 
     Raises:
         ValueError: for a URL of a kind that pyarrow does not know, or that it cannot open.
     """
     if not is_url(location):
         return fs.LocalFileSystem(), os.path.abspath(location)
+    if is_http(location):
+        return _http(), location
+    base, mark, options = location.partition("?")
+    scheme, _, rest = base.partition("://")
+    host, _, path = rest.partition("/")
     try:
-        filesystem, path = fs.FileSystem.from_uri(location)
+        filesystem, root = _filesystem(f"{scheme}://{host}/{mark}{options}")
     except (ValueError, TypeError, OSError) as error:
-        raise ValueError(f"{location} cannot be opened: {error}") from error
-    return filesystem, path.rstrip("/")
+        raise ValueError(f"{shown(location)} cannot be opened: {error}") from error
+    return filesystem, f"{root.rstrip('/')}/{unquote(path)}".rstrip("/")
 
 
 def read_text(filesystem: fs.FileSystem, path: str) -> str:
     """The whole of a text file."""
     with filesystem.open_input_stream(path) as stream:
         return str(stream.read().decode("utf-8"))
+
+
+@functools.lru_cache
+def _filesystem(root: str) -> tuple[fs.FileSystem, str]:
+    # Each has connections of its own, which a file read from the same bucket can use again.
+    return fs.FileSystem.from_uri(root)
+
+
+@functools.cache
+def _http() -> fs.FileSystem:
+    # fsspec would read 5 MB for every image of 100 kB.
+    return fs.PyFileSystem(_HttpHandler(fsspec.filesystem("http", cache_type="none")))
+
+
+class _HttpHandler(fs.FSSpecHandler):
+    """fsspec's HTTP, which calls every failure a missing file, with the failures told apart."""
+
+    def open_input_file(self, path: str) -> PythonFile:
+        try:
+            file: Any = self.fs.open(path, mode="rb")
+        except FileNotFoundError as error:
+            status = getattr(error.__cause__, "status", None)
+            if status in _MISSING:
+                raise
+            if status in _FORBIDDEN:
+                raise PermissionError(f"the server answers {status} to {shown(path)}") from error
+            raise ConnectionError(f"{shown(path)} cannot be opened: {error.__cause__}") from error
+        if not isinstance(file, HTTPFile):
+            raise NoRangesError(
+                f"the server of {shown(path)} hands out whole files only, so nothing can be read in place: "
+                "give a URL of a server that takes ranges, or download the file"
+            )
+        return PythonFile(file, mode="r")
+
+    def open_input_stream(self, path: str) -> PythonFile:
+        return self.open_input_file(path)

@@ -9,12 +9,14 @@ import contextlib
 import io
 import os
 import tarfile
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.source_files import IMAGE_EXTENSIONS, LISTING_THREADS, Classes, File, SourceError, is_image_name
+from pipeline import remote
+from pipeline.file_table import Classes, FileTable, Holder
+from pipeline.source_files import IMAGE_EXTENSIONS, LISTING_THREADS, LocalRanges, SourceError, is_image_name
+from pipeline.storage import is_url, shown
 
 BLOCK = 512  # Bytes
 
@@ -40,7 +42,8 @@ class Member(NamedTuple):
 class Stretch(NamedTuple):
     """Bytes of a file that are a tar: all of it, or a member of another tar."""
 
-    path: Path
+    path: str
+    """A local path or a URL."""
     start: int
     size: int
     inside: str = ""
@@ -48,12 +51,17 @@ class Stretch(NamedTuple):
 
     @property
     def where(self) -> str:
-        return f"{self.path}/{self.inside}" if self.inside else str(self.path)
+        return f"{shown(self.path)}/{self.inside}" if self.inside else shown(self.path)
 
 
-def whole(path: Path) -> Stretch:
-    """A tar file as it is."""
-    return Stretch(path, 0, path.stat().st_size)
+def whole(path: str | os.PathLike[str]) -> Stretch:
+    """A tar file as it is, at a local path or URL.
+
+    Raises:
+        OSError: if it is not there or cannot be read.
+    """
+    location = os.fspath(path)
+    return Stretch(location, 0, remote.size(location) if is_url(location) else os.stat(location).st_size)
 
 
 def members(tar: Stretch) -> Generator[Member]:
@@ -64,43 +72,43 @@ def members(tar: Stretch) -> Generator[Member]:
             one whose name leads out of the tar.
         OSError: if it cannot be read.
     """
+    with contextlib.closing(Window(tar)) as file:
+        yield from members_in(file)
+
+
+def members_in(file: Window) -> Generator[Member]:
+    """As `members`, for one who reads contents on the way, too."""
+    tar = file.tar
     last = ""
-    with contextlib.closing(_Window(tar)) as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                for header in archive:
-                    last = header.name
-                    member = _member(tar, header)
-                    if member is not None:
-                        yield member
-                    # tarfile would keep every header it has seen.
-                    archive.members.clear()  # type: ignore[attr-defined]
-                end = archive.offset
-        except SourceError:
-            raise
-        # A damaged extended header ends in a ValueError of tarfile's.
-        except (tarfile.TarError, ValueError) as error:
-            cure = (
-                f"it is cut off or damaged after its member {last!r}, download or copy it again"
-                if last
-                else "give a tar that is not compressed"
-            )
-            raise SourceError(f"{tar.where} is no whole tar ({error}): {cure}") from error
-        # tarfile takes a damaged header for the end, and what follows would be lost without a word.
-        file.seek(end)
-        if file.read(BLOCK) != bytes(BLOCK):
-            raise SourceError(
-                f"{tar.where} is cut off or damaged after its member {last!r}, at byte {end}: download or copy it again"
-            )
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for header in archive:
+                last = header.name
+                member = _member(tar, header)
+                if member is not None:
+                    yield member
+                # tarfile would keep every header it has seen.
+                archive.members.clear()  # type: ignore[attr-defined]
+            end = archive.offset
+    except SourceError:
+        raise
+    # A damaged extended header ends in a ValueError of tarfile's.
+    except (tarfile.TarError, ValueError) as error:
+        cure = (
+            f"it is cut off or damaged after its member {last!r}, download or copy it again"
+            if last
+            else "give a tar that is not compressed"
+        )
+        raise SourceError(f"{tar.where} is no whole tar ({error}): {cure}") from error
+    # tarfile takes a damaged header for the end, and what follows would be lost without a word.
+    file.seek(end)
+    if file.read(BLOCK) != bytes(BLOCK):
+        raise SourceError(
+            f"{tar.where} is cut off or damaged after its member {last!r}, at byte {end}: download or copy it again"
+        )
 
 
-def first_member(tar: Stretch) -> Member | None:
-    """A tar's first file that is not hidden; None where there is none."""
-    with contextlib.closing(members(tar)) as found:
-        return next((member for member in found if not member.hidden), None)
-
-
-def read_class_tars(path: Path, flag: str) -> tuple[Classes, int]:
+def read_tar_of_tars(path: str, flag: str) -> tuple[Classes, int]:
     """The images of a tar of class tars by class, sorted by name, and how many other files there are.
 
     Raises:
@@ -116,17 +124,37 @@ def read_class_tars(path: Path, flag: str) -> tuple[Classes, int]:
             ignored += 1
             continue
         if wnid in tars:
-            raise SourceError(f"{path} holds the class tar {member.base} twice: make it again with one tar a class")
+            raise SourceError(
+                f"{shown(path)} holds the class tar {member.base} twice: make it again with one tar a class"
+            )
         tars[wnid] = Stretch(path, member.offset, member.size, member.name)
     if not tars:
         raise SourceError(
-            f"{path} holds {ignored or 'no'} files and no class tars: give {flag} a tar of one tar a class"
+            f"{shown(path)} holds {ignored or 'no'} files and no class tars: give {flag} a tar of one tar a class"
         )
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        listed = list(pool.map(_read_images, tars.values()))
+        return _by_class(tars, list(pool.map(_read_images, tars.values())), ignored)
+
+
+def read_class_tars(tars: Mapping[str, str]) -> tuple[Classes, int]:
+    """The images of class tars that are files of their own, by class, sorted by name, and how many other files.
+
+    Args:
+        tars: the location of each, by its name.
+
+    Raises:
+        SourceError, OSError: see `members`; also for an image that is there twice.
+    """
+    with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        stretches = list(pool.map(whole, tars.values()))
+        listed = list(pool.map(_read_images, stretches))
+    return _by_class({os.path.splitext(name)[0]: tar for name, tar in zip(tars, stretches, strict=True)}, listed, 0)
+
+
+def _by_class(tars: Mapping[str, Stretch], listed: list[tuple[FileTable, int]], ignored: int) -> tuple[Classes, int]:
     classes = {}
-    for (wnid, tar), (files, others) in sorted(zip(tars.items(), listed, strict=True)):
-        if not files:
+    for (wnid, tar), (files, others) in zip(tars.items(), listed, strict=True):
+        if not len(files):
             raise SourceError(
                 f"the class tar {tar.where} holds {others or 'no'} files and no image "
                 f"({' '.join(sorted(IMAGE_EXTENSIONS))}): add its images or remove it"
@@ -136,7 +164,7 @@ def read_class_tars(path: Path, flag: str) -> tuple[Classes, int]:
     return classes, ignored
 
 
-def read_flat_tar(path: Path) -> tuple[list[File], int]:
+def read_flat_tar(path: str) -> tuple[FileTable, int]:
     """The images of a tar, sorted by name, and how many other files there are.
 
     Raises:
@@ -145,8 +173,8 @@ def read_flat_tar(path: Path) -> tuple[list[File], int]:
     return _read_images(whole(path))
 
 
-def _read_images(tar: Stretch) -> tuple[list[File], int]:
-    files: dict[str, File] = {}
+def _read_images(tar: Stretch) -> tuple[FileTable, int]:
+    images: dict[str, Member] = {}
     others = 0
     for member in members(tar):
         if member.hidden:
@@ -155,11 +183,18 @@ def _read_images(tar: Stretch) -> tuple[list[File], int]:
             others += 1
             continue
         # Unpacking would keep the last one alone.
-        if member.base in files:
+        if member.base in images:
             raise SourceError(f"{tar.where} holds {member.base} twice: make it again with each image once")
-        inside = f"{tar.inside}/{member.name}" if tar.inside else member.name
-        files[member.base] = File(str(tar.path), member.size, member.offset, inside)
-    return [files[name] for name in sorted(files)], others
+        images[member.base] = member
+    found = [images[base] for base in sorted(images)]
+    return table_of(tar, found), others
+
+
+def table_of(tar: Stretch, found: list[Member]) -> FileTable:
+    """Some members of a tar as a table."""
+    holder = Holder(tar.path, f"{tar.inside}/" if tar.inside else "")
+    names, offsets, sizes = zip(*found, strict=True) if found else ((), (), ())
+    return FileTable.of(holder, names, sizes, offsets)
 
 
 def _member(tar: Stretch, header: tarfile.TarInfo) -> Member | None:
@@ -178,14 +213,13 @@ def _member(tar: Stretch, header: tarfile.TarInfo) -> Member | None:
     return Member(name, tar.start + header.offset_data, header.size)
 
 
-class _Window(io.RawIOBase):
+class Window(io.RawIOBase):
     """A stretch of a file as a file of its own, which is all that tarfile needs."""
 
     def __init__(self, tar: Stretch) -> None:
-        self._start = tar.start
-        self._size = tar.size
+        self.tar = tar
         self._position = 0
-        self._file = os.open(tar.path, os.O_RDONLY)
+        self._file = remote.ReadAhead(tar.path, tar.start + tar.size) if is_url(tar.path) else LocalRanges(tar.path)
 
     def readable(self) -> bool:
         return True
@@ -197,18 +231,22 @@ class _Window(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.tar.size}[whence]
         self._position = origin + offset
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        length = max(0, min(len(buffer), self._size - self._position))
-        data = os.pread(self._file, length, self._start + self._position)
+        length = max(0, min(len(buffer), self.tar.size - self._position))
+        data = self._file.read_at(self.tar.start + self._position, length)
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
 
+    def contents(self, member: Member) -> bytes:
+        """The bytes of a member, fewer where the file ends; the position stays."""
+        return self._file.read_at(member.offset, member.size)
+
     def close(self) -> None:
         if not self.closed:
-            os.close(self._file)
+            self._file.close()
         super().close()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Collection
-from pathlib import Path
 
-from pipeline.source_files import Classes, File, SourceError
+import numpy as np
+
+from pipeline.file_table import Classes, FileTable
+from pipeline.source_files import SourceError, read_bytes
+from pipeline.storage import shown
 
 
-def by_label(root: Path, files: list[File], labels: Path, synsets: Path | None, classes: Collection[str]) -> Classes:
+def by_label(root: str, files: FileTable, labels: str, synsets: str | None, classes: Collection[str]) -> Classes:
     """Puts the images of ROOT into classes.
 
     Args:
@@ -21,26 +25,27 @@ def by_label(root: Path, files: list[File], labels: Path, synsets: Path | None, 
         SourceError: if the counts differ, a label is of no class, or the order of the images is open to doubt.
         OSError: if a file cannot be read.
     """
-    lengths = {len(file.name) for file in files}
-    if len(lengths) > 1:
+    first = next(files.names())
+    if any(len(name) != len(first) for name in files.names()):
         raise SourceError(
-            f"{root} holds {files[0].name!r} and names of other lengths, so their order is open to doubt: "
+            f"{shown(root)} holds {first!r} and names of other lengths, so their order is open to doubt: "
             "number the images with leading zeros, as ILSVRC2012_val_00000001.JPEG is"
         )
     names = _read_names(labels, synsets, classes)
     if len(names) != len(files):
         raise SourceError(
-            f"{labels} has {len(names):,} labels and {root} {len(files):,} images: "
+            f"{shown(labels)} has {len(names):,} labels and {shown(root)} {len(files):,} images: "
             "give one label a line, in the order of the images' names"
         )
-    sorted_out: Classes = {}
-    for name, file in zip(names, files, strict=True):
-        sorted_out.setdefault(name, []).append(file)
-    return sorted_out
+    rows = collections.defaultdict(list)
+    for row, name in enumerate(names):
+        rows[name].append(row)
+    return {name: files.take(np.array(mine)) for name, mine in rows.items()}
 
 
-def _read_names(labels: Path, synsets: Path | None, classes: Collection[str]) -> list[str]:
+def _read_names(labels: str, synsets: str | None, classes: Collection[str]) -> list[str]:
     lines = _lines(labels, "--val-labels")
+    labels = shown(labels)
     known = set(classes)
     if known.issuperset(lines):
         return lines
@@ -56,6 +61,7 @@ def _read_names(labels: Path, synsets: Path | None, classes: Collection[str]) ->
             "--val-synsets a text file with 'id wnid' a line"
         )
     wnids = _read_synsets(synsets)
+    synsets = shown(synsets)
     for number, line in enumerate(lines, start=1):
         wnid = wnids.get(int(line))
         if wnid is None:
@@ -67,9 +73,11 @@ def _read_names(labels: Path, synsets: Path | None, classes: Collection[str]) ->
     return [wnids[int(line)] for line in lines]
 
 
-def _read_synsets(path: Path) -> dict[int, str]:
+def _read_synsets(path: str) -> dict[int, str]:
     wnids: dict[int, str] = {}
-    for number, line in enumerate(_lines(path, "--val-synsets"), start=1):
+    lines = _lines(path, "--val-synsets")
+    path = shown(path)
+    for number, line in enumerate(lines, start=1):
         fields = line.split()
         if len(fields) < 2 or not fields[0].isdigit():
             raise SourceError(f"line {number} of {path} is {line[:60]!r}: give 'id wnid' a line, as '1 n02119789'")
@@ -79,12 +87,12 @@ def _read_synsets(path: Path) -> dict[int, str]:
     return wnids
 
 
-def _lines(path: Path, flag: str) -> list[str]:
+def _lines(path: str, flag: str) -> list[str]:
     """A text file's lines, stripped; empty ones at its end are none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, None, 0).decode("utf-8")
     except FileNotFoundError:
-        raise SourceError(f"{path} does not exist: give {flag} a text file") from None
+        raise SourceError(f"{shown(path)} does not exist: give {flag} a text file") from None
     except UnicodeDecodeError:
-        raise SourceError(f"{path} is no text: give {flag} a text file (not the devkit's meta.mat)") from None
+        raise SourceError(f"{shown(path)} is no text: give {flag} a text file (not the devkit's meta.mat)") from None
     return [line.strip() for line in text.rstrip().splitlines()]

@@ -3,70 +3,98 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.dataset import DATASET_FILE, DatasetError, parse_dataset
-from pipeline.source_files import LISTING_THREADS, Classes, File, SourceError, is_image_name, read_bytes
-from pipeline.tar_source import Member, members, whole
+from pipeline.file_table import Classes, FileTable
+from pipeline.source_files import LISTING_THREADS, SourceError, is_image_name, read_bytes
+from pipeline.storage import join, parent, shown
+from pipeline.tar_source import Member, Window, members, members_in, table_of, whole
 
 LABEL_EXTENSION = ".cls"
+MAX_DIGITS = 9  # Of a label
 _CURE = "give shards with an image and its .cls in each sample"
 
-Labelled = tuple[int, File]
-"""A label and its image."""
+Tars = Mapping[str, str]
+"""The location of each of some tars, by its name, sorted."""
 
 
-def shards_of(folder: Path) -> tuple[Path, ...]:
-    """The tars that lie in a folder, sorted."""
-    return tuple(sorted(path for path in folder.glob("*.tar") if not path.name.startswith(".") and path.is_file()))
+def contents_of(tar: str) -> tuple[Literal["samples", "images", "others"], str]:
+    """What a tar holds, as its first sample tells, and the name of its first file, empty where there is none.
+
+    Samples have parts beside an image; images alone are those of one class, or of none.
+
+    Raises:
+        SourceError, OSError: as `members`.
+    """
+    parts: list[Member] = []
+    with contextlib.closing(members(whole(tar))) as found:
+        for member in found:
+            if member.hidden:
+                continue
+            if parts and _key(member)[0] != _key(parts[0])[0]:
+                break
+            parts.append(member)
+    if not parts:
+        return "others", ""
+    images = [is_image_name(member.name) for member in parts]
+    if all(images):
+        return "images", parts[0].name
+    samples = len(parts) > 1 or parts[0].name.lower().endswith(LABEL_EXTENSION)
+    return "samples" if samples else "others", parts[0].name
 
 
-def shards_by_split(folder: Path, shards: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
+def shards_by_split(folder: str, shards: Tars) -> dict[str, Tars]:
     """The shards that lie in one folder, by split, as their names without numbers tell: all are train's where only one
     name is used, or those with "train" and those with "val" in their name.
 
     Raises:
         SourceError: if the names cannot be told apart, since validation images must not get into the training set.
     """
-    groups = collections.defaultdict(list)
-    for path in shards:
-        groups[path.stem.rstrip("0123456789").rstrip("-_.")].append(path)
+    groups: dict[str, dict[str, str]] = collections.defaultdict(dict)
+    for name, location in shards.items():
+        groups[os.path.splitext(name)[0].rstrip("0123456789").rstrip("-_.")][name] = location
     if len(groups) == 1:
-        return {"train": tuple(shards)}
+        return {"train": shards}
     train = [name for name in groups if "train" in name]
     val = [name for name in groups if "val" in name and "train" not in name]
     if len(train) == len(val) == 1 and len(groups) == 2:
-        return {"train": tuple(groups[train[0]]), "val": tuple(groups[val[0]])}
+        return {"train": groups[train[0]], "val": groups[val[0]]}
     raise SourceError(
-        f"{folder} holds shards of {len(groups)} names, {', '.join(sorted(groups)[:4])}: "
+        f"{shown(folder)} holds shards of {len(groups)} names, {', '.join(sorted(groups)[:4])}: "
         "put those to train on into train/ and those to validate on into val/"
     )
 
 
-def class_names(folder: Path) -> tuple[str, ...] | None:
-    """The class names that a `dataset.json` in or above a folder of shards gives, by label; None without one.
+def class_names(shards: Tars) -> tuple[str, ...] | None:
+    """The class names that a `dataset.json` beside some shards, or in the folder above, gives, by label; else None.
 
     Raises:
         SourceError: if there is one and it cannot be understood.
+        OSError: if it cannot be read.
     """
-    for path in (folder / DATASET_FILE, folder.parent / DATASET_FILE):
+    folder = parent(next(iter(shards.values())))
+    for location in (join(folder, DATASET_FILE), join(parent(folder), DATASET_FILE)):
         try:
-            text = path.read_text(encoding="utf-8")
-        except (FileNotFoundError, NotADirectoryError):
+            text = read_bytes(location, None, 0).decode("utf-8")
+        # A server on the web may forbid what it does not have.
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
             continue
         try:
-            return tuple(label.wnid for label in parse_dataset(text, str(path)).classes)
+            return tuple(label.wnid for label in parse_dataset(text, shown(location)).classes)
         except DatasetError as error:
             raise SourceError(f"{error}; remove it to name the classes by their labels") from error
     return None
 
 
-def read_shards(
-    root: Path, shards: Sequence[Path], names: Sequence[str] | None
-) -> tuple[Classes, int, tuple[str, ...]]:
+def read_shards(root: str, shards: Tars, names: Sequence[str] | None) -> tuple[Classes, int, tuple[str, ...]]:
     """The images of some shards by class, sorted by name, how many other files there are, and the names by label.
 
     Args:
@@ -77,62 +105,78 @@ def read_shards(
         OSError: if a shard cannot be read.
     """
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        listed = list(pool.map(_read_shard, shards))
-    samples = [sample for found, _ in listed for sample in found]
-    if not samples:
-        raise SourceError(f"the {len(shards)} tars in {root} hold no image: {_CURE}")
-    labels = {label for label, _ in samples}
+        listed = list(pool.map(_read_shard, shards.values()))
+    table = FileTable.joined([files for files, _, _ in listed])
+    of_each = np.concatenate([labels for _, labels, _ in listed])
+    others = sum(more for _, _, more in listed)
+    if not len(table):
+        raise SourceError(f"the {len(shards)} tars in {shown(root)} hold no image: {_CURE}")
+    labels = np.unique(of_each)
+    last = int(labels[-1])
     if names is None:
-        missing = sorted(set(range(max(labels) + 1)) - labels)
+        missing = last + 1 - len(labels)
         if missing:
+            first = np.flatnonzero(labels != np.arange(len(labels)))[0]
             raise SourceError(
-                f"{root} has labels up to {max(labels)} and none of {missing[0]} ({len(missing)} are missing): "
+                f"{shown(root)} has labels up to {last} and none of {first} ({missing} are missing): "
                 "number the classes from 0 without a gap"
             )
-        digits = max(4, len(str(max(labels))))
-        names = [f"class_{label:0{digits}d}" for label in range(max(labels) + 1)]
-    elif max(labels) >= len(names):
+        digits = max(4, len(str(last)))
+        names = [f"class_{label:0{digits}d}" for label in range(last + 1)]
+    elif last >= len(names):
         raise SourceError(
-            f"{root} has the label {max(labels)}, but its classes are {len(names)}, numbered from 0: "
+            f"{shown(root)} has the label {last}, but its classes are {len(names)}, numbered from 0: "
             "give shards and the dataset.json or training shards that belong to them"
         )
-    classes: Classes = {names[label]: [] for label in sorted(labels)}
-    for label, file in samples:
-        classes[names[label]].append(file)
-    for files in classes.values():
-        files.sort(key=lambda file: (file.name, file.path, file.member))
-    return classes, sum(others for _, others in listed), tuple(names)
+    order = np.argsort(of_each, kind="stable")
+    starts = np.searchsorted(of_each[order], labels)
+    classes = {}
+    for label, rows in zip(labels.tolist(), np.split(order, starts[1:]), strict=True):
+        keyed = zip(table.names(rows), table.at(rows), rows.tolist(), strict=True)
+        by_name = sorted(keyed, key=lambda one: (one[0], one[1].path, one[1].member))
+        classes[names[label]] = table.take(np.array([row for _, _, row in by_name]))
+    return classes, others, tuple(names)
 
 
-def _read_shard(path: Path) -> tuple[list[Labelled], int]:
+def _read_shard(path: str) -> tuple[FileTable, NDArray[np.int64], int]:
+    """The images of a shard, their labels, and how many files are neither."""
     images: dict[str, Member] = {}
-    labels: dict[str, Member] = {}
+    labels: dict[str, bytes] = {}
     others = 0
-    for member in members(whole(path)):
-        if member.hidden:
-            continue
-        folder, base = os.path.split(member.name)
-        # A WebDataset key ends at the first dot of the last part of the name.
-        stem, _, extension = base.partition(".")
-        key = os.path.join(folder, stem)
-        if is_image_name(f"x.{extension}"):
-            kind = images
-        elif f".{extension.lower()}" == LABEL_EXTENSION:
-            kind = labels
-        else:
-            others += 1
-            continue
-        if key in kind:
-            what = "image" if kind is images else "label"
-            raise SourceError(f"{path} holds two {what}s of the sample {key!r}: {_CURE}")
-        kind[key] = member
+    tar = whole(path)
+    with contextlib.closing(Window(tar)) as file:
+        for member in members_in(file):
+            if member.hidden:
+                continue
+            key, extension = _key(member)
+            if is_image_name(f"x{extension}"):
+                what, there = "image", key in images
+                images[key] = member
+            elif extension == LABEL_EXTENSION:
+                what, there = "label", key in labels
+                labels[key] = file.contents(member)
+            else:
+                others += 1
+                continue
+            if there:
+                raise SourceError(f"{tar.where} holds two {what}s of the sample {key!r}: {_CURE}")
     for key in images.keys() ^ labels.keys():
         has, lacks = ("an image", f"no {LABEL_EXTENSION}") if key in images else (f"a {LABEL_EXTENSION}", "no image")
-        raise SourceError(f"{path}: the sample {key!r} has {has} and {lacks}: {_CURE}")
-    samples = []
-    for key, member in images.items():
-        text = read_bytes(str(path), labels[key].offset, labels[key].size).strip()
-        if not text.isdigit():
-            raise SourceError(f"{path}: the sample {key!r} has the label {text[:40]!r}: a label is a number from 0 on")
-        samples.append((int(text), File(str(path), member.size, member.offset, member.name)))
-    return samples, others
+        raise SourceError(f"{tar.where}: the sample {key!r} has {has} and {lacks}: {_CURE}")
+    numbers = []
+    for key in images:
+        text = labels[key].strip()
+        if not text.isdigit() or len(text) > MAX_DIGITS:
+            raise SourceError(
+                f"{tar.where}: the sample {key!r} has the label {text[:40]!r}: a label is a number from 0 on"
+            )
+        numbers.append(int(text))
+    return table_of(tar, list(images.values())), np.array(numbers, np.int64), others
+
+
+def _key(member: Member) -> tuple[str, str]:
+    """The key of the sample that a member is part of, and the part's extension, lower case, with its dot."""
+    folder, base = os.path.split(member.name)
+    # A WebDataset key ends at the first dot of the last part of the name.
+    stem, dot, extension = base.partition(".")
+    return os.path.join(folder, stem), dot + extension.lower()

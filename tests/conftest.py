@@ -1,10 +1,13 @@
-"""A small shard set that many tests read and none changes."""
+"""A small shard set that many tests read and none changes, and an S3 server."""
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from moto.server import ThreadedMotoServer
 
 from pipeline.resize import encoder_settings
 from pipeline.shard_set import SetPlan, claim_folder, finish
@@ -26,3 +29,17 @@ def shard_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     annotations = [build_shard(output, shard, image, set_aside=True).annotation for shard in plan.shards]
     finish(output, plan, annotations, max_bad_fraction=0.0)
     return output
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A real S3 server on loopback; gives its endpoint."""
+    for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop()

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import pytest
 from filelock import FileLock
-from moto.server import ThreadedMotoServer
 
 from pipeline.dataset import DatasetError, SplitReader, read_dataset
 from pipeline.staging import stage
@@ -100,20 +97,6 @@ def test_a_second_process_waits_and_says_so(shard_set: Path, tmp_path: Path) -> 
         assert not (tmp_path / name).exists()
     other.join(60)
     assert tree(tmp_path / name) == tree(shard_set)
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A real S3 server on loopback; gives its endpoint."""
-    for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
-        monkeypatch.setenv(f"AWS_{name}", value)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
-    server.start()
-    yield f"127.0.0.1:{port}"
-    server.stop()
 
 
 def test_from_s3(shard_set: Path, tmp_path: Path, s3: str) -> None:
