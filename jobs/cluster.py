@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ray
+import ray.exceptions
 
 
 @contextlib.contextmanager
@@ -26,7 +27,8 @@ def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
         ray.init(**options)
     else:
         # "local", because a bare init would join any Ray that happens to run on this machine.
-        ray.init("local", num_cpus=cpus, **options)
+        # Its dashboard is a dozen more processes and 4 s more to wait for.
+        ray.init("local", num_cpus=cpus, include_dashboard=False, **options)
     try:
         yield
     finally:
@@ -48,8 +50,7 @@ def in_parallel(
     running: dict[ray.ObjectRef, int] = {}
     left = True
     while left or running:
-        slots = workers or int(ray.cluster_resources().get("CPU", 1))
-        while left and len(running) < slots:
+        while left and len(running) < _slots(workers):
             number, arguments = next(waiting, (-1, ()))
             left = number >= 0
             if left:
@@ -58,3 +59,67 @@ def in_parallel(
             ready, _ = ray.wait(list(running), num_returns=1)
             for reference in ready:
                 yield running.pop(reference), reference
+
+
+class LostError(ValueError):
+    """A call whose worker died each time it was made."""
+
+    def __init__(self, number: int, attempts: int, reason: str) -> None:
+        super().__init__(f"call {number} was given up after {attempts} attempts: {reason}")
+        self.number, self.attempts, self.reason = number, attempts, reason
+
+
+def stream(
+    task: Any,
+    calls: Iterable[tuple[Any, ...]],
+    workers: int | None = None,
+    attempts: int = 1,
+    again: tuple[type[BaseException], ...] = (),
+) -> Iterator[tuple[int, Any]]:
+    """Runs a generator task once for each tuple of arguments, and yields each call's number and what it yields, as it
+    comes.
+
+    No more run, or wait at Ray, than there are workers. A call that is made again yields from its beginning again.
+
+    Args:
+        task: a remote function with num_returns="streaming" and max_retries=0, which takes the number of its attempt,
+            from 0, behind the arguments of a call.
+        workers: as in `in_parallel`.
+        attempts: how often a call is made whose worker or node dies.
+        again: errors of the task's own after which its call is made again, too.
+
+    Raises:
+        LostError: if a call's worker or node died at each attempt.
+        BaseException: the task's own error, without Ray's wrapping.
+    """
+    waiting = enumerate(calls)
+    running: dict[ray.ObjectRefGenerator, tuple[int, tuple[Any, ...], int]] = {}
+    left = True
+    while left or running:
+        while left and len(running) < _slots(workers):
+            number, arguments = next(waiting, (-1, ()))
+            left = number >= 0
+            if left:
+                running[task.remote(*arguments, 0)] = (number, arguments, 0)
+        ready = ray.wait(list(running), num_returns=1)[0] if running else []
+        for items in ready:
+            number, arguments, attempt = running.pop(items)
+            try:
+                item = ray.get(next(items))
+            except StopIteration:
+                continue
+            except ray.exceptions.RayError as error:
+                own = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
+                if own is not None and not isinstance(own, again):
+                    raise own from error
+                if attempt + 1 == attempts:
+                    raise own or LostError(number, attempts, type(error).__name__) from error
+                running[task.remote(*arguments, attempt + 1)] = (number, arguments, attempt + 1)
+                continue
+            running[items] = (number, arguments, attempt)
+            yield number, item
+
+
+def _slots(workers: int | None) -> int:
+    """How many tasks may run: as told, or one a CPU, counted anew as nodes come and go."""
+    return workers or int(ray.cluster_resources().get("CPU", 1))

@@ -18,28 +18,36 @@ OUT/dataset.json is written last.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
-import ray
-import ray.exceptions
-
+from jobs.build import build_all
 from jobs.cli import run
-from jobs.cluster import connected, in_parallel
+from jobs.cluster import connected
 from jobs.progress import Progress
-from pipeline.annotation import ShardAnnotation, ShardError
 from pipeline.dataset import DatasetInfo
 from pipeline.repair import rebuild
 from pipeline.resize import encoder_settings
-from pipeline.shard_set import REJECTS_FILE, SetPlan, claim_folder, find_finished, finish
-from pipeline.shards import SourceReadError, build_shard, plan_shards
+from pipeline.set_lock import JobLock
+from pipeline.shard_set import (
+    REJECTS_FILE,
+    SetPlan,
+    claim_folder,
+    find_finished,
+    finish,
+    is_left_over,
+    make_folder,
+    tidy,
+)
+from pipeline.shards import plan_shards
 from pipeline.sources import read_source
 
 MAX_SAMPLES_PER_SHARD = 20_000  # A worker holds its shard in memory, at about 25 KB an image.
-TASK_RETRIES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,62 +119,37 @@ def main(config: ShardConfig) -> None:
     shards = plan_shards(listing, config.seed, config.samples_per_shard)
     plan = SetPlan(listing, encoder_settings(config.quality), config.seed, config.samples_per_shard, tuple(shards))
     if config.only:
-        for name in config.only:
-            annotation = rebuild(output, plan, name, config.on_bad_image == "set-aside")
-            print(f"{name} was built again: {annotation.samples:,} images, {annotation.bytes:,} bytes", flush=True)
+        with JobLock(output, _say) if output.is_dir() else contextlib.nullcontext():
+            for name in config.only:
+                annotation = rebuild(output, plan, name, config.on_bad_image == "set-aside")
+                print(f"{name} was built again: {annotation.samples:,} images, {annotation.bytes:,} bytes", flush=True)
         return
-    info = find_finished(output, plan)
-    if info is not None:
+    info, rate = find_finished(output, plan), None
+    if info is None or is_left_over(output):
+        make_folder(output)
+        with JobLock(output, _say) as lock:
+            if info is None:
+                info, rate = _make(output, plan, config, lock)
+            else:
+                tidy(output)
+    if rate is None:
         print("This set was finished before; nothing to do.")
-        _print_summary(output, info, rate=None)
-        return
+    _print_summary(output, info, rate)
+
+
+def _make(output: Path, plan: SetPlan, config: ShardConfig, lock: JobLock) -> tuple[DatasetInfo, float]:
+    """Makes the set, and says how many images a second were converted."""
     claim_folder(output, plan)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    with connected(config.workers, **quiet), Progress(listing.images, "images") as progress:
-        annotations = _build_all(output, plan, config, progress)
+    with connected(config.workers, **quiet), Progress(plan.listing.images, "images") as progress:
+        annotations = build_all(output, plan, config.on_bad_image == "set-aside", config.workers, progress)
         rate = progress.rate
-    _print_summary(output, finish(output, plan, annotations, config.max_bad_fraction), rate)
+    lock.shut_out_workers()
+    return finish(output, plan, annotations, config.max_bad_fraction), rate
 
 
-def _build_all(output: Path, plan: SetPlan, config: ShardConfig, progress: Progress) -> list[ShardAnnotation]:
-    """Builds each shard as one task, no more at a time than there are workers; annotations in the plan's order."""
-    # A worker that dies is retried as well; what a user must mend is not.
-    task = ray.remote(build_shard).options(
-        num_cpus=1, max_retries=TASK_RETRIES, retry_exceptions=[SourceReadError], name="build_shard"
-    )
-    done: dict[int, ShardAnnotation] = {}
-    rejected = 0
-    calls = ((output, shard, plan.image, config.on_bad_image == "set-aside") for shard in plan.shards)
-    for number, reference in in_parallel(task, calls, config.workers):
-        built = _get(reference, output)
-        done[number] = built.annotation
-        rejected += len(built.annotation.rejected)
-        count = len(plan.shards[number].entries)
-        progress.advance(count, worked=not built.kept, note=f"{rejected:,} set aside")
-    return [done[number] for number in range(len(plan.shards))]
-
-
-def _get(reference: ray.ObjectRef, output: Path) -> Any:
-    """A task's result.
-
-    Raises:
-        ValueError, SourceReadError: the task's own error, without Ray's wrapping.
-        ShardError: if the shard could not be written, or Ray gave the task up.
-    """
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, OSError) and not isinstance(error.cause, SourceReadError):
-            raise ShardError(
-                f"a shard could not be written to {output}: {error.cause}; make room or give leave to write there, "
-                "and run the same command again to continue"
-            ) from error
-        raise error.cause from error
-    except ray.exceptions.RayError as error:
-        raise ShardError(
-            f"Ray gave a shard up after {TASK_RETRIES} retries ({type(error).__name__}): look for what ended the "
-            "worker, as a lack of memory would, give fewer --workers, and run the same command again to continue"
-        ) from error
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _print_summary(output: Path, info: DatasetInfo, rate: float | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from pipeline.dataset import (
 )
 from pipeline.listing import Listing
 from pipeline.rgb_stats import RgbMoments, RgbStatistics
+from pipeline.set_lock import LOCK_FILE
 from pipeline.shards import ShardPlan, annotation_path, inputs_digest
 
 UNFINISHED_FILE = "unfinished.json"
@@ -64,11 +66,18 @@ def find_finished(root: Path, plan: SetPlan) -> DatasetInfo | None:
     if not (root / DATASET_FILE).exists():
         return None
     info, whole = compare_finished(root, plan)
-    if not whole:
-        return None
-    # A kill may have come between the set's last file and this.
+    return info if whole else None
+
+
+def is_left_over(root: Path) -> bool:
+    """Whether a job still works on the finished set in ROOT, or was killed between its last file and its end."""
+    return (root / UNFINISHED_FILE).exists() or (root / LOCK_FILE).exists()
+
+
+def tidy(root: Path) -> None:
+    """Removes from a finished set's folder what only the making of it needed, and what kills left half written."""
+    _remove_passing(root)
     (root / UNFINISHED_FILE).unlink(missing_ok=True)
-    return info
 
 
 def compare_finished(root: Path, plan: SetPlan, but: str = "") -> tuple[DatasetInfo, bool]:
@@ -132,6 +141,18 @@ def check_begun(root: Path, plan: SetPlan) -> None:
         )
 
 
+def make_folder(root: Path) -> None:
+    """Makes sure that there is a folder ROOT.
+
+    Raises:
+        ShardSetError: if it cannot be made.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ShardSetError(f"cannot make the folder {root}: {error.strerror}; give another --output") from error
+
+
 def claim_folder(root: Path, plan: SetPlan) -> None:
     """Makes ROOT ready for the set's shards: a new or empty folder, or one where the same set was begun.
 
@@ -141,13 +162,10 @@ def claim_folder(root: Path, plan: SetPlan) -> None:
         ShardSetError: if ROOT holds anything else.
         OSError: if ROOT cannot be written.
     """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ShardSetError(f"cannot make the folder {root}: {error.strerror}; give another --output") from error
+    make_folder(root)
     marker = root / UNFINISHED_FILE
     if not marker.exists() and not (root / DATASET_FILE).exists():
-        there = sorted(item.name for item in root.iterdir() if not _is_temporary(item))
+        there = sorted(item.name for item in root.iterdir() if not _is_passing(item))
         if there:
             raise ShardSetError(
                 f"{root} holds {there[0]!r} and no shard set of this program: give --output a new or empty folder"
@@ -161,6 +179,7 @@ def claim_folder(root: Path, plan: SetPlan) -> None:
     }
     write_json(marker, state)
     (root / DATASET_FILE).unlink(missing_ok=True)
+    _remove_passing(root)
     names = {shard.name for shard in plan.shards}
     for split in SPLITS:
         folder = root / split
@@ -172,7 +191,7 @@ def claim_folder(root: Path, plan: SetPlan) -> None:
                 and path.stem.startswith(f"{split}-")
                 and path.stem not in names
             )
-            if beyond or _is_temporary(path):
+            if beyond:
                 path.unlink()
 
 
@@ -229,6 +248,8 @@ def finish(root: Path, plan: SetPlan, annotations: Sequence[ShardAnnotation], ma
         source_fingerprint=plan.listing.fingerprint,
         set_aside=len(rejected),
     )
+    # A worker that was killed leaves half a file.
+    _remove_passing(root)
     write_json(root / DATASET_FILE, info.to_json())
     (root / UNFINISHED_FILE).unlink()
     return info
@@ -268,5 +289,16 @@ def _is_there(root: Path, split: str, row: ShardRow) -> bool:
     return tar.is_file() and tar.stat().st_size == row.bytes and tar.with_suffix(".idx").is_file()
 
 
-def _is_temporary(path: Path) -> bool:
-    return path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX)
+def _is_passing(path: Path) -> bool:
+    """Whether a path is of a file that was being written, or of a job's lock."""
+    return path.name == LOCK_FILE or (path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX))
+
+
+def _remove_passing(root: Path) -> None:
+    """Removes what was being written when a job or a worker was killed."""
+    for folder in (root, *(root / split for split in SPLITS)):
+        for path in sorted(folder.glob(f".*{TEMPORARY_SUFFIX}")):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()

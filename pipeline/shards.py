@@ -7,23 +7,26 @@ shard whose annotation is there and whose files match it is kept.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import io
 import json
 import tarfile
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from pipeline.annotation import Reject, ShardAnnotation, ShardError, read_annotation
 from pipeline.dataset import INDEX_VERSION, write_atomically, write_json
 from pipeline.decode import ImageError
+from pipeline.isolation import IsolatedConverter, KilledError
 from pipeline.listing import Entries, Entry, Listing
 from pipeline.read_ahead import readings
-from pipeline.resize import convert, encoder_settings
+from pipeline.resize import Converted, convert, encoder_settings
 from pipeline.rgb_stats import RgbMoments
 from pipeline.source_files import read_bytes
 from pipeline.sources import permutation
@@ -33,6 +36,10 @@ from pipeline.sources import permutation
 _FILE_ERRORS = frozenset(
     (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 )
+STEP_EVERY_S = 1.0
+
+Convert = Callable[[bytes, int], Converted]
+"""An image's bytes and a JPEG quality -> the image as it is stored."""
 
 
 class BadImageError(ShardError):
@@ -61,6 +68,17 @@ class BuiltShard:
     annotation: ShardAnnotation
     kept: bool
     """Whether it was there already, from an earlier run."""
+
+
+class Step(NamedTuple):
+    """How far a shard is."""
+
+    images: int
+    """Dealt with so far, those set aside included."""
+    rejected: int
+    """Set aside so far."""
+    image: str
+    """Which one comes next."""
 
 
 def plan_shards(listing: Listing, seed: int, samples_per_shard: int) -> list[ShardPlan]:
@@ -113,17 +131,33 @@ def index_of(file: BinaryIO) -> str:
 
 
 def build_shard(root: Path, plan: ShardPlan, image: dict[str, Any], set_aside: bool) -> BuiltShard:
+    """Writes one shard into ROOT/SPLIT/, or keeps the one that is there: see `build_in_steps`."""
+    steps = build_in_steps(root, plan, image, set_aside)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def build_in_steps(
+    root: Path, plan: ShardPlan, image: dict[str, Any], set_aside: bool, careful: bool = False
+) -> Generator[Step, None, BuiltShard]:
     """Writes one shard into ROOT/SPLIT/, or keeps the one that is there if it is what would be written.
 
-    Holds one shard in memory. Images that cannot be read or do not decode are set aside, with a reason.
+    Says now and then how far it is. Holds one shard in memory. Images that cannot be read or do not decode are set
+    aside, with a reason.
 
     Args:
         image: `encoder_settings` of the whole set.
         set_aside: whether a bad image may be left out; otherwise the first one ends it.
+        careful: convert in a child process, so that an image at which the decoder crashes is no more than bad, and name
+            each image before it is touched. Slower: for a shard at which a worker has died.
 
     Raises:
         BadImageError: for a bad image, unless it may be set aside.
-        ShardError: if this machine would encode otherwise than `image` says, or an image changed under our hands.
+        ShardError: if this machine would encode otherwise than `image` says, an image changed under our hands, or,
+            being careful, decoding one was ended from outside.
         SourceReadError: if the source's disk or network failed.
         OSError: if the shard cannot be written.
     """
@@ -133,11 +167,15 @@ def build_shard(root: Path, plan: ShardPlan, image: dict[str, Any], set_aside: b
             f"a node encodes JPEGs with {here}, the set with {image['encoder']}: install the same versions on all nodes"
         )
     inputs = inputs_digest(plan, image)
-    found = _find_shard(root, plan, inputs, image["quality"])
-    if found is None:
-        built = BuiltShard(_write_shard(root, plan, inputs, image["quality"], set_aside), kept=False)
-    else:
-        built = BuiltShard(found, kept=True)
+    with contextlib.ExitStack() as stack:
+        converter = stack.enter_context(IsolatedConverter()).convert if careful else convert
+        found = _find_shard(root, plan, inputs, image["quality"], converter)
+        if found is None:
+            every_s = 0.0 if careful else STEP_EVERY_S
+            written = yield from _write_shard(root, plan, inputs, image["quality"], set_aside, converter, every_s)
+            built = BuiltShard(written, kept=False)
+        else:
+            built = BuiltShard(found, kept=True)
     if built.annotation.rejected and not set_aside:
         raise _bad_image(built.annotation.rejected[0])
     return built
@@ -147,13 +185,19 @@ def annotation_path(root: Path, plan: ShardPlan) -> Path:
     return root / plan.split / f"{plan.name}.json"
 
 
-def _write_shard(root: Path, plan: ShardPlan, inputs: str, quality: int, set_aside: bool) -> ShardAnnotation:
+def _write_shard(
+    root: Path, plan: ShardPlan, inputs: str, quality: int, set_aside: bool, converter: Convert, every_s: float
+) -> Generator[Step, None, ShardAnnotation]:
     samples: list[tuple[str, int, bytes]] = []
     rejected: list[Reject] = []
     moments = RgbMoments()
+    told = time.monotonic()
     for entry, read in readings(plan.entries, _read):
+        if time.monotonic() - told >= every_s:
+            yield Step(len(samples) + len(rejected), len(rejected), entry.where)
+            told = time.monotonic()
         try:
-            converted = convert(read(), quality)
+            converted = _convert(entry, read(), quality, converter)
         except ImageError as error:
             rejected.append(Reject(entry.where, plan.split, entry.wnid, str(error)))
             if not set_aside:
@@ -179,7 +223,7 @@ def _write_shard(root: Path, plan: ShardPlan, inputs: str, quality: int, set_asi
     return annotation
 
 
-def _find_shard(root: Path, plan: ShardPlan, inputs: str, quality: int) -> ShardAnnotation | None:
+def _find_shard(root: Path, plan: ShardPlan, inputs: str, quality: int, converter: Convert) -> ShardAnnotation | None:
     """The annotation of a shard that is there, whole, and what `plan` would give; None otherwise."""
     path = annotation_path(root, plan)
     try:
@@ -202,7 +246,8 @@ def _find_shard(root: Path, plan: ShardPlan, inputs: str, quality: int) -> Shard
         if reject.path not in entries:
             return None
         try:
-            convert(_read(entries[reject.path]), quality)
+            entry = entries[reject.path]
+            _convert(entry, _read(entry), quality, converter)
         except ImageError:
             continue
         return None
@@ -224,6 +269,17 @@ def _read(entry: Entry) -> bytes:
             f"{entry.where} has {len(data)} bytes and had {entry.size} when it was listed: run the same command again"
         )
     return data
+
+
+def _convert(entry: Entry, data: bytes, quality: int, converter: Convert) -> Converted:
+    """What an image becomes; `entry` names it where its converter is killed."""
+    try:
+        return converter(data, quality)
+    except KilledError as error:
+        raise ShardError(
+            f"{entry.where}: {error}, as the system does where memory is short; give fewer --workers or remove the "
+            "image, and run the same command again to continue"
+        ) from error
 
 
 def _bad_image(reject: Reject) -> BadImageError:

@@ -1,0 +1,95 @@
+"""Converting images in a child process: what a decoder's crash takes with it is that child and no more."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from multiprocessing.connection import Connection
+from types import TracebackType
+
+from pipeline.annotation import ShardError
+from pipeline.decode import ImageError
+from pipeline.resize import Converted, convert
+
+
+class KilledError(RuntimeError):
+    """The child was killed from outside, as for lack of memory: no proof against the image."""
+
+
+class IsolatedConverter:
+    """`convert` in a child process, which is started anew after each crash.
+
+    Raises:
+        ShardError: if no child can be started.
+    """
+
+    def __enter__(self) -> IsolatedConverter:
+        self._start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def convert(self, data: bytes, quality: int) -> Converted:
+        """See `pipeline.resize.convert`.
+
+        Raises:
+            ImageError: also where the decoder crashes.
+            KilledError: if the child is sent a SIGKILL.
+        """
+        try:
+            self._pipe.send((data, quality))
+            result = self._pipe.recv()
+        # The child has ended.
+        except (EOFError, ConnectionError) as error:
+            self._child.join()
+            code = self._child.exitcode or 0
+            self._stop()
+            self._start()
+            if code == -signal.SIGKILL:
+                raise KilledError("the process that decoded it was killed (signal 9)") from error
+            how = f"signal {-code}" if code < 0 else f"status {code}"
+            raise ImageError(f"the decoder crashed ({how})") from error
+        if isinstance(result, ImageError):
+            raise result
+        return result
+
+    def _start(self) -> None:
+        # A fork of a worker of Ray's, with its threads, might hang.
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._child = context.Process(target=_serve, args=(other,), daemon=True)
+        self._child.start()
+        # Only with its last copy elsewhere closed does the child's end tell that the child is gone.
+        other.close()
+        # A child that cannot even begin says nothing about any image.
+        try:
+            self._pipe.recv()
+        except EOFError as error:
+            self._child.join()
+            raise ShardError(
+                f"a process to decode images in did not start (status {self._child.exitcode}): see that there is "
+                "memory for it, and run the same command again to continue"
+            ) from error
+
+    def _stop(self) -> None:
+        self._pipe.close()
+        self._child.join()
+        self._child.close()
+
+
+def _serve(pipe: Connection) -> None:
+    """The child: converts until nobody asks any more."""
+    pipe.send("ready")
+    while True:
+        try:
+            data, quality = pipe.recv()
+        except EOFError:
+            return
+        try:
+            result: Converted | ImageError = convert(data, quality)
+        except ImageError as error:
+            result = error
+        pipe.send(result)

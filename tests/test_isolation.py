@@ -1,0 +1,84 @@
+"""A decoder that crashes costs one image: in a child process, in a shard, and in the job on Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.decode import ImageError
+from pipeline.isolation import IsolatedConverter
+from pipeline.resize import convert
+from tests.photographs import encoded, photograph, write_source
+
+ROOT = Path(__file__).resolve().parents[1]
+# Read at the start of every Python, Ray's workers and their children included: bytes behind an image do not matter, but
+# these end the process as a fault in a decoder does.
+CRASHING = """
+import os, signal
+import pipeline.resize
+_convert = pipeline.resize.convert
+def convert(data, quality):
+    if data.endswith(b"CRASH"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return _convert(data, quality)
+pipeline.resize.convert = convert
+"""
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """One in which an image that ends in CRASH crashes its decoder."""
+    (folder / "sitecustomize.py").write_text(CRASHING)
+    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return {**kept, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+
+
+def test_a_child_converts_as_its_parent_does() -> None:
+    data = encoded(photograph(1, 300, 280))
+    with IsolatedConverter() as child:
+        assert child.convert(data, 90) == convert(data, 90)
+        with pytest.raises(ImageError, match="the file is empty"):
+            child.convert(b"", 90)
+
+
+def test_a_crash_is_the_images_fault_and_the_next_image_converts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encoded(photograph(1, 300, 280))
+    expected = convert(data, 90)
+    for name, value in environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    with IsolatedConverter() as child:
+        with pytest.raises(ImageError, match=r"the decoder crashed \(signal 11\)"):
+            child.convert(data + b"CRASH", 90)
+        assert child.convert(data, 90) == expected
+
+
+@pytest.mark.slow
+def test_the_job_sets_a_crashing_image_aside_or_names_it(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "images", images=3, longest=280)
+    bad = source / "n1" / "n1_1.JPEG"
+    bad.write_bytes(bad.read_bytes() + b"CRASH")
+
+    def shard(output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        job = [sys.executable, str(ROOT / "jobs" / "shard_imagenet.py"), "--source", str(source), "--output"]
+        return subprocess.run(
+            [*job, str(output), "--workers", "1", "--max-bad-fraction", "0.2", *more],
+            env=environment(tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    done = shard(tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [(reject["path"], reject["reason"]) for reject in rejects] == [(str(bad), "the decoder crashed (signal 11)")]
+    strict = shard(tmp_path / "strict", "--on-bad-image", "fail")
+    assert strict.returncode == 1
+    assert f"error: {bad}: the decoder crashed (signal 11); replace or remove the image" in strict.stderr
