@@ -26,6 +26,7 @@ from pipeline.dataset import (
     write_atomically,
     write_json,
 )
+from pipeline.pictures import write_pictures
 from pipeline.rgb_stats import RgbMoments, RgbStatistics
 from pipeline.shards import ShardPlan, annotation_path, inputs_digest
 from pipeline.sources import Listing
@@ -229,6 +230,7 @@ def finish(root: Path, plan: SetPlan, annotations: Sequence[ShardAnnotation], ma
         source_fingerprint=plan.listing.fingerprint,
         set_aside=len(rejected),
     )
+    write_pictures(root, info)
     write_json(root / DATASET_FILE, info.to_json())
     (root / UNFINISHED_FILE).unlink()
     return info
