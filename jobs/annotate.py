@@ -1,4 +1,4 @@
-"""What `shard_imagenet.py --annotate-only` does: a set whose tars were made elsewhere, annotated by Ray, a tar a task."""
+"""What `shard_imagenet.py --annotate-only` does: the tars of a set made elsewhere annotated by Ray, one a task."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def check_first_images(root: Path, shards: Sequence[tuple[str, str]]) -> None:
         ShardSetError: if it is not what a shard set holds.
         OSError: if it cannot be read.
     """
-    for split, name in {split: name for split, name in reversed(shards)}.items():
+    for split, name in dict(reversed(shards)).items():
         path = root / split / f"{name}.tar"
         if path.stat().st_size == 0:
             continue

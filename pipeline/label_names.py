@@ -38,7 +38,7 @@ def read_label_names(path: Path) -> LabelNames:
         raise SourceError(
             f"--classes {path} cannot be read ({error}): give a text file with 'wnid name' a line"
         ) from error
-    pairs = [(line.split(maxsplit=1) + [""])[:2] for line in lines]
+    pairs = [[*line.split(maxsplit=1), "", ""][:2] for line in lines]
     wnids = tuple(wnid for wnid, _ in pairs)
     if len(lines) < 2 or "" in wnids or len(set(wnids)) < len(wnids):
         raise SourceError(
@@ -90,6 +90,11 @@ def name_labels(count: int, stated: Mapping[int, str]) -> LabelNames:
 def contradiction(names: LabelNames, stated: Mapping[int, str]) -> str:
     """Says where samples state another wnid for their label than it has; empty where none does."""
     for label, wnid in sorted(stated.items()):
-        if wnid not in (CONFLICT, names.wnids[label]) and _WNID.fullmatch(names.wnids[label]):
+        # A label beyond the names is told with its sample.
+        if (
+            label < len(names.wnids)
+            and wnid not in (CONFLICT, names.wnids[label])
+            and _WNID.fullmatch(names.wnids[label])
+        ):
             return f"the label {label} is {names.wnids[label]} ({names.reason}), but its samples say {wnid}"
     return ""

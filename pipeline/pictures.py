@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.dataset import DatasetInfo, Split, SplitReader, write_atomically
-from pipeline.rgb_stats import MAX_LEVEL, RgbStatistics
+from pipeline.rgb_stats import MAX_LEVEL, RgbMoments, RgbStatistics
 
 SHEET_FILE = "contact_sheet.jpg"
 PCA_FILE = "rgb_pca.png"
@@ -33,7 +33,9 @@ INK, FAINT, PAPER = "#1b1b1b", "#6b6b6b", "#ffffff"
 IMAGENET_EIGENVALUES = (0.2175, 0.0188, 0.0045)
 IMAGENET_EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
+LEAST_EIGENVALUE = 1e-3  # Of the plot; that of one grey level is a hundredth of it.
 ALPHA_STD = 0.1  # Of the paper's colour shift, section 4.1.
+COMPONENT_COLOURS = ("#1b1b1b", "#c2571a", "#6b3fa0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,7 @@ def write_pictures(root: Path, info: DatasetInfo) -> None:
 
 
 def choose(root: Path, info: DatasetInfo) -> list[Row]:
-    """Up to ROWS classes, evenly spread over those that have enough images in a few shards, and COLUMNS images of each."""
+    """Up to ROWS classes, evenly spread over those that have enough images in a few shards, with COLUMNS images."""
     shards = info.splits["train"].shards
     some = tuple(shards[i] for i in _spread(len(shards), SHARDS_READ))
     part = Split(sum(row.samples for row in some), sum(row.bytes for row in some), some)
@@ -101,7 +103,7 @@ def contact_sheet(info: DatasetInfo, rows: Sequence[Row]) -> bytes:
         lines = _wrapped(label.name.replace("_", " "), middle, LABEL_WIDTH - 16)
         for i, line in enumerate(lines):
             draw.text((MARGIN, top + 4 + 22 * i), line, INK, middle)
-        detail = f"{row.label}" if label.wnid == label.name else f"{row.label}   {label.wnid}"
+        detail = f"label {row.label}" if label.wnid == label.name else f"label {row.label}, {label.wnid}"
         draw.text((MARGIN, top + 8 + 22 * len(lines)), detail, FAINT, small)
         for i, image in enumerate(row.images):
             tile = Image.fromarray(image).resize((TILE, TILE), Image.Resampling.LANCZOS)
@@ -135,90 +137,121 @@ def pca_figure(rgb: RgbStatistics, images: Sequence[NDArray[np.uint8]]) -> bytes
     """A PNG: pixels and eigenvectors in the cube of colours, both beside ImageNet's values, and what each does.
 
     Args:
-        images: each [height, width, 3]; pixels of all are shown, and the most varied one is shifted.
+        images: each [height, width, 3]; pixels of all are shown, and one with typical colours is shifted.
     """
     # Half a second to import, which the workers that build shards never need.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 8.6), dpi=100, layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1.75, 1])
-    left, right = upper.subfigures(1, 2, width_ratios=[1, 1.15])
-    _draw_cube(left, rgb, np.concatenate([image[8::32, 8::32].reshape(-1, 3) for image in images]))
-    _draw_values(right, rgb)
-    _draw_shifts(lower, rgb, max(images, key=lambda image: float(image.std(axis=(0, 1)).sum())))
+    # Axes by hand: letting matplotlib arrange them takes longer than all the rest.
+    figure = Figure(figsize=(13, 8.2), dpi=100)
+    pixels = np.concatenate([image[8::32, 8::32].reshape(-1, 3) for image in images])
+    _draw_cube(figure.add_axes((0.0, 0.335, 0.49, 0.615), projection="3d", computed_zorder=False), rgb, pixels)
+    _draw_values(figure.add_axes((0.53, 0.69, 0.45, 0.26)), rgb)
+    _draw_vectors(figure.add_axes((0.53, 0.37, 0.45, 0.24)), rgb)
+    shift = ", ".join(f"{ALPHA_STD * value * MAX_LEVEL:.1f}" for value in rgb.eigenvalues)
+    explained = (
+        "One standard deviation (SD) along each component, taken away and added. "
+        f"Training shifts by 0.1 eigenvalues (SD): {shift} grey levels."
+    )
+    figure.text(0.5, 0.277, explained, ha="center", va="center", fontsize=11)
+    _draw_shifts(figure.add_axes((0.012, 0.0, 0.976, 0.23)), rgb, images)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    # Without the name of matplotlib's version.
+    figure.savefig(buffer, format="png", metadata={"Software": None}, pil_kwargs={"compress_level": 4})
     return buffer.getvalue()
 
 
-COMPONENT_COLOURS = ("#1b1b1b", "#c2571a", "#2b6cb0")
+def _draw_cube(axes: Any, rgb: RgbStatistics, pixels: NDArray[np.uint8]) -> None:
+    """Pixels where their colours are, and the components through their mean.
 
-
-def _draw_cube(figure: Any, rgb: RgbStatistics, pixels: NDArray[np.uint8]) -> None:
-    axes = figure.add_subplot(projection="3d", computed_zorder=False)
+    Args:
+        pixels: [pixels, 3].
+    """
     points = pixels / MAX_LEVEL
-    axes.scatter(*points.T, c=points, s=7, linewidths=0, alpha=0.75, depthshade=False)
+    axes.scatter(*points.T, c=points, s=9, linewidths=0, depthshade=False)
     mean, vectors = np.array(rgb.mean), np.array(rgb.eigenvectors)
     for i, colour in enumerate(COMPONENT_COLOURS):
         reach = vectors[:, i] * np.sqrt(rgb.eigenvalues[i])
         ends = np.stack([mean - reach, mean + reach])
-        axes.plot(*ends.T, color="white", linewidth=6, zorder=5)
-        axes.plot(*ends.T, color=colour, linewidth=3, zorder=6)
-        axes.text(*(mean + 1.18 * reach), f"{i + 1}", color=colour, fontsize=13, fontweight="bold", zorder=7)
+        axes.plot(*ends.T, color="white", linewidth=7, zorder=5)
+        axes.plot(*ends.T, color=colour, linewidth=4, zorder=6)
+        place = mean + reach + 0.06 * vectors[:, i]
+        box = {"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": colour}
+        axes.text(*place, str(i + 1), color=colour, ha="center", va="center", fontweight="bold", bbox=box, zorder=7)
     for name, axis in zip(("red", "green", "blue"), (axes.xaxis, axes.yaxis, axes.zaxis), strict=True):
         axis.set_label_text(name)
-        axis.set_ticks([0, 0.5, 1])
+        axis.set_ticks([0, 0.5, 1], ["0", "0.5", "1"])
         axis.set_pane_color((1, 1, 1, 0))
     axes.set(xlim=(0, 1), ylim=(0, 1), zlim=(0, 1))
-    axes.view_init(elev=18, azim=-62)
-    axes.set_title(
-        f"Pixels of {pixels.shape[0]:,} places, and one standard deviation\nalong each component from the mean"
-    )
+    axes.set_box_aspect((1, 1, 1), zoom=1.1)
+    # From here no component points at the eye.
+    axes.view_init(elev=14, azim=-16)
+    axes.set_title("Pixels of the contact sheet; one SD along each component")
 
 
-def _draw_values(figure: Any, rgb: RgbStatistics) -> None:
-    values, vectors = figure.subplots(2, 1)
+def _draw_values(axes: Any, rgb: RgbStatistics) -> None:
     places = np.arange(3)
     for offset, numbers, name, colour in (
         (-0.2, rgb.eigenvalues, "this set", "#2b6cb0"),
         (0.2, IMAGENET_EIGENVALUES, "ImageNet, as widely used", "#b8c4d0"),
     ):
-        bars = values.bar(places + offset, numbers, 0.38, label=name, color=colour)
-        values.bar_label(bars, [f"{number:.4f}" for number in numbers], padding=2)
-    values.set_yscale("log")
-    values.set_ylim(top=1.2)
-    values.set_xticks(places, ["component 1", "component 2", "component 3"])
-    values.set_title("Eigenvalues, RGB in [0, 1]")
-    values.legend(frameon=False)
-    own = np.array(rgb.eigenvectors)
-    known = np.array(IMAGENET_EIGENVECTORS)
+        bars = axes.bar(places + offset, np.maximum(numbers, LEAST_EIGENVALUE), 0.38, label=name, color=colour)
+        axes.bar_label(bars, [f"{number:.4f}" for number in numbers], padding=2)
+    axes.set_yscale("log")
+    axes.set_ylim(LEAST_EIGENVALUE, 1)
+    axes.set_title("Eigenvalues, RGB in [0, 1]")
+    axes.legend(frameon=False)
+    _mark_components(axes)
+
+
+def _draw_vectors(axes: Any, rgb: RgbStatistics) -> None:
+    own, known = np.array(rgb.eigenvectors), np.array(IMAGENET_EIGENVECTORS)
     # A vector's sign has no meaning.
     known = known * np.where((own * known).sum(axis=0) < 0, -1, 1)
     for channel, colour in enumerate(("#c53030", "#2f855a", "#2b6cb0")):
-        for offset, matrix, alpha in ((-0.05, own, 1.0), (0.05, known, 0.4)):
-            at = places + (channel - 1) * 0.27 + offset * 1.1
-            bars = vectors.bar(at, matrix[channel], 0.11, color=colour, alpha=alpha)
-        vectors.annotate(
-            "RGB"[channel], (places[0] + (channel - 1) * 0.27, 0), (0, -12), textcoords="offset points", ha="center"
-        )
-    vectors.axhline(0, color=INK, linewidth=0.8)
-    vectors.set_xticks(places, ["component 1", "component 2", "component 3"])
-    vectors.set_ylim(-1, 1)
-    vectors.set_title("Eigenvectors: this set full, ImageNet pale")
-    for axes in (values, vectors):
-        axes.spines[["top", "right"]].set_visible(False)
+        for component in range(3):
+            middle = component + (channel - 1) * 0.27
+            axes.bar(middle - 0.055, own[channel, component], 0.11, color=colour)
+            axes.bar(middle + 0.055, known[channel, component], 0.11, color=colour, alpha=0.4)
+            # On the free side of the zero line.
+            place = (0, -11) if own[channel, component] > 0 else (0, 4)
+            axes.annotate("RGB"[channel], (middle, 0), place, textcoords="offset points", ha="center", fontsize=9)
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set_ylim(-1, 1)
+    axes.set_title("Eigenvectors; ImageNet's are pale")
+    _mark_components(axes)
 
 
-def _draw_shifts(figure: Any, rgb: RgbStatistics, image: NDArray[np.uint8]) -> None:
-    grid = figure.subplots(1, 7)
-    figure.suptitle("One standard deviation of each component, taken away and added")
-    grid[0].imshow(image)
-    grid[0].set_title("as stored", fontsize=10)
-    for i in range(3):
-        direction = np.array(rgb.eigenvectors)[:, i]
-        shift = MAX_LEVEL * np.sqrt(rgb.eigenvalues[i]) * direction
-        for axes, sign in ((grid[2 * i + 1], -1), (grid[2 * i + 2], 1)):
-            axes.imshow(np.clip(image + sign * shift, 0, MAX_LEVEL).round().astype(np.uint8))
-            axes.set_title(f"{'-' if sign < 0 else '+'} component {i + 1}", fontsize=10)
-    for axes in grid:
-        axes.axis("off")
+def _mark_components(axes: Any) -> None:
+    axes.set_xticks(range(3), [f"component {i + 1}" for i in range(3)])
+    axes.spines[["top", "right"]].set_visible(False)
+    for text, colour in zip(axes.get_xticklabels(), COMPONENT_COLOURS, strict=True):
+        text.set(color=colour, fontweight="bold")
+
+
+def _draw_shifts(axes: Any, rgb: RgbStatistics, images: Sequence[NDArray[np.uint8]]) -> None:
+    """A strip of one image, shifted along each component."""
+    image = min(images, key=lambda image: _difference(image, rgb)).astype(np.float64)
+    panels = [("as stored", INK, image)]
+    for i, colour in enumerate(COMPONENT_COLOURS):
+        shift = MAX_LEVEL * np.sqrt(rgb.eigenvalues[i]) * np.array(rgb.eigenvectors)[:, i]
+        panels += [
+            (f"component {i + 1}: - SD", colour, image - shift),
+            (f"component {i + 1}: + SD", colour, image + shift),
+        ]
+    height, width = image.shape[:2]
+    step = width + 3 * GAP
+    strip = np.full((height, step * len(panels) - 3 * GAP, 3), float(MAX_LEVEL))
+    for i, (title, colour, shifted) in enumerate(panels):
+        strip[:, i * step : i * step + width] = shifted
+        axes.text(i * step + width / 2, -10, title, ha="center", va="bottom", fontsize=10, color=colour)
+    axes.imshow(np.clip(strip, 0, MAX_LEVEL).round().astype(np.uint8))
+    axes.axis("off")
+
+
+def _difference(image: NDArray[np.uint8], rgb: RgbStatistics) -> float:
+    """How far an image's colours are from the whole set's, by mean and covariance."""
+    own = RgbStatistics.of(RgbMoments.of(image))
+    return sum(
+        float(np.abs(np.subtract(getattr(own, name), getattr(rgb, name))).sum()) for name in ("mean", "covariance")
+    )
