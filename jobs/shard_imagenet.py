@@ -13,7 +13,10 @@ IMAGES holds a folder a class, or train/ and val/ that do; ImageNet's tars are r
 
 Any of them may be a URL, as s3://BUCKET/ILSVRC2012_img_train.tar or http://HOST/imagenet-train-{000000..000146}.tar.
 
-OUT/dataset.json is written last.
+OUT/dataset.json is written last. A set of 256 x 256 WebDataset shards that was made elsewhere, SET/train/*.tar and
+SET/val/*.tar, gets what training needs without a change to its tars:
+
+    python jobs/shard_imagenet.py --annotate-only --output SET
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from jobs.annotate import annotate_set
 from jobs.build import build_all
 from jobs.cli import run
 from jobs.cluster import connected
@@ -54,14 +58,14 @@ MAX_SAMPLES_PER_SHARD = 20_000  # A worker holds its shard in memory, at about 2
 class ShardConfig:
     """The command line of this job."""
 
-    source: str
+    output: Path
+    """Folder for the shard set: a new or empty one, or one where the same set was begun. On a cluster, on a disk that
+    all nodes share."""
+    source: str | None = None
     """Folder with one folder of images a class; or ILSVRC2012_img_train.tar (a tar of class tars); or a folder of class
     tars; or a folder of WebDataset shards (.jpg and .cls); or a folder that holds one of these as train/ (and val/), or
     ImageNet's tars. A local path or a URL (s3://, gs://, and http:// for tars); {000..146} in it stands for many tars.
     """
-    output: Path
-    """Folder for the shard set: a new or empty one, or one where the same set was begun. On a cluster, on a disk that
-    all nodes share."""
     source_val: str | None = None
     """What to validate on, in any of these forms, instead of SOURCE/val; with --val-labels also a folder or a tar of
     images without classes, as ILSVRC2012_img_val.tar is."""
@@ -86,8 +90,20 @@ class ShardConfig:
     """Build just these shards of a set again, as train-000123, which must be the same set: see verify_shards.py."""
     val_fraction: float = 0.1
     """Part of each class to validate on where there is no validation folder."""
+    annotate_only: bool = False
+    """Instead of sharding a source, add index, annotations and dataset.json to the tars in OUTPUT/train and OUTPUT/val,
+    which another program made of 256 x 256 .jpg and .cls."""
+    classes: Path | None = None
+    """With --annotate-only, text file with 'wnid' or 'wnid name' a line in the order of the labels; by default the
+    samples' keys and .json tell, or numbers are used."""
 
     def __post_init__(self) -> None:
+        if self.annotate_only:
+            self._check_annotate_only()
+        elif self.source is None:
+            raise ValueError("give --source IMAGES, or --annotate-only for a set whose tars were made elsewhere")
+        elif self.classes is not None:
+            raise ValueError("--classes is for --annotate-only: a source names its classes itself")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"--workers {self.workers} must be at least 1")
         if not 1 <= self.quality <= 95:
@@ -101,6 +117,13 @@ class ShardConfig:
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"--val-fraction {self.val_fraction} must lie between 0 and 1, both excluded")
 
+    def _check_annotate_only(self) -> None:
+        for field in dataclasses.fields(self):
+            taken = field.name in ("output", "workers", "annotate_only", "classes")
+            if not taken and getattr(self, field.name) != field.default:
+                flag = f"--{field.name.replace('_', '-')}"
+                raise ValueError(f"--annotate-only changes no image, so leave out {flag}")
+
 
 def main(config: ShardConfig) -> None:
     """Makes the set and prints what it holds.
@@ -109,6 +132,9 @@ def main(config: ShardConfig) -> None:
         SourceError, ShardSetError, ShardError, DatasetError, OSError: with one line for the user.
     """
     output = Path(os.path.abspath(config.output))
+    if config.source is None:
+        _print_summary(output, annotate_set(output, config.classes, config.workers), rate=None)
+        return
     listing = read_source(
         config.source, config.source_val, config.val_fraction, config.seed, config.val_labels, config.val_synsets
     )

@@ -22,7 +22,8 @@ from jobs.cli import run
 from jobs.cluster import connected, in_parallel
 from jobs.progress import Progress
 from pipeline.dataset import DATASET_FILE, DatasetInfo, read_dataset, rebuild_advice
-from pipeline.verify import Fault, ShardReport, check_set, check_shard
+from pipeline.shard_samples import Fault
+from pipeline.verify import ShardReport, check_set, check_shard
 
 FAULTS_SHOWN = 20  # Of one shard: a cut one may have thousands.
 TASK_RETRIES = 3
@@ -77,7 +78,7 @@ def main(config: VerifyConfig) -> None:
         if len(faults) > FAULTS_SHOWN:
             print(f"FAULT {name}: and {len(faults) - FAULTS_SHOWN:,} more")
         if name:
-            print(f"  {rebuild_advice(root, name, _settings(info, reports))}")
+            print(f"  {rebuild_advice(root, name, _settings(info, reports), info.annotated)}")
         else:
             print(f"  if no shard is at fault, make the set anew in another folder: {DATASET_FILE} itself is damaged")
     if by_shard:

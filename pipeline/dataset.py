@@ -25,6 +25,8 @@ DATASET_FILE = "dataset.json"
 IMAGE_SIZE = 256  # The paper, section 2: shorter side to 256, then the central 256 x 256.
 SPLITS = ("train", "val")
 INDEX_VERSION = "v1.2"
+IMAGE_COMPONENTS = ("jpg", "jpeg")  # Extensions of a sample's image; this program writes the first.
+LABEL_COMPONENT = "cls"
 TEMPORARY_SUFFIX = ".tmp"  # Of files being written aside; no reader looks at them.
 
 
@@ -74,9 +76,10 @@ class DatasetInfo:
     splits: dict[str, Split]
     """By name: train and val."""
     image: dict[str, Any]
-    """Resize and encoder settings: size, filter, quality, subsampling, encoder version."""
+    """Resize and encoder settings: size, filter, quality, subsampling, encoder version; size and format alone where the
+    tars were made elsewhere."""
     seed: int
-    """Of the permutation that dealt the samples to shards."""
+    """Of the permutation that dealt the samples to shards; 0 where the tars were made elsewhere."""
     rgb: RgbStatistics
     """Of the stored training pixels."""
     source_fingerprint: str
@@ -95,6 +98,11 @@ class DatasetInfo:
         for label in self.classes:
             digest.update(f"{label.index} {label.wnid}\n".encode())
         return digest.hexdigest()
+
+    @property
+    def annotated(self) -> bool:
+        """Whether the tars were made elsewhere and only described by this program."""
+        return "encoder" not in self.image
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -117,7 +125,7 @@ class DatasetInfo:
                         int(split["samples"]),
                         int(split["bytes"]),
                         tuple(
-                            ShardRow(_shard_name(s["name"]), int(s["samples"]), int(s["bytes"]), str(s["sha256"]))
+                            ShardRow(shard_name(s["name"]), int(s["samples"]), int(s["bytes"]), str(s["sha256"]))
                             for s in split["shards"]
                         ),
                     )
@@ -134,7 +142,12 @@ class DatasetInfo:
             raise DatasetError(f"a field is missing or of the wrong kind ({type(error).__name__}: {error})") from error
 
 
-def _shard_name(name: str) -> str:
+def shard_name(name: str) -> str:
+    """The name itself, if a shard may have it.
+
+    Raises:
+        ValueError: otherwise.
+    """
     if not name or not all(c.isalnum() or c in "-_" for c in name):
         raise ValueError(f"a shard cannot be named {name!r}")
     return str(name)
@@ -174,7 +187,8 @@ def parse_dataset(text: str, where: str) -> DatasetInfo:
 
 
 def read_index(path: Path) -> list[dict[str, tuple[int, int, str]]]:
-    """Reads a DALI webdataset index: for each sample, its components' (offset, size, file name) by extension.
+    """Reads a DALI webdataset index: for each sample, its components' (offset, size, file name) by extension, in lower
+    case.
 
     Raises:
         DatasetError: if it is not a "v1.2" index or its count does not match its lines.
@@ -187,16 +201,22 @@ def read_index(path: Path) -> list[dict[str, tuple[int, int, str]]]:
     for line in lines[1:]:
         fields = line.split(" ")
         groups = zip(fields[0::4], fields[1::4], fields[2::4], fields[3::4], strict=True)
-        samples.append({extension: (int(offset), int(size), name) for extension, offset, size, name in groups})
+        samples.append({extension.lower(): (int(offset), int(size), name) for extension, offset, size, name in groups})
     return samples
 
 
-def rebuild_advice(root: Path, shard: str, settings: str = "") -> str:
+def rebuild_advice(root: Path, shard: str, settings: str = "", annotated: bool = False) -> str:
     """What to do about one damaged shard.
 
     Args:
         settings: the arguments besides source and output that the set was made with, where they are known.
+        annotated: whether the set's tars were made elsewhere.
     """
+    if annotated:
+        return (
+            f"copy {shard}.tar again from where it was made, then describe what is missing: "
+            f"python jobs/shard_imagenet.py --annotate-only --output {root}"
+        )
     return (
         "build the shard again from the source and with the settings it was made of: "
         f"python jobs/shard_imagenet.py --source IMAGES --output {root} {settings}--only {shard}"
@@ -223,7 +243,7 @@ class SplitReader:
         labels: list[int] = []
         self._names: list[str] = []
         for number, row in enumerate(info.splits[split].shards):
-            mapped, samples = _open_shard(root / split, row, len(info.classes))
+            mapped, samples = _open_shard(root / split, row, info)
             self._maps.append(mapped)
             for label, offset, size, name in samples:
                 shard.append(number)
@@ -249,10 +269,12 @@ class SplitReader:
         return self._names[sample].rpartition(".")[0]
 
 
-def _open_shard(folder: Path, row: ShardRow, classes: int) -> tuple[NDArray[np.uint8], list[tuple[int, int, int, str]]]:
+def _open_shard(
+    folder: Path, row: ShardRow, info: DatasetInfo
+) -> tuple[NDArray[np.uint8], list[tuple[int, int, int, str]]]:
     """One shard's bytes and its samples as (label, offset, size, file name)."""
     path = folder / f"{row.name}.tar"
-    advice = rebuild_advice(folder.parent, row.name)
+    advice = rebuild_advice(folder.parent, row.name, annotated=info.annotated)
     try:
         size = path.stat().st_size
         if size != row.bytes:
@@ -270,15 +292,16 @@ def _open_shard(folder: Path, row: ShardRow, classes: int) -> tuple[NDArray[np.u
         raise DatasetError(f"{error}: {advice}") from error
     samples = []
     for components in index:
-        if "jpg" not in components or "cls" not in components:
+        image = next((components[extension] for extension in IMAGE_COMPONENTS if extension in components), None)
+        if image is None or LABEL_COMPONENT not in components:
             raise DatasetError(f"{path}: a sample has {sorted(components)}, not jpg and cls: {advice}")
-        offset, length, name = components["jpg"]
-        at, digits, _ = components["cls"]
+        offset, length, name = image
+        at, digits, _ = components[LABEL_COMPONENT]
         if max(offset + length, at + digits) > size:
             raise DatasetError(f"{path}: sample {name} lies beyond the end of the file: {advice}")
-        text = mapped[at : at + digits].tobytes()
-        if not text.isdigit() or int(text) >= classes:
-            raise DatasetError(f"{path}: sample {name} has the label {text!r} of {classes} classes: {advice}")
+        text = mapped[at : at + digits].tobytes().strip()
+        if not text.isdigit() or int(text) >= len(info.classes):
+            raise DatasetError(f"{path}: sample {name} has the label {text!r} of {len(info.classes)} classes: {advice}")
         samples.append((int(text), offset, length, name))
     return mapped, samples
 

@@ -28,6 +28,7 @@ from pipeline.dataset import (
     write_json,
 )
 from pipeline.listing import Listing
+from pipeline.pictures import write_pictures
 from pipeline.rgb_stats import RgbMoments, RgbStatistics
 from pipeline.set_lock import LOCK_FILE
 from pipeline.shards import ShardPlan, annotation_path, inputs_digest
@@ -248,6 +249,7 @@ def finish(root: Path, plan: SetPlan, annotations: Sequence[ShardAnnotation], ma
         source_fingerprint=plan.listing.fingerprint,
         set_aside=len(rejected),
     )
+    write_pictures(root, info)
     # A worker that was killed leaves half a file.
     _remove_passing(root)
     write_json(root / DATASET_FILE, info.to_json())

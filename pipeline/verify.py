@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -16,34 +15,18 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipeline.annotation import ShardAnnotation, ShardError, read_annotation
 from pipeline.dataset import DATASET_FILE, IMAGE_SIZE, INDEX_VERSION, DatasetInfo, ShardRow
+from pipeline.decode import ImageError
 from pipeline.keys import may_be_of
 from pipeline.rgb_stats import RgbMoments, RgbStatistics
+from pipeline.shard_samples import Fault, Sample, key_hash, read_samples, stored_pixels
 from pipeline.shard_set import REJECTS_FILE
-from pipeline.source_files import SourceError
-from pipeline.tar_source import Member, members, whole
+from pipeline.tar_source import whole
 
 # Another machine's LAPACK may round the last digits of the eigenvectors otherwise.
 TOLERANCE = 1e-9
-
-
-@dataclasses.dataclass(frozen=True)
-class Fault:
-    """One thing that is wrong."""
-
-    what: str
-    """A clause about the shard or sample."""
-    shard: str = ""
-    """Empty where it is the set's."""
-    sample: str = ""
-    """Its key, where one is to blame."""
-
-    def __str__(self) -> str:
-        where = " ".join(part for part in (self.shard, self.sample) if part)
-        return f"{where}: {self.what}" if where else self.what
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +42,6 @@ class ShardReport:
     """[samples]: 64 bits of each key, lower case, to find keys that two shards share."""
     annotation: ShardAnnotation | None
     """None where it cannot be read."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sample:
-    key: str
-    label: bytes
-    jpeg: bytes
-    index_line: str
 
 
 def check_shard(root: Path, split: str, row: ShardRow, info: DatasetInfo, decode: bool) -> ShardReport:
@@ -91,7 +66,7 @@ def check_shard(root: Path, split: str, row: ShardRow, info: DatasetInfo, decode
         fault("its annotation is missing")
     except ShardError as error:
         fault(f"its annotation cannot be read: {error}")
-    samples: list[_Sample] = []
+    samples: list[Sample] = []
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -102,7 +77,7 @@ def check_shard(root: Path, split: str, row: ShardRow, info: DatasetInfo, decode
         digest = hashlib.sha256(data).hexdigest()
         if digest != row.sha256:
             fault(f"the sha256 of its tar is {digest[:12]}..., {DATASET_FILE} says {row.sha256[:12]}...")
-        samples = _read_samples(path, data, faults, row.name)
+        samples = list(read_samples(whole(path), data, faults, row.name))
         if len(samples) != row.samples:
             fault(f"its tar holds {len(samples)} samples, {DATASET_FILE} says {row.samples}")
         # Else the index would be blamed for the tar.
@@ -115,10 +90,10 @@ def check_shard(root: Path, split: str, row: ShardRow, info: DatasetInfo, decode
             fault(wrong, sample.key)
         else:
             per_class[int(sample.label)] += 1
-    moments = _decode(samples, faults, row.name) if decode else None
+    moments = _decode(samples, faults, row.name, info.annotated) if decode else None
     if annotation is not None:
         faults += _check_annotation(annotation, row, info, samples, moments)
-    hashes = np.array([_hash(sample.key) for sample in samples], np.uint64)
+    hashes = np.array([key_hash(sample.key) for sample in samples], np.uint64)
     return ShardReport(split, row.name, tuple(faults), per_class, hashes, annotation)
 
 
@@ -127,16 +102,15 @@ def check_set(root: Path, info: DatasetInfo, reports: Sequence[ShardReport]) -> 
     faults = list(_check_counts(info))
     for split in info.splits:
         mine = [report for report in reports if report.split == split]
-        hashes = np.concatenate([report.key_hashes for report in mine])
-        owner = np.repeat(np.arange(len(mine)), [len(report.key_hashes) for report in mine])
-        order = np.argsort(hashes, kind="stable")
-        again = order[1:][hashes[order][1:] == hashes[order][:-1]]
-        faults += [Fault("it holds a sample's key that another sample has, too", mine[owner[i]].name) for i in again]
+        faults += repeated_keys([report.name for report in mine], [report.key_hashes for report in mine])
     annotations = {report.name: report.annotation for report in reports}
     rejected = sum(len(a.rejected) for a in annotations.values() if a is not None)
     for split, row_names in ((s, {row.name for row in part.shards}) for s, part in info.splits.items()):
         for path in sorted((root / split).iterdir()) if (root / split).is_dir() else []:
             if path.stem in row_names and path.suffix in (".tar", ".idx", ".json"):
+                continue
+            # What wrote the tars of an annotated set may have left notes of its own beside them.
+            if info.annotated and path.suffix != ".tar":
                 continue
             empty = _annotation_of_nothing(path)
             if empty is None:
@@ -152,30 +126,21 @@ def check_set(root: Path, info: DatasetInfo, reports: Sequence[ShardReport]) -> 
     return faults
 
 
-def _read_samples(path: Path, data: bytes, faults: list[Fault], shard: str) -> list[_Sample]:
-    """The whole samples of a tar: KEY.cls, then KEY.jpg."""
-    found: list[Member] = []
-    try:
-        # One by one, to keep those before the damage.
-        for member in members(whole(path)):
-            found.append(member)
-    except SourceError as error:
-        faults.append(Fault(f"its tar cannot be read to its end: {error}", shard))
-    samples = []
-    for label, image in zip(found[0::2], found[1::2], strict=False):
-        key = label.name.removesuffix(".cls")
-        if (label.name, image.name) != (f"{key}.cls", f"{key}.jpg"):
-            faults.append(Fault(f"its tar has {label.name} and {image.name} where KEY.cls and KEY.jpg belong", shard))
-            break
-        line = f"cls {label.offset} {label.size} {label.name} jpg {image.offset} {image.size} {image.name}"
-        texts = [data[part.offset : part.offset + part.size] for part in (label, image)]
-        samples.append(_Sample(key, texts[0], texts[1], line))
-    if len(found) % 2:
-        faults.append(Fault(f"its tar ends with {found[-1].name} and no image for it", shard))
-    return samples
+def repeated_keys(shards: Sequence[str], hashes: Sequence[NDArray[np.uint64]]) -> list[Fault]:
+    """A fault for each key of a split that was there before, with the later one's shard.
+
+    Args:
+        shards: their names.
+        hashes: for each shard, [samples] of `key_hash`.
+    """
+    every = np.concatenate(hashes)
+    owner = np.repeat(np.arange(len(shards)), [len(part) for part in hashes])
+    order = np.argsort(every, kind="stable")
+    again = order[1:][every[order][1:] == every[order][:-1]]
+    return [Fault("it holds a sample's key that another sample has, too", shards[owner[i]]) for i in again]
 
 
-def _check_index(path: Path, samples: Sequence[_Sample], faults: list[Fault], shard: str) -> None:
+def _check_index(path: Path, samples: Sequence[Sample], faults: list[Fault], shard: str) -> None:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
@@ -193,30 +158,27 @@ def _check_index(path: Path, samples: Sequence[_Sample], faults: list[Fault], sh
         faults.append(Fault(f"its index has {len(lines) - 1} lines for {len(samples)} samples", shard))
 
 
-def _wrong_label(sample: _Sample, info: DatasetInfo) -> str:
+def _wrong_label(sample: Sample, info: DatasetInfo) -> str:
     """What is wrong with a sample's label; empty where nothing is."""
     if not sample.label.isdigit() or int(sample.label) >= len(info.classes):
         return f"its label is {sample.label[:20]!r}, the set has {len(info.classes)} classes"
     wnid = info.classes[int(sample.label)].wnid
-    if not may_be_of(wnid, sample.key):
+    # Only this program's keys begin with the class.
+    if not info.annotated and not may_be_of(wnid, sample.key):
         return f"its label is {int(sample.label)}, class {wnid}, which its key does not begin with"
     return ""
 
 
-def _decode(samples: Sequence[_Sample], faults: list[Fault], shard: str) -> RgbMoments:
+def _decode(samples: Sequence[Sample], faults: list[Fault], shard: str, annotated: bool) -> RgbMoments:
     """The moments of all images that decode to what a set holds."""
     moments = RgbMoments()
     for sample in samples:
         try:
-            with Image.open(io.BytesIO(sample.jpeg), formats=["JPEG"]) as image:
-                if (image.mode, image.size) != ("RGB", (IMAGE_SIZE, IMAGE_SIZE)):
-                    size = f"{image.width} x {image.height} {image.mode}"
-                    faults.append(Fault(f"it is {size}, not {IMAGE_SIZE} x {IMAGE_SIZE} RGB", shard, sample.key))
-                    continue
-                moments += RgbMoments.of(np.asarray(image))
-        # As in the conversion: Pillow raises whatever the bytes lead it to.
-        except Exception as error:
-            faults.append(Fault(f"it does not decode: {' '.join(str(error).split())[:200]}", shard, sample.key))
+            pixels = stored_pixels(sample.jpeg, grey=annotated)
+        except ImageError as error:
+            faults.append(Fault(str(error), shard, sample.key))
+            continue
+        moments += RgbMoments.of(pixels)
     return moments
 
 
@@ -224,7 +186,7 @@ def _check_annotation(
     annotation: ShardAnnotation,
     row: ShardRow,
     info: DatasetInfo,
-    samples: Sequence[_Sample],
+    samples: Sequence[Sample],
     moments: RgbMoments | None,
 ) -> Iterator[Fault]:
     """Faults between an annotation, `dataset.json`, the samples and the moments of their pixels, if decoded."""
@@ -284,7 +246,3 @@ def _same_statistics(one: RgbStatistics, other: RgbStatistics) -> bool:
         return False
     names = ("mean", "std", "covariance", "eigenvalues", "eigenvectors")
     return all(np.allclose(getattr(one, name), getattr(other, name), rtol=0, atol=TOLERANCE) for name in names)
-
-
-def _hash(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(key.lower().encode(), digest_size=8).digest(), "little")

@@ -176,7 +176,14 @@ def test_rows_match_the_files(shard_set: Path) -> None:
         for row in split.shards:
             data = (shard_set / name / f"{row.name}.tar").read_bytes()
             assert (len(data), hashlib.sha256(data).hexdigest()) == (row.bytes, row.sha256)
-    assert sorted(p.name for p in shard_set.iterdir()) == ["dataset.json", "rejects.jsonl", "train", "val"]
+    assert sorted(p.name for p in shard_set.iterdir()) == [
+        "contact_sheet.jpg",
+        "dataset.json",
+        "rejects.jsonl",
+        "rgb_pca.png",
+        "train",
+        "val",
+    ]
 
 
 def test_pack_gives_equal_bytes_and_holds_long_keys() -> None:

@@ -1,0 +1,140 @@
+"""The samples of a shard's tar, as every WebDataset reader groups them: neighbours that share a key."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import itertools
+import mmap
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+from pipeline.dataset import IMAGE_COMPONENTS, IMAGE_SIZE, LABEL_COMPONENT
+from pipeline.decode import ImageError
+from pipeline.source_files import SourceError
+from pipeline.tar_source import Member, Stretch, members
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong."""
+
+    what: str
+    """A clause about the shard or sample."""
+    shard: str = ""
+    """Empty where it is the set's."""
+    sample: str = ""
+    """Its key, where one is to blame."""
+
+    def __str__(self) -> str:
+        where = " ".join(part for part in (self.shard, self.sample) if part)
+        return f"{where}: {self.what}" if where else self.what
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One image with its label."""
+
+    key: str
+    label: bytes
+    """The text of its .cls, without white space around it."""
+    jpeg: bytes
+    index_line: str
+    """All its components in DALI's index."""
+    json: bytes = b""
+    """Its .json, as sets made elsewhere may have one."""
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A member's key and extension: the extension begins at the first dot of the name's last part.
+
+    >>> split_name("val.new/a.seg.png")
+    ('val.new/a', 'seg.png')
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension
+
+
+def key_hash(key: str) -> int:
+    """64 bits of a key, lower case, to find one that is there twice."""
+    return int.from_bytes(hashlib.blake2b(key.lower().encode(), digest_size=8).digest(), "little")
+
+
+def read_samples(tar: Stretch, data: bytes | mmap.mmap, faults: list[Fault], shard: str) -> Iterator[Sample]:
+    """The samples of a tar that have an image and a label, in its order; what is wrong is added to `faults`.
+
+    Args:
+        tar: all of `data`, to read the headers from.
+        shard: its name, for `faults`.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    for key, parts in itertools.groupby(_members(tar, faults, shard), lambda member: split_name(member.name)[0]):
+        group = list(parts)
+        components = [(split_name(member.name)[1], member) for member in group]
+        images = [member for extension, member in components if extension.lower() in IMAGE_COMPONENTS]
+        labels = [member for extension, member in components if extension.lower() == LABEL_COMPONENT]
+        if len(images) != 1 or len(labels) != 1:
+            names = ", ".join(member.name for member in group)
+            faults.append(Fault(f"it has {names}: one .jpg and one .cls must follow each other", shard, key))
+            continue
+        # The index separates its fields by spaces, its samples by line breaks.
+        if any(any(character.isspace() for character in member.name) for member in group):
+            faults.append(Fault("its name holds white space, which DALI's index cannot", shard, key))
+            continue
+        note = next((member for extension, member in components if extension == "json"), None)
+        yield Sample(
+            key,
+            _bytes_of(data, labels[0]).strip(),
+            _bytes_of(data, images[0]),
+            " ".join(f"{extension} {part.offset} {part.size} {part.name}" for extension, part in components),
+            b"" if note is None else _bytes_of(data, note),
+        )
+
+
+def stored_pixels(jpeg: bytes, grey: bool) -> NDArray[np.uint8]:
+    """The pixels of a set's image, [IMAGE_SIZE, IMAGE_SIZE, 3].
+
+    Args:
+        grey: whether it may be grey, as every decoder that is asked for RGB takes it; this program stores none.
+
+    Raises:
+        ImageError: if it is no JPEG of that size, or one that readers turn.
+    """
+    try:
+        with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
+            if image.size != (IMAGE_SIZE, IMAGE_SIZE) or image.mode not in ("RGB", *(["L"] if grey else [])):
+                raise ImageError(
+                    f"it is {image.width} x {image.height} {image.mode}, not {IMAGE_SIZE} x {IMAGE_SIZE} RGB"
+                )
+            turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+            if turn != 1:
+                raise ImageError(
+                    f"its EXIF says that it is to be turned ({turn}), which some readers do and some do not"
+                )
+            return np.asarray(image.convert("RGB"))
+    except ImageError:
+        raise
+    # As in the conversion: Pillow raises whatever the bytes lead it to.
+    except Exception as error:
+        raise ImageError(f"it does not decode: {' '.join(str(error).split())[:200]}") from error
+
+
+def _members(tar: Stretch, faults: list[Fault], shard: str) -> Iterator[Member]:
+    """The files of a tar as far as it can be read, in the names that wds2idx gives them, hidden ones left out."""
+    try:
+        for member in members(tar):
+            if not member.hidden:
+                yield member
+    except SourceError as error:
+        faults.append(Fault(f"its tar cannot be read to its end: {error}", shard))
+
+
+def _bytes_of(data: bytes | mmap.mmap, member: Member) -> bytes:
+    return bytes(data[member.offset : member.offset + member.size])
