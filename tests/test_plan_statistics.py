@@ -110,6 +110,8 @@ def test_alpha_has_the_papers_mean_and_deviation_and_is_normal(first: dict[str, 
         assert abs(mean_z(alpha, 0.0, 0.1)) < CRITICAL
         assert abs(variance_z(alpha, 0.1)) < CRITICAL
         assert abs(uniform_z(*binned("alpha", alpha))) < CRITICAL
+        # As fine as float32: a coarse uniform number, say of a byte, has the right moments too.
+        assert len(np.unique(alpha)) > 0.98 * N
         # Beyond three deviations lie 0.27 %: a clipped or coarse tail is not seen by mean and variance.
         tail = 2 * NormalDist().cdf(-3)
         assert abs(mean_z((np.abs(alpha) > 0.3).astype(np.float64), tail, np.sqrt(tail * (1 - tail)))) < CRITICAL

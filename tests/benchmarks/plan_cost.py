@@ -94,7 +94,8 @@ def measure(config: PlanCostConfig) -> PlanCost:
         asked = time.perf_counter()
         count = sum(1 for _ in zip(range(config.batches), batches, strict=False))
         rest.append((time.perf_counter() - asked) / max(count, 1))
-    return PlanCost(*(statistics.median(values) for values in (orders, firsts, rest)), traced, grown)
+    order, first, batch = (statistics.median(values) for values in (orders, firsts, rest))
+    return PlanCost(order, first, batch, traced, grown)
 
 
 def high_water_mb() -> float:
