@@ -1,6 +1,6 @@
 """The GPU loader's stream against the CPU's: the same plan decoded by both, compared pixel by pixel, and timed.
 
-Two correct JPEG decoders differ. The inverse DCTs of two may differ by 1, interpolating chroma rounds once more, and the
+Two correct JPEG decoders differ. Their inverse DCTs may differ by 1, interpolating chroma rounds once more, and the
 conversion to RGB weighs chroma by up to 1.772: blue may differ by 1 + 1.772 * 2 + 0.5, that is 5 levels. So values may
 differ by 5, one in a thousand by more, and an image by 1 level on average. What this finds: another window, mirroring,
 colour shift, mean or channel order, and chroma that is repeated instead of interpolated.
