@@ -212,6 +212,8 @@ def _nothing() -> None:
 
 def main(config: BenchmarkConfig) -> None:
     if config.check_gpu:
+        if not torch.cuda.is_available():
+            raise ValueError("--check-gpu needs a GPU, but torch sees none here: run it on a machine with one")
         device = choose_device(True)
         print(f"{torch.cuda.get_device_name(device)} against this machine's CPU, batch {config.batch_size}")
         for line in gpu_check.check(config.data, device, config.batch_size, config.steps, config.threads):
