@@ -3,8 +3,10 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO ?= demo
 SOURCE ?=
+DATA ?= $(DEMO)/shards
+LOOK ?= look.png
 
-.PHONY: demo test lint format lock clean
+.PHONY: demo look test lint format lock clean
 
 .venv/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv --clear .venv
@@ -15,6 +17,12 @@ SOURCE ?=
 # Shards, trains, evaluates and reports on generated images, or on your own: make demo SOURCE=FOLDER
 demo: .venv/.installed
 	$(BIN)/python jobs/demo.py --output $(DEMO) $(if $(SOURCE),--source $(SOURCE))
+
+# Draws a batch as the network sees it, of the demo's set or of another: make look DATA=SHARDS
+look: .venv/.installed
+	@test -e $(DATA)/dataset.json || { echo "error: there is no shard set at $(DATA): make one with 'make demo', or name one with" \
+		"'make look DATA=SHARDS'" >&2; exit 1; }
+	$(BIN)/python jobs/look.py --data $(DATA) --output $(LOOK)
 
 test: .venv/.installed
 	$(BIN)/python -m pytest

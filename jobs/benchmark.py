@@ -1,7 +1,9 @@
-"""How fast this machine feeds and trains AlexNet, and which of the two is the limit.
+"""How fast this machine feeds and trains AlexNet, stage by stage, and what is the limit.
 
 Four rates over the same shard set, in one run: decoding its JPEGs whole and nothing else (the limit), the loader alone,
-the network alone on a batch that stays where it is, and both together.
+the network alone on a batch that stays where it is, and both together; then each stage's part of the time.
+
+With --check-gpu: compares the GPU loader's pixels and labels with the CPU loader's, and times both, instead.
 """
 
 from __future__ import annotations
@@ -13,25 +15,27 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from nvidia.dali import Pipeline, fn, types
+from torch.nn import functional as F
 from torchvision.io import decode_jpeg
 
+from jobs import gpu_check, stages
 from jobs.checkpoint import Identity
 from jobs.cli import run
 from jobs.device import choose_device
+from jobs.stages import Chains, Findings, Rates, Stages
 from jobs.worker import make_network
 from model.recipe import RECIPES
 from model.training import Trainer, Worker
 from pipeline.dataset import SplitReader, read_dataset, write_json
 from pipeline.loader import Loader
-from pipeline.plan import Plan, colour_matrix
-
-IMAGENET_IMAGES = 1_281_167  # ILSVRC-2012's training set
-PAPER_EPOCHS = 90  # The paper, section 5
-COMFORT = 1.1  # A loader less than this much faster than the network will now and then keep it waiting.
+from pipeline.plan import CROP_OFFSETS, CROP_SIZE, Plan, Views, colour_matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +43,9 @@ class BenchmarkConfig:
     data: Path
     """A shard set, on the disk that training will read from."""
     json: Path | None = None
-    """Also write the rates to this file."""
+    """Also write the figures to this file."""
+    check_gpu: bool = False
+    """Check the GPU's stream against the CPU's and time both; nothing else is measured."""
     batch_size: int = 128
     """Images per step of this one process."""
     gpu: bool = dataclasses.field(default_factory=torch.cuda.is_available)
@@ -51,37 +57,16 @@ class BenchmarkConfig:
     steps: int = 8
     """Training steps in a round; loader and decoder go through four times as many batches."""
     machines: int = 1
-    """Estimate the paper's 90 epochs for so many of these."""
+    """Estimate the paper's 90 epochs for so many of these, one process each."""
+    network_gbit: float | None = None
+    """Bandwidth between the machines, in Gbit/s; by default, on CPU, what two processes of this machine reach."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "threads", "rounds", "steps", "machines"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class Rates:
-    """Images per second, each the median of the rounds."""
-
-    decode_limit_images_per_s: float
-    """libjpeg-turbo decoding the same JPEGs whole, on as many threads."""
-    loader_images_per_s: float
-    network_images_per_s: float
-    train_images_per_s: float
-    data_wait: float
-    """The fraction of training time spent waiting for the loader."""
-
-    @property
-    def verdict(self) -> str:
-        """Which part is the limit, in words."""
-        ratio = self.loader_images_per_s / self.network_images_per_s
-        if ratio >= COMFORT:
-            return f"the network is the limit: the loader could feed {ratio:.1f} times as much"
-        part = self.loader_images_per_s / self.decode_limit_images_per_s
-        return (
-            f"the loader is the limit, at {ratio:.0%} of what the network takes and {part:.0%} of bare decoding on "
-            "as many threads: give it more cores"
-        )
+        if self.network_gbit is not None and not self.network_gbit > 0:
+            raise ValueError(f"--network-gbit is {self.network_gbit}; it must be above 0")
 
 
 def rate(images: int, action: Callable[[], object], settle: Callable[[], None]) -> float:
@@ -93,25 +78,55 @@ def rate(images: int, action: Callable[[], object], settle: Callable[[], None]) 
     return images / (time.perf_counter() - started)
 
 
-def measure(config: BenchmarkConfig) -> Rates:
-    """Runs the four, turn and turn about, so that a machine that slows down slows all of them."""
+def window_decoder(reader: SplitReader, views: Iterator[Views], batch_size: int, threads: int, gpu: bool) -> Pipeline:
+    """A DALI pipeline that reads and decodes each view's window, and does nothing with it."""
+
+    def source() -> tuple[list[NDArray[np.uint8]], NDArray[np.float32], NDArray[np.float32]]:
+        step = next(views)
+        y, x = np.ascontiguousarray(step.crops.T / (CROP_OFFSETS - 1), dtype=np.float32)
+        return [reader.image(sample) for sample in step.samples], x, y
+
+    pipeline = Pipeline(batch_size, threads, 0 if gpu else None)
+    with pipeline:
+        encoded, x, y = fn.external_source(
+            source=source, num_outputs=3, dtype=[types.UINT8, types.FLOAT, types.FLOAT], ndim=[1, 0, 0]
+        )
+        images = fn.decoders.image_crop(
+            encoded,
+            device="mixed" if gpu else "cpu",
+            output_type=types.RGB,
+            crop=(CROP_SIZE, CROP_SIZE),
+            crop_pos_x=x,
+            crop_pos_y=y,
+            jpeg_fancy_upsampling=True,
+        )
+        pipeline.set_outputs(images)
+    pipeline.build()
+    return pipeline
+
+
+def measure(config: BenchmarkConfig) -> Findings:
+    """Runs all chains turn and turn about, so that a machine that slows down slows all of them."""
     info = read_dataset(config.data)
     reader = SplitReader(config.data, info, "train")
     recipe = dataclasses.replace(RECIPES["default"], batch_size=config.batch_size)
     plan = Plan(len(reader), config.batch_size, recipe.seed, colour_matrix(info.rgb, recipe.colour))
     device = choose_device(config.gpu)
     torch.set_num_threads(config.threads)
-    network = make_network(Identity.of(recipe, info))
-    worker = Worker(0, 1, device, torch.bfloat16 if config.gpu else torch.float32)
-    trainer = Trainer(network.to(memory_format=torch.channels_last).to(device), recipe, worker)
+    network = make_network(Identity.of(recipe, info)).to(memory_format=torch.channels_last).to(device)
+    precision = torch.bfloat16 if config.gpu else torch.float32
+    trainer = Trainer(network, recipe, Worker(0, 1, device, precision))
     network.train()
     loader = Loader(reader, info.rgb, config.batch_size, device, config.threads)
     batches = (batch for epoch in itertools.count() for batch in loader.run(plan.epoch(epoch)))
     resident = next(batches)
     trainer.step([resident])
+    decoder = window_decoder(reader, endless(plan), config.batch_size, config.threads, config.gpu)
+    decoder.run()
     settle = torch.cuda.synchronize if config.gpu else _nothing
-    trained, loaded = config.steps * config.batch_size, 4 * config.steps * config.batch_size
-    encoded = [torch.from_numpy(reader.image(i % len(reader)).copy()) for i in range(loaded)]
+    many = 4 * config.steps
+    encoded = [torch.from_numpy(reader.image(i % len(reader)).copy()) for i in range(many * config.batch_size)]
+    to_read = [views.samples for views in itertools.islice(endless(plan), many)]
     waits: list[float] = []
 
     def decode() -> None:
@@ -119,9 +134,22 @@ def measure(config: BenchmarkConfig) -> Rates:
             for _ in pool.map(decode_jpeg, encoded):
                 pass
 
+    def read() -> None:
+        for samples in to_read:
+            for sample in samples:
+                reader.image(sample).copy()
+
+    def window() -> None:
+        for _ in range(many):
+            decoder.run()
+
     def load() -> None:
-        for _ in itertools.islice(batches, 4 * config.steps):
+        for _ in itertools.islice(batches, many):
             pass
+
+    def copy() -> None:
+        for _ in range(many):
+            resident.images.clone()
 
     def train() -> None:
         for _ in range(config.steps):
@@ -130,26 +158,52 @@ def measure(config: BenchmarkConfig) -> Rates:
             waits.append(time.perf_counter() - asked)
             trainer.step([batch])
 
+    def loss() -> torch.Tensor:
+        with torch.autocast(device.type, precision, enabled=config.gpu):
+            return F.cross_entropy(network(resident.images).float(), resident.labels)
+
+    def forward() -> None:
+        for _ in range(config.steps):
+            loss()
+
+    def gradients() -> None:
+        for _ in range(config.steps):
+            loss().backward()
+
     def compute() -> None:
         for _ in range(config.steps):
             trainer.step([resident])
 
     jobs = {
-        "decode": (loaded, decode),
-        "load": (loaded, load),
-        "train": (trained, train),
-        "compute": (trained, compute),
+        **dict.fromkeys((decode, read, window, load, copy), many),
+        **dict.fromkeys((train, compute, forward, gradients), config.steps),
     }
-    found: dict[str, list[float]] = {name: [] for name in jobs}
+    found: dict[str, list[float]] = {job.__name__: [] for job in jobs}
     for number in range(1, config.rounds + 1):
-        for name, (images, action) in jobs.items():
-            found[name].append(rate(images, action, settle))
-        print(
-            f"round {number} of {config.rounds}: " + ", ".join(f"{n} {v[-1]:.1f}" for n, v in found.items()), flush=True
-        )
+        for job, count in jobs.items():
+            found[job.__name__].append(rate(count * config.batch_size, job, settle))
+        shown = ", ".join(f"{name} {values[-1]:,.1f}" for name, values in found.items())
+        print(f"round {number} of {config.rounds}: {shown}", flush=True)
     middle = {name: statistics.median(values) for name, values in found.items()}
-    seconds = trained * config.rounds / middle["train"]
-    return Rates(middle["decode"], middle["load"], middle["compute"], middle["train"], sum(waits) / seconds)
+    seconds = config.steps * config.batch_size * config.rounds / middle["train"]
+    rates = Rates(middle["decode"], middle["load"], middle["compute"], middle["train"], sum(waits) / seconds)
+    chains = Chains(*(middle[name] for name in ("read", "window", "copy", "forward", "gradients")))
+    gradient_bytes = sum(4 * parameter.numel() for parameter in network.parameters())
+    parts = Stages.of(rates, chains, config.batch_size, all_reduce_ms(config, gradient_bytes))
+    return Findings(rates, parts, config.threads, config.batch_size, config.machines)
+
+
+def all_reduce_ms(config: BenchmarkConfig, gradient_bytes: int) -> float | None:
+    """The exchange of gradients between two, by the stated bandwidth or measured on the CPU."""
+    if config.network_gbit is not None:
+        return stages.stated_ms(gradient_bytes, config.network_gbit)
+    return None if config.gpu else stages.measured_ms(gradient_bytes, config.rounds)
+
+
+def endless(plan: Plan) -> Iterator[Views]:
+    """Epoch after epoch."""
+    for epoch in itertools.count():
+        yield from plan.epoch(epoch)
 
 
 def _nothing() -> None:
@@ -157,18 +211,21 @@ def _nothing() -> None:
 
 
 def main(config: BenchmarkConfig) -> None:
-    rates = measure(config)
+    if config.check_gpu:
+        if not torch.cuda.is_available():
+            raise ValueError("--check-gpu needs a GPU, but torch sees none here: run it on a machine with one")
+        device = choose_device(True)
+        print(f"{torch.cuda.get_device_name(device)} against this machine's CPU, batch {config.batch_size}")
+        for line in gpu_check.check(config.data, device, config.batch_size, config.steps, config.threads):
+            print(line)
+        return
+    findings = measure(config)
     name = torch.cuda.get_device_name(0) if config.gpu else platform.processor() or platform.machine()
     print(f"{name}, {config.threads} thread(s), batch {config.batch_size}; images/s, medians of {config.rounds}:")
-    print(f"  decoding alone (the limit)  {rates.decode_limit_images_per_s:10.1f}")
-    print(f"  loader alone                {rates.loader_images_per_s:10.1f}")
-    print(f"  network alone               {rates.network_images_per_s:10.1f}")
-    print(f"  training                    {rates.train_images_per_s:10.1f}   waiting for data {rates.data_wait:.2%}")
-    hours = PAPER_EPOCHS * IMAGENET_IMAGES / (rates.train_images_per_s * config.machines) / 3600
-    print(rates.verdict)
-    print(f"90 epochs of ImageNet on {config.machines} such process(es), if they share perfectly: {hours:,.1f} hours")
+    for line in findings.lines():
+        print(line)
     if config.json is not None:
-        write_json(config.json, {**dataclasses.asdict(rates), "verdict": rates.verdict, "hours_90_epochs": hours})
+        write_json(config.json, findings.to_json())
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ COLOUR_STD = 0.1  # section 4.1: alpha ~ N(0, 0.1)
 # The last word of the generator's counter keeps the streams of one (seed, epoch, sample) apart.
 _ORDER, _WINDOW, _COLOUR = 0, 1, 2
 _WORDS = 2.0**32
+_PIECE = 2**15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +92,14 @@ class Plan:
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """The permutation of all samples for one epoch, int64 [samples]."""
-        words = philox(np.arange(self.samples), (0, epoch, _ORDER), self.seed)
+        keys = np.empty(self.samples, np.uint64)
+        # A piece at a time: the generator's temporaries then stay in the cache, and small whatever the set's size.
+        for start in range(0, self.samples, _PIECE):
+            stop = min(start + _PIECE, self.samples)
+            words = philox(np.arange(start, stop), (0, epoch, _ORDER), self.seed)
+            keys[start:stop] = (words[0] << np.uint64(32)) | words[1]
         # Sorting random keys depends on nothing but these words; numpy's shuffles may change between versions.
-        return np.argsort((words[0] << np.uint64(32)) | words[1], kind="stable")
+        return np.argsort(keys, kind="stable")
 
     def epoch(self, epoch: int, first_step: int = 0, rank: int = 0, world: int = 1) -> Iterator[Views]:
         """Each step's part for one rank, from `first_step` to the epoch's end."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.dataset import SplitReader, read_dataset
-from pipeline.loader import Loader, LoaderError, define
+from pipeline.loader import Loader, LoaderError
 from pipeline.plan import Plan, Views, centre_views, colour_matrix, ten_crop_views
 
 CPU = torch.device("cpu")
@@ -115,15 +114,3 @@ def test_an_image_that_does_not_decode_is_named(shard_set: Path, reader: SplitRe
     damaged = Loader(DamagedReader(reader, 8), read_dataset(shard_set).rgb, 10, CPU, 1)  # type: ignore[arg-type]
     with pytest.raises(LoaderError, match=reader.key(8)):
         list(damaged.run(centre_views(np.arange(20)).chunks(10)))
-
-
-def nothing() -> Iterator[None]:
-    raise StopIteration
-
-
-def test_the_gpu_pipeline_is_defined_and_serialised_without_a_gpu() -> None:
-    on_gpu, on_cpu = (define(nothing, 8, 2, device, None).serialize() for device in ("gpu", "cpu"))
-    # Operators are stored by name with their device: one decoder of kind mixed, one crop_mirror_normalize on the GPU.
-    assert b"decoders__ImageCrop" in on_gpu
-    assert b"mixed" in on_gpu
-    assert b"mixed" not in on_cpu
