@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from model.recipe import RECIPES, Plateau, Recipe, make_optimizer
+from model.optimizer import make_optimizer
+from model.recipe import RECIPES, Recipe
+from model.schedule import Plateau
 
 
 def test_the_update_is_the_papers() -> None:

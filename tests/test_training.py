@@ -15,9 +15,10 @@ from torch import Tensor, distributed, multiprocessing, nn
 from jobs import checkpoint
 from jobs.checkpoint import CheckpointError, Identity
 from model.alexnet import AlexNet
+from model.guards import DivergedError
 from model.metrics import Score
 from model.recipe import Recipe
-from model.training import DivergedError, Trainer, Worker
+from model.training import Trainer, Worker
 from pipeline.plan import share
 from pipeline.rgb_stats import RgbStatistics
 
@@ -122,6 +123,7 @@ class Recorder:
         self.saved: list[Path] = []
         self.rows: list[dict[str, Any]] = []
         self.losses: list[float] = []
+        self.warnings: list[str] = []
 
     def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
         assert 0 <= data_wait <= 1
@@ -137,6 +139,9 @@ class Recorder:
         self.saved.append(folder)
         if len(self.saved) == self.stop_after:
             raise Stopped
+
+    def warned(self, trainer: Trainer, warning: str) -> None:
+        self.warnings.append(warning)
 
 
 def weights(trainer: Trainer) -> list[Tensor]:
