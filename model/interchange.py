@@ -127,6 +127,8 @@ def from_jiecaoyu(state: Mapping[str, object]) -> Imported:
 def _fitted(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors for RGB input, if their shapes are those of a two-tower AlexNet and their values are numbers."""
     classes = len(tensors["fc8.bias"])
+    if classes < 2:
+        raise InterchangeError(f"fc8 tells {classes} class(es) apart: a classifier needs at least two")
     with torch.device("meta"):
         expected = {name: parameter.shape for name, parameter in AlexNet(classes, groups=2).named_parameters()}
     for name, shape in expected.items():
