@@ -23,7 +23,7 @@ class Window:
     gradient_norm: float
     """The largest norm of the whole gradient, as the update used it."""
     weight_norm: float
-    """Of all parameters, at the end."""
+    """Of all parameters, before the first of these steps."""
     rate: float
     """The highest learning rate."""
     classes: int

@@ -194,6 +194,8 @@ class Trainer:
         self.network.train()
         recent = torch.zeros(4, dtype=torch.float64, device=self.worker.device)
         norm = torch.zeros((), device=self.worker.device)
+        # Before the steps: one that explodes makes the weights as long as itself.
+        weights = self._weight_norm()
         since, first, waited, highest = self._clock(), progress.step, 0.0, 0.0
         steps = data.training(progress.epoch, progress.step)
         while progress.step < data.steps:
@@ -209,7 +211,7 @@ class Trainer:
             due = self._checkpoint_every > 0 and progress.step % self._checkpoint_every == 0
             at_end = progress.step == data.steps
             if at_end or due or progress.step % self._log_every == 0:
-                score, window = self._window(recent, norm, progress.step - first, highest)
+                score, window = self._window(recent, norm, weights, progress.step - first, highest)
                 cause = divergence(window)
                 if cause is not None:
                     raise self._diverged(cause, first + 1, progress.step)
@@ -221,19 +223,21 @@ class Trainer:
                 if warning is not None:
                     observer.warned(self, warning)
                 recent.zero_()
-                norm = torch.zeros_like(norm)
+                norm, weights = torch.zeros_like(norm), self._weight_norm()
                 since, first, waited, highest = now, progress.step, 0.0, 0.0
                 if due and not at_end:
                     self._share_buffers()
                     observer.checkpoint(self, None)
 
-    def _window(self, recent: Tensor, norm: Tensor, steps: int, rate: float) -> tuple[Score, Window]:
+    def _weight_norm(self) -> Tensor:
+        return nn.utils.get_total_norm([p.detach() for p in self.network.parameters()])
+
+    def _window(self, recent: Tensor, norm: Tensor, weights: Tensor, steps: int, rate: float) -> tuple[Score, Window]:
         """All workers' score over the last steps, which joins the epoch's sums, and what the guards look at.
 
         The norms ride on the one exchange that the score needs; they are the same on every worker already, as the
         gradients have been averaged, so that the exchange only makes sure.
         """
-        weights = nn.utils.get_total_norm([p.detach() for p in self.network.parameters()])
         mine = torch.cat([recent, torch.stack([norm, weights]).double() / self.worker.world])
         total = self._all_reduce(mine)
         *sums, gradient_norm, weight_norm = total.tolist()

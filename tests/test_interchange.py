@@ -123,7 +123,7 @@ def jiecaoyus(blobs: Blobs) -> dict[str, object]:
     """The contents of alexnet.pth.tar, as their main.py saves a network trained with DataParallel."""
     places = ["features.module.0", "features.module.4", "features.module.8", "features.module.10"]
     places += ["features.module.12", "classifier.0", "classifier.3", "classifier.6"]
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for place, (weight, bias) in zip(places, blobs.values(), strict=True):
         tensors |= {f"{place}.weight": weight, f"{place}.bias": bias}
     return {"epoch": 90, "arch": "alexnet", "state_dict": tensors, "best_prec1": 57.5}

@@ -1,4 +1,4 @@
-"""The paper's remaining claims, each against its own sentence; and that every row of the README's table has its test."""
+"""The paper's remaining claims, each against its own sentence; and that the README's table names the marked tests."""
 
 from __future__ import annotations
 
