@@ -1,6 +1,6 @@
 """Checkpoints: network and momentum as safetensors, everything else as JSON; nothing in them is ever executed.
 
-    model.safetensors       the network's parameters by name
+    model.safetensors       the network's parameters and running statistics by name
     optimizer.safetensors   each parameter's momentum by the same name
     state.json              what was being trained on what, and how far it had come
 
@@ -56,11 +56,15 @@ class Identity:
         return cls(recipe, info.fingerprint, tuple(label.wnid for label in info.classes), info.rgb)
 
     def differences(self, other: Identity) -> list[str]:
-        """What differs from another run, one phrase each; the number of epochs may, so that a run can be extended."""
+        """What differs from another run, one phrase each.
+
+        The number of epochs may, so that a run can be extended; not under a schedule that counts on it.
+        """
+        free = {"epochs"} if self.recipe.schedule == "plateau" else set()
         found = [
             f"{field.name} is {getattr(other.recipe, field.name)}, was {getattr(self.recipe, field.name)}"
             for field in dataclasses.fields(Recipe)
-            if field.name != "epochs" and getattr(self.recipe, field.name) != getattr(other.recipe, field.name)
+            if field.name not in free and getattr(self.recipe, field.name) != getattr(other.recipe, field.name)
         ]
         if self.dataset != other.dataset:
             found.append(f"the shard set is {other.dataset[:12]}, was {self.dataset[:12]}")
@@ -73,10 +77,13 @@ class State:
 
     identity: Identity
     progress: Progress
+    origin: str = ""
+    """Where weights come from that were not trained here; empty for a run's own."""
 
     def to_json(self) -> dict[str, Any]:
         return {
             "schema_version": SCHEMA_VERSION,
+            "origin": self.origin,
             "identity": dataclasses.asdict(self.identity),
             "progress": self.progress.to_json(),
         }
@@ -103,6 +110,7 @@ class State:
                     RgbStatistics.from_json(identity["rgb"]),
                 ),
                 Progress.from_json(value["progress"]),
+                str(value.get("origin", "")),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{where} is no {STATE_FILE} of this program: {error!r}") from error
@@ -110,15 +118,20 @@ class State:
 
 def save(folder: Path, trainer: Trainer, identity: Identity) -> None:
     """Writes a checkpoint of everything that training needs to go on exactly."""
-    named = dict(trainer.network.named_parameters())
     momentum = {
         name: trainer.optimizer.state[parameter]["momentum_buffer"]
-        for name, parameter in named.items()
+        for name, parameter in trainer.network.named_parameters()
         if parameter in trainer.optimizer.state
     }
-    save_file({name: parameter.detach().contiguous() for name, parameter in named.items()}, folder / MODEL_FILE)
+    save_network(folder, trainer.network, State(identity, trainer.progress))
     save_file({name: value.contiguous() for name, value in momentum.items()}, folder / OPTIMIZER_FILE)
-    (folder / STATE_FILE).write_text(json.dumps(State(identity, trainer.progress).to_json(), indent=1), "utf-8")
+
+
+def save_network(folder: Path, network: nn.Module, state: State) -> None:
+    """Writes what evaluation needs: a network's tensors, and what they are."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
+    save_file(tensors, folder / MODEL_FILE)
+    (folder / STATE_FILE).write_text(json.dumps(state.to_json(), indent=1), "utf-8")
 
 
 def read_state(folder: Path) -> State:
@@ -150,9 +163,9 @@ def restore(folder: Path, trainer: Trainer, identity: Identity) -> None:
         if name in momentum:
             buffer = torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(momentum[name])
             trainer.optimizer.state[parameter]["momentum_buffer"] = buffer
-    trainer.progress = state.progress
     # The same checkpoint may be the end of a shorter run.
-    trainer.progress.finished = finished(state, identity.recipe)
+    state.progress.finished = finished(state, identity.recipe)
+    trainer.resume(state.progress)
 
 
 def finished(state: State, recipe: Recipe) -> bool:
@@ -170,13 +183,13 @@ def refuse_other(state: State, identity: Identity, where: str) -> None:
 
 
 def load_network(folder: Path, network: nn.Module) -> None:
-    """Copies a checkpoint's parameters into a network of the same shape, on any device and memory layout.
+    """Copies a checkpoint's tensors into a network of the same shape, on any device and memory layout.
 
     Raises:
-        CheckpointError: if a parameter is missing, superfluous or of another shape.
+        CheckpointError: if a tensor is missing, superfluous or of another shape.
     """
     tensors = _load(folder / MODEL_FILE)
-    named = dict(network.named_parameters())
+    named = network.state_dict()
     odd = sorted(tensors.keys() ^ named.keys()) or [n for n in named if named[n].shape != tensors[n].shape]
     if odd:
         raise CheckpointError(f"{folder / MODEL_FILE} does not fit this network: {', '.join(odd)} differ(s)")

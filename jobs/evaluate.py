@@ -91,7 +91,8 @@ def main(config: EvaluateConfig) -> None:
     info = read_dataset(data)
     device = choose_device(config.gpu)
     with local_checkpoint(config.checkpoint) as (location, folder):
-        identity = checkpoint.read_state(folder).identity
+        state = checkpoint.read_state(folder)
+        identity = state.identity
         wnids = tuple(label.wnid for label in info.classes)
         if identity.wnids != wnids:
             raise CheckpointError(
@@ -111,10 +112,14 @@ def main(config: EvaluateConfig) -> None:
     started = time.perf_counter()
     score = Score.of(evaluate(network, counted(batches, views, len(reader)), device, views))
     crops = "ten crops" if config.ten_crop else "centre crop"
+    if state.origin:
+        print(f"{location} is {state.origin}")
     print(f"{location}, {crops}, {score.images} images in {time.perf_counter() - started:.0f} s")
     print(f"top-1 error {score.top1_error:.2%}, top-5 error {score.top5_error:.2%}, loss {score.loss:.4f}")
     if config.json is not None:
         result = {**dataclasses.asdict(score), "crops": views, "checkpoint": location, "data": str(data)}
+        if state.origin:
+            result["origin"] = state.origin
         write_json(Path(config.json), result)
 
 

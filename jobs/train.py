@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import ray
 import tyro
@@ -61,8 +61,9 @@ class TrainConfig:
     """The run's name: its checkpoints and events are in STORAGE/NAME."""
     stage: str | None = None
     """A folder on each node's own disk to copy the set to, once per node: for a URL or a slow mount."""
-    recipe: Literal["default", "paper"] = "default"
-    """paper: to the letter; default: but for an initial hidden bias of 0.1, with which it learns reliably."""
+    recipe: Literal["default", "paper", "large-batch", "batchnorm"] = "default"
+    """paper: to the letter; default: but for an initial hidden bias of 0.1, with which it learns reliably; large-batch:
+    LARS, for thousands of images a step; batchnorm: batch normalisation for LRN. model/recipe.py has each in full."""
     workers: int | None = None
     """How many processes train: one per GPU of the cluster, or one on CPU."""
     gpus: Annotated[bool | None, tyro.conf.arg(name="", constructor=choose_gpus)] = None
@@ -73,6 +74,20 @@ class TrainConfig:
     """Stop after so many, if the schedule has not stopped before."""
     lr: float | None = None
     """Learning rate at the start."""
+    weight_decay: float | None = None
+    """Of the weights, and by `biases` of the biases."""
+    biases: Literal["paper", "caffe"] | None = None
+    """paper: as the weights; caffe: twice their rate and no decay."""
+    optimizer: Literal["sgd", "lars"] | None = None
+    """sgd: the paper's update; lars: with a rate scaled for each layer."""
+    schedule: Literal["plateau", "poly"] | None = None
+    """plateau: a tenth of the rate when validation stops improving; poly: falling over all epochs."""
+    warm_up_epochs: int | None = None
+    """Epochs over which the rate rises linearly at the start."""
+    normalisation: Literal["lrn", "caffe", "caffenet", "batch"] | None = None
+    """lrn: the paper's; caffe, caffenet: as the two networks of Caffe; batch: batch normalisation instead."""
+    dropout: float | None = None
+    """On the outputs of fc6 and fc7."""
     hidden_bias: float | None = None
     """Initial bias of conv2, conv4, conv5, fc6 and fc7."""
     groups: Literal[1, 2] | None = None
@@ -112,10 +127,23 @@ class TrainConfig:
             raise ValueError(f"--name is {self.name!r}; it names a folder in --storage, so it must be a plain word")
 
     def make_recipe(self) -> Recipe:
-        """The named recipe with what the command line changes."""
-        base = RECIPES[self.recipe]
+        """The named recipe with what the command line changes.
+
+        Raises:
+            ValueError: if it changes what the recipe's schedule does not ask.
+        """
+        recipe = dataclasses.replace(RECIPES[self.recipe], **self.changes())
+        if recipe.schedule != "plateau":
+            idle = [name for name in ("plateau_metric", "patience") if getattr(self, name) is not None]
+            if idle:
+                flag = f"--{idle[0].replace('_', '-')}"
+                raise ValueError(f"{flag} does nothing under the {recipe.schedule} schedule: leave it out")
+        return recipe
+
+    def changes(self) -> dict[str, Any]:
+        """The fields of the recipe that the command line sets."""
         given = {f.name: getattr(self, f.name, None) for f in dataclasses.fields(Recipe)}
-        return dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None})
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,9 +202,10 @@ def main(config: TrainConfig) -> None:
     with connected():
         resources = Resources.of(config, ray.cluster_resources())
         refuse_shortage(resources, recipe)
+        changed = "".join(f", {name} {value}" for name, value in config.changes().items())
         precision = config.precision if config.precision != "auto" else ("bfloat16" if resources.gpus else "float32")
         print(
-            f"{'continuing' if done else 'starting'} run {config.name}: recipe {config.recipe}, "
+            f"{'continuing' if done else 'starting'} run {config.name}: recipe {config.recipe}{changed}, "
             f"{len(info.classes)} classes; an epoch is {plan.steps} steps of {recipe.batch_size} and leaves out "
             f"{plan.left_out} of {plan.samples} images; {resources.workers} worker(s) on "
             f"{'GPU' if resources.gpus else 'CPU'} with {resources.cpus_per_worker} core(s) each; {precision}",

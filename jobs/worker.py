@@ -22,9 +22,10 @@ from torch.utils.tensorboard import SummaryWriter
 from jobs import checkpoint
 from jobs.checkpoint import CHECKPOINT_PREFIX, Identity
 from model.alexnet import AlexNet
+from model.guards import DivergedError
 from model.metrics import Score
 from model.recipe import Recipe
-from model.training import DivergedError, Trainer, Worker
+from model.training import Trainer, Worker
 from pipeline.dataset import SplitReader, read_dataset
 from pipeline.loader import Batch, Loader
 from pipeline.plan import Plan, centre_views, colour_matrix, share
@@ -109,7 +110,7 @@ class Reporter:
         left = (self._steps - progress.step) * trainer.recipe.batch_size / images_per_s
         print(
             f"epoch {progress.epoch + 1}/{self._epochs} step {progress.step}/{self._steps}: loss {score.loss:.3f}, "
-            f"error {score.top1_error:.1%}, rate {progress.schedule.lr:g}, {images_per_s:.1f} images/s, "
+            f"error {score.top1_error:.1%}, rate {progress.rate:g}, {images_per_s:.1f} images/s, "
             f"data wait {data_wait:.1%}, epoch ends in {left:.0f} s",
             flush=True,
         )
@@ -118,7 +119,7 @@ class Reporter:
         self._events.add_scalar("train/top1_error", score.top1_error, step)
         self._events.add_scalar("train/images_per_s", images_per_s, step)
         self._events.add_scalar("train/data_wait", data_wait, step)
-        self._events.add_scalar("train/lr", progress.schedule.lr, step)
+        self._events.add_scalar("train/lr", progress.rate, step)
 
     def completed(self, trainer: Trainer, row: dict[str, Any]) -> None:
         if self._events is None:
@@ -138,6 +139,10 @@ class Reporter:
         if self._local_events != self._events_path:
             self._storage.create_dir(self._events_path, recursive=True)
             arrow_fs.copy_files(self._local_events, self._events_path, destination_filesystem=self._storage)
+
+    def warned(self, trainer: Trainer, warning: str) -> None:
+        if self._rank == 0:
+            print(warning, flush=True)
 
     def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
         progress = trainer.progress
@@ -195,6 +200,6 @@ def train_worker(assignment: Assignment) -> dict[str, Any]:
 def make_network(identity: Identity) -> AlexNet:
     """A run's network with its initial weights, on the CPU."""
     recipe = identity.recipe
-    network = AlexNet(len(identity.wnids), recipe.groups, recipe.dropout)
-    network.initialise(recipe.seed, recipe.hidden_bias)
+    network = AlexNet(len(identity.wnids), recipe.groups, recipe.dropout, recipe.normalisation)
+    network.initialise(recipe.seed, recipe.hidden_bias, recipe.initialisation)
     return network

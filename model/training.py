@@ -19,12 +19,11 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from model.guards import DivergedError, Window, dead_network, divergence, flat_steps
 from model.metrics import LabelledImages, Score, evaluate, tally
-from model.recipe import Plateau, Recipe, make_optimizer
-
-
-class DivergedError(ValueError):
-    """The loss is no longer a finite number."""
+from model.optimizer import make_optimizer, resume_rate, set_rate
+from model.recipe import Recipe
+from model.schedule import Plateau
 
 
 class TrainingData(Protocol):
@@ -70,6 +69,10 @@ class Progress:
     """One row an epoch."""
     best_error: float | None = None
     """The lowest validation top-1 error so far."""
+    rate: float | None = None
+    """The learning rate of the last step; None before the first."""
+    flat_steps: int = 0
+    """For how many steps the loss has been that of guessing."""
     finished: bool = False
 
     def to_json(self) -> dict[str, Any]:
@@ -94,6 +97,10 @@ class Observer(Protocol):
 
     def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
         """When a checkpoint is due."""
+        ...
+
+    def warned(self, trainer: Trainer, warning: str) -> None:
+        """When something looks wrong that does not stop training."""
         ...
 
 
@@ -126,6 +133,7 @@ class Trainer:
         self._log_every = log_every
         self._checkpoint_every = checkpoint_every
         self._clock = clock
+        self._classes = 0
         self._parallel: nn.Module = network
         if worker.world > 1:
             self._parallel = DistributedDataParallel(network, gradient_as_bucket_view=True, forward_sync_buffers=False)
@@ -134,19 +142,28 @@ class Trainer:
         """Trains from where `progress` stands until the schedule stops or the epochs are used up.
 
         Raises:
-            DivergedError: if the loss is not finite; on every worker alike.
+            DivergedError: if the loss or the gradient is not finite or explodes; on every worker alike.
         """
         while not self.progress.finished:
             started = self._clock()
             self._train_epoch(data, observer)
             train = Score.of(torch.tensor(self.progress.sums))
             train_seconds = self._clock() - started
+            self._share_buffers()
             score = Score.of(self._all_reduce(self._evaluate(data)))
+            if not math.isfinite(score.loss):
+                raise self._diverged(f"the validation loss became {score.loss}", data.steps, data.steps)
             row = self._close_epoch(train, score)
             row["train_seconds"] = train_seconds
             row["seconds"] = self._clock() - started
             observer.completed(self, row)
             observer.checkpoint(self, row)
+
+    def resume(self, progress: Progress) -> None:
+        """Stands where `progress` says, once the network's and the optimiser's tensors are those of that moment."""
+        self.progress = progress
+        if progress.rate is not None:
+            resume_rate(self.optimizer, progress.rate)
 
     def step(self, micro_batches: Sequence[LabelledImages]) -> Tensor:
         """One update from this worker's part of a global batch; float64 [4] of its sums, as `metrics.tally`."""
@@ -163,51 +180,87 @@ class Trainer:
                 # DDP averages over workers: times `world`, the average is the sum over the global batch.
                 (loss * (self.worker.world / self.recipe.batch_size)).backward()
             sums += tally(log_probabilities.detach(), batch.labels)
+            self._classes = log_probabilities.shape[1]
         self.optimizer.step()
         return sums
 
+    def gradient_norm(self) -> Tensor:
+        """The norm of the last step's gradient over all parameters, float32 [] on the device; nothing waits for it."""
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        return nn.utils.get_total_norm(gradients)
+
     def _train_epoch(self, data: TrainingData, observer: Observer) -> None:
         progress = self.progress
-        for group in self.optimizer.param_groups:
-            group["lr"] = progress.schedule.lr
         self.network.train()
         recent = torch.zeros(4, dtype=torch.float64, device=self.worker.device)
-        since, first, waited = self._clock(), progress.step, 0.0
+        norm = torch.zeros((), device=self.worker.device)
+        # Before the steps: one that explodes makes the weights as long as itself.
+        weights = self._weight_norm()
+        since, first, waited, highest = self._clock(), progress.step, 0.0, 0.0
         steps = data.training(progress.epoch, progress.step)
         while progress.step < data.steps:
             asked = self._clock()
             micro_batches = next(steps)
             waited += self._clock() - asked
+            progress.rate = self.recipe.rate(progress.schedule.lr, progress.epoch, progress.step, data.steps)
+            set_rate(self.optimizer, progress.rate)
+            highest = max(highest, progress.rate)
             recent += self.step(micro_batches)
+            norm = torch.maximum(norm, self.gradient_norm())
             progress.step += 1
             due = self._checkpoint_every > 0 and progress.step % self._checkpoint_every == 0
             at_end = progress.step == data.steps
             if at_end or due or progress.step % self._log_every == 0:
-                total = self._all_reduce(recent)
-                score = Score.of(total)
-                if not math.isfinite(score.loss):
-                    raise DivergedError(
-                        f"the loss became {score.loss} in epoch {progress.epoch + 1}, steps {first + 1} to "
-                        f"{progress.step}, at rate {progress.schedule.lr:g}: start again with a lower --lr"
-                    )
-                progress.sums = [a + b for a, b in zip(progress.sums, total.tolist(), strict=True)]
+                score, window = self._window(recent, norm, weights, progress.step - first, highest)
+                cause = divergence(window)
+                if cause is not None:
+                    raise self._diverged(cause, first + 1, progress.step)
                 now = self._clock()
                 observer.stepped(self, score, score.images / (now - since), waited / (now - since))
+                flat = flat_steps(progress.flat_steps, window)
+                warning = dead_network(progress.flat_steps, flat, data.steps, window.classes)
+                progress.flat_steps = flat
+                if warning is not None:
+                    observer.warned(self, warning)
                 recent.zero_()
-                since, first, waited = now, progress.step, 0.0
+                norm, weights = torch.zeros_like(norm), self._weight_norm()
+                since, first, waited, highest = now, progress.step, 0.0, 0.0
                 if due and not at_end:
+                    self._share_buffers()
                     observer.checkpoint(self, None)
+
+    def _weight_norm(self) -> Tensor:
+        return nn.utils.get_total_norm([p.detach() for p in self.network.parameters()])
+
+    def _window(self, recent: Tensor, norm: Tensor, weights: Tensor, steps: int, rate: float) -> tuple[Score, Window]:
+        """All workers' score over the last steps, which joins the epoch's sums, and what the guards look at.
+
+        The norms ride on the one exchange that the score needs; they are the same on every worker already, as the
+        gradients have been averaged, so that the exchange only makes sure.
+        """
+        mine = torch.cat([recent, torch.stack([norm, weights]).double() / self.worker.world])
+        total = self._all_reduce(mine)
+        *sums, gradient_norm, weight_norm = total.tolist()
+        self.progress.sums = [a + b for a, b in zip(self.progress.sums, sums, strict=True)]
+        score = Score.of(total[:4])
+        return score, Window(steps, score.loss, gradient_norm, weight_norm, rate, self._classes)
+
+    def _diverged(self, cause: str, first: int, last: int) -> DivergedError:
+        return DivergedError(
+            f"{cause} in epoch {self.progress.epoch + 1}, steps {first} to {last}, at rate {self.progress.rate:g}: "
+            "start again with a lower --lr"
+        )
 
     def _close_epoch(self, train: Score, score: Score) -> dict[str, Any]:
         """Takes the schedule's decision and returns the epoch's row, which is added to the history."""
         progress, recipe = self.progress, self.recipe
-        lr = progress.schedule.lr
         epoch = progress.epoch + 1
-        metric = score.top1_error if recipe.plateau_metric == "top1_error" else score.loss
-        progress.schedule = progress.schedule.after(epoch, metric, recipe.patience)
+        if recipe.schedule == "plateau":
+            metric = score.top1_error if recipe.plateau_metric == "top1_error" else score.loss
+            progress.schedule = progress.schedule.after(epoch, metric, recipe.patience, recipe.plateau_metric)
         row: dict[str, Any] = {
             "epoch": epoch,
-            "lr": lr,
+            "lr": progress.rate,
             "train_loss": train.loss,
             "train_error": train.top1_error,
             "val_loss": score.loss,
@@ -227,6 +280,16 @@ class Trainer:
     def _evaluate(self, data: TrainingData) -> Tensor:
         with self._autocast():
             return evaluate(self.network, data.validation(), self.worker.device)
+
+    @torch.no_grad()
+    def _share_buffers(self) -> None:
+        """Averages running statistics over the workers: evaluation and checkpoints hold those of all images."""
+        if self.worker.world > 1:
+            saved = self.network.state_dict().keys()
+            for name, buffer in self.network.named_buffers():
+                if name in saved and buffer.is_floating_point():
+                    distributed.all_reduce(buffer)
+                    buffer /= self.worker.world
 
     def _all_reduce(self, sums: Tensor) -> Tensor:
         total = sums.clone()

@@ -12,12 +12,14 @@ from model.alexnet import AlexNet, parameter_count
 from model.lrn import LocalResponseNorm
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(("groups", "parameters"), [(1, 62_378_344), (2, 60_965_224)])
 def test_parameters_at_1000_classes(groups: int, parameters: int) -> None:
     with torch.device("meta"):
         assert parameter_count(AlexNet(1000, groups)) == parameters
 
 
+@pytest.mark.paper
 def test_layer_shapes() -> None:
     network = AlexNet(1000).eval()
     shapes: dict[str, tuple[int, ...]] = {}
@@ -45,6 +47,7 @@ def test_layer_shapes() -> None:
     }
 
 
+@pytest.mark.paper
 def test_initial_values() -> None:
     network = AlexNet(10)
     network.initialise(seed=4, hidden_bias=1.0)
@@ -88,6 +91,7 @@ def paper_lrn(a: NDArray[np.float64], k: float, n: int, alpha: float, beta: floa
     return b
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_lrn_is_the_papers_formula(layout: torch.memory_format) -> None:
     a = np.random.default_rng(0).normal(0, 50, (2, 12, 5, 7))

@@ -48,6 +48,7 @@ def test_errors_and_loss() -> None:
     assert score.loss == pytest.approx(-np.log(softmax(logits)[np.arange(50), labels]).mean())
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("views", [1, 10])
 def test_views_are_averaged_after_the_softmax(views: int) -> None:
     generator = np.random.default_rng(1)

@@ -84,6 +84,7 @@ def test_draws_follow_a_sample_whatever_its_company() -> None:
     assert not np.array_equal(Plan(SAMPLES, 64, 6, np.eye(3)).views(3, np.array([17])).shifts, alone.shifts)
 
 
+@pytest.mark.paper
 def test_crops_are_uniform_and_flips_fair() -> None:
     views = Plan(90_000, 1, 1, np.eye(3)).views(0, np.arange(90_000))
     cells = np.bincount(views.crops[:, 0] * 30 + views.crops[:, 1], minlength=900)
@@ -94,6 +95,7 @@ def test_crops_are_uniform_and_flips_fair() -> None:
     assert abs(np.corrcoef(views.flips, views.crops[:, 0])[0, 1]) < 4 / 300
 
 
+@pytest.mark.paper
 def test_alpha_is_normal_with_standard_deviation_a_tenth() -> None:
     alpha = Plan(90_000, 1, 1, np.eye(3)).views(0, np.arange(90_000)).shifts.astype(np.float64) / 0.1
     assert np.abs(alpha.mean(axis=0)).max() < 4 / 300
@@ -103,6 +105,7 @@ def test_alpha_is_normal_with_standard_deviation_a_tenth() -> None:
     assert np.abs(correlation).max() < 4 / 300
 
 
+@pytest.mark.paper
 def test_the_colour_shift_is_the_papers_formula(rgb: RgbStatistics) -> None:
     samples = np.arange(20)
     alpha = Plan(20, 1, 1, np.eye(3)).views(0, samples).shifts.astype(np.float64)
@@ -133,6 +136,7 @@ def test_shares_are_even_and_whole(total: int, world: int) -> None:
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+@pytest.mark.paper
 def test_test_views() -> None:
     centre = centre_views(np.array([4, 9]))
     np.testing.assert_array_equal(centre.crops, [[14, 14], [14, 14]])

@@ -37,6 +37,7 @@ def pixels(jpeg: bytes) -> NDArray[np.uint8]:
         return np.asarray(image)
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(("width", "height"), PLAIN_SIZES)
 def test_equals_a_float64_antialiased_resize(width: int, height: int) -> None:
     image = photograph(width * height, width, height)

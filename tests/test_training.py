@@ -15,9 +15,10 @@ from torch import Tensor, distributed, multiprocessing, nn
 from jobs import checkpoint
 from jobs.checkpoint import CheckpointError, Identity
 from model.alexnet import AlexNet
+from model.guards import DivergedError
 from model.metrics import Score
 from model.recipe import Recipe
-from model.training import DivergedError, Trainer, Worker
+from model.training import Trainer, Worker
 from pipeline.plan import share
 from pipeline.rgb_stats import RgbStatistics
 
@@ -116,12 +117,14 @@ class Stopped(Exception):
 class Recorder:
     """Keeps checkpoints in folders, and stops the run after so many."""
 
-    def __init__(self, folder: Path, stop_after: int | None = None) -> None:
+    def __init__(self, folder: Path, stop_after: int | None = None, identity: Identity = IDENTITY) -> None:
+        self.identity = identity
         self.folder = folder
         self.stop_after = stop_after
         self.saved: list[Path] = []
         self.rows: list[dict[str, Any]] = []
         self.losses: list[float] = []
+        self.warnings: list[str] = []
 
     def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
         assert 0 <= data_wait <= 1
@@ -133,10 +136,13 @@ class Recorder:
     def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
         folder = self.folder / str(len(self.saved))
         folder.mkdir(parents=True)
-        checkpoint.save(folder, trainer, IDENTITY)
+        checkpoint.save(folder, trainer, self.identity)
         self.saved.append(folder)
         if len(self.saved) == self.stop_after:
             raise Stopped
+
+    def warned(self, trainer: Trainer, warning: str) -> None:
+        self.warnings.append(warning)
 
 
 def weights(trainer: Trainer) -> list[Tensor]:
@@ -179,6 +185,75 @@ def test_a_diverged_loss_stops_the_run_and_says_where(tmp_path: Path) -> None:
     trainer = make_trainer(dataclasses.replace(RECIPE, lr=1e30))
     with pytest.raises(DivergedError, match=r"epoch 1, steps \d to \d, at rate 1e\+30: start again with a lower --lr"):
         trainer.fit(SmallData(), Recorder(tmp_path))
+
+
+def poison(trainer: Trainer, after: int, value: float) -> None:
+    """Makes the gradients of one step, counted from 1, that many times as large."""
+    steps = 0
+
+    def hook(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == after:
+            for parameter in trainer.network.parameters():
+                assert parameter.grad is not None
+                parameter.grad.mul_(value)
+
+    trainer.optimizer.register_step_pre_hook(hook)
+
+
+@pytest.mark.parametrize(
+    ("value", "cause"),
+    [
+        (math.nan, "the gradient's norm became nan"),
+        (math.inf, "the gradient's norm became (inf|nan)"),
+        (1e6, "the gradient exploded: its norm became"),
+    ],
+)
+def test_a_bad_gradient_stops_the_run_before_its_checkpoint(tmp_path: Path, value: float, cause: str) -> None:
+    trainer, record = make_trainer(), Recorder(tmp_path)
+    poison(trainer, 9, value)
+    # Two steps a window: the ninth step is the fourth of the second epoch.
+    with pytest.raises(DivergedError, match=cause + r".* in epoch 2, steps 3 to 4, at rate 0\.05"):
+        trainer.fit(SmallData(), record)
+    progress = checkpoint.read_state(record.saved[-1]).progress
+    assert (progress.epoch, progress.step) == (1, 2)
+
+
+def test_a_dead_network_is_said_once(tmp_path: Path) -> None:
+    trainer = make_trainer(dataclasses.replace(RECIPE, epochs=110, patience=110))
+    for parameter in trainer.network.parameters():
+        nn.init.zeros_(parameter)
+        parameter.register_hook(torch.zeros_like)
+    record = Recorder(tmp_path)
+    trainer.fit(SmallData(), record)
+    (warning,) = record.warnings
+    assert "for 500 steps" in warning
+    assert "ln(3) = 1.099" in warning
+    alive = Recorder(tmp_path / "alive")
+    make_trainer(dataclasses.replace(RECIPE, epochs=110, patience=110)).fit(SmallData(), alive)
+    assert not alive.warnings
+
+
+@pytest.mark.parametrize("patience", [2])
+def test_a_plateau_run_resumed_within_a_patience_count_ends_alike(tmp_path: Path, patience: int) -> None:
+    recipe = dataclasses.replace(RECIPE, epochs=500, patience=patience)
+    identity = dataclasses.replace(IDENTITY, recipe=recipe)
+    whole, record = make_trainer(recipe), Recorder(tmp_path / "whole", identity=identity)
+    whole.fit(SmallData(), record)
+    assert whole.progress.schedule.stopped
+    assert whole.progress.schedule.reductions == 3
+    assert [bool(row["reason"]) for row in record.rows].count(True) == 4
+    waiting = [f for f in record.saved if checkpoint.read_state(f).progress.schedule.bad_epochs == 1]
+    assert len(waiting) >= 4
+    for number, folder in enumerate(waiting[:: max(1, len(waiting) // 6)]):
+        resumed = make_trainer(recipe)
+        checkpoint.restore(folder, resumed, identity)
+        done = resumed.progress.epoch
+        rest = Recorder(tmp_path / f"rest{number}", identity=identity)
+        resumed.fit(SmallData(), rest)
+        assert rest.rows == record.rows[done:]
+        assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from jobs.cli import run
 from model.alexnet import AlexNet
-from model.recipe import Recipe, make_optimizer
+from model.optimizer import make_optimizer
+from model.recipe import Recipe
 from pipeline.dataset import SplitReader, read_dataset, write_json
 from pipeline.loader import Loader
 from pipeline.plan import Plan, colour_matrix

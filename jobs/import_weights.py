@@ -1,0 +1,101 @@
+"""Makes a checkpoint of published AlexNet weights, so that jobs/evaluate.py can judge them on a shard set.
+
+Known files: Caffe's bvlc_alexnet.caffemodel and bvlc_reference_caffenet.caffemodel, and alexnet.pth.tar of
+jiecaoyu/pytorch_imagenet. Which one it is, the file's contents say. Pickled dumps (.npy) are not read: they can run
+code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pickle
+from pathlib import Path
+
+import torch
+
+from jobs import checkpoint
+from jobs.caffemodel import read_caffemodel
+from jobs.checkpoint import Identity, State
+from jobs.cli import run
+from jobs.worker import make_network
+from model.interchange import CAFFE_MEAN, Imported, InterchangeError, from_caffe, from_jiecaoyu
+from model.recipe import Recipe
+from model.schedule import Plateau
+from model.training import Progress
+from pipeline.dataset import DatasetInfo, read_dataset
+from pipeline.rgb_stats import MAX_LEVEL, RgbStatistics
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportConfig:
+    source: Path
+    """The file: .caffemodel or .pth.tar."""
+    data: Path
+    """A shard set with the classes that the weights tell apart, in order: for ImageNet, that of the wnids."""
+    output: Path
+    """The checkpoint's folder; it must not exist."""
+    mean: tuple[float, float, float] = CAFFE_MEAN
+    """Mean r, g, b in grey levels (0..255) that is subtracted; by default that of Caffe's ImageNet, which both sources
+    subtracted as an image."""
+
+
+def read_source(path: Path) -> Imported:
+    """The network in a file.
+
+    Raises:
+        InterchangeError: if it is none of the known ones.
+    """
+    try:
+        if path.suffix == ".caffemodel":
+            return from_caffe(read_caffemodel(path))
+        if path.name.endswith((".pth.tar", ".pth", ".pt")):
+            return from_jiecaoyu(torch.load(path, map_location="cpu", weights_only=True))
+    except InterchangeError as error:
+        raise InterchangeError(f"{path} cannot be imported: {error}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise InterchangeError(f"{path} is no file of torch.save that holds only tensors: {error}") from error
+    raise InterchangeError(f"{path} is of no known kind: give a .caffemodel, or the .pth.tar of jiecaoyu's AlexNet")
+
+
+def describe(imported: Imported, info: DatasetInfo, mean: tuple[float, float, float], where: Path) -> Identity:
+    """What the weights are and what they tell apart, as a checkpoint says it.
+
+    Raises:
+        InterchangeError: if the set's classes cannot be theirs.
+    """
+    wnids = tuple(label.wnid for label in info.classes)
+    if len(wnids) != imported.classes:
+        raise InterchangeError(
+            f"the weights tell {imported.classes} classes apart, the set {where} has {len(wnids)}: give one with all "
+            "of them, as jobs/shard_imagenet.py makes of the whole of ImageNet"
+        )
+    if list(wnids) != sorted(wnids):
+        raise InterchangeError(f"the classes of {where} are not in the order of their wnids, as the weights' are")
+    r, g, b = (level / MAX_LEVEL for level in mean)
+    none = (0.0, 0.0, 0.0)
+    # Only the mean is known, and evaluation uses nothing else.
+    rgb = RgbStatistics(0, (r, g, b), none, (none,) * 3, none, (none,) * 3)
+    recipe = Recipe(groups=2, normalisation=imported.normalisation, biases="caffe", hidden_bias=0.1, colour="none")
+    return Identity(recipe, "imported", wnids, rgb)
+
+
+def main(config: ImportConfig) -> None:
+    if config.output.exists():
+        raise InterchangeError(f"{config.output} exists already: give another --output")
+    imported = read_source(config.source)
+    identity = describe(imported, read_dataset(config.data), config.mean, config.data)
+    network = make_network(identity)
+    network.load_state_dict(imported.tensors)
+    with config.source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    origin = f"{imported.description}, imported from {config.source.name} (sha256 {digest[:16]})"
+    config.output.mkdir(parents=True)
+    progress = Progress(Plateau(identity.recipe.lr), finished=True)
+    checkpoint.save_network(config.output, network, State(identity, progress, origin))
+    print(f"{origin}: {imported.classes} classes, normalisation {imported.normalisation}, BGR turned to RGB")
+    print(f"next: python jobs/evaluate.py --data {config.data} --checkpoint {config.output}")
+
+
+if __name__ == "__main__":
+    run(ImportConfig, main)
