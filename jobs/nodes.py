@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import socket
 import uuid
@@ -72,47 +73,53 @@ def collect(calls: Mapping[Any, ray.ObjectRef], seconds: float = ANSWER_SECONDS)
     return answers
 
 
-def blind_nodes(folder: str) -> list[Node]:
+def blind_nodes(folder: str, marker: str | None = None) -> list[Node]:
     """The nodes that do not see this machine's folder at the same path, as a shared mount would show it.
 
-    A file with a name of its own is written here, looked for on each node, and removed.
+    Args:
+        folder: an absolute path.
+        marker: a file in it whose contents tell the folder; None to write one here, look for it, and remove it.
 
     Raises:
-        OSError: if the folder cannot be made or written here.
+        OSError: if the folder cannot be made, written or read here.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    probe = Path(folder) / f".seen-by-all-{uuid.uuid4().hex}"
-    look = ray.remote(_names_in)
-    with probe.open("x"):
-        try:
-            nodes = alive_nodes()
-            seen = collect({node: look.options(**on(node), max_retries=0).remote(folder) for node in nodes})
-        finally:
-            probe.unlink(missing_ok=True)
-    return [node for node, names in seen.items() if isinstance(names, NoAnswer) or probe.name not in names]
-
-
-def _names_in(folder: str) -> set[str]:
-    # Listing asks a network file system for news; a look at one name may be answered from its cache.
+    written = None
+    if marker is None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        marker = f".seen-by-all-{uuid.uuid4().hex}"
+        written = Path(folder) / marker
+        written.write_text(marker)
     try:
-        return set(os.listdir(folder))
-    except OSError:
-        return set()
+        path = os.path.join(folder, marker)
+        wanted = _contents_digest(path)
+        look = ray.remote(_contents_digest)
+        seen = collect({node: look.options(**on(node), max_retries=0).remote(path) for node in alive_nodes()})
+    finally:
+        if written is not None:
+            written.unlink(missing_ok=True)
+    return [node for node, digest in seen.items() if digest != wanted]
 
 
-def refuse_unshared(option: str, folder: str, cure: str) -> None:
+def _contents_digest(path: str) -> str:
+    # Listing first asks a network file system for news; a look at one name may be answered from its cache.
+    os.listdir(os.path.dirname(path))
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def refuse_unshared(option: str, folder: str, cure: str, marker: str | None = None) -> None:
     """Refuses a local folder that some node of the cluster does not see.
 
     Args:
         option: the command line's, as --storage.
         folder: an absolute local path.
         cure: what to do instead, a clause.
+        marker: as for blind_nodes.
 
     Raises:
         ValueError: naming the nodes.
         OSError: if the folder cannot be written here.
     """
-    blind = blind_nodes(folder)
+    blind = blind_nodes(folder, marker)
     if blind:
         names = ", ".join(map(str, blind[:5])) + (f" and {len(blind) - 5} more" if len(blind) > 5 else "")
         raise ValueError(
