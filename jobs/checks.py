@@ -10,7 +10,7 @@ from typing import Literal
 from jobs.inspector import Facts
 from jobs.nodes import Node
 
-LEAST_FILES = 65_536  # Ray's own advice; a shard set of 1,281 maps and a hundred sockets to each peer add up.
+LEAST_FILES = 16_384  # A set of 1,281 shards stays mapped, beside a socket to each peer and Ray's own.
 LEAST_SHM = 2 * 2**30  # Bytes. Docker gives 64 MB unless told; NCCL and Ray's object store want more.
 BUSY_PERCENT = 10
 BUSY_MIB = 1000  # A driver with nothing running holds a few hundred.
@@ -78,7 +78,7 @@ def check_limits(facts: Mapping[Node, Facts]) -> Iterator[Finding]:
         "open files",
         [f"{fact.nofile} on {node}" for node, fact in facts.items() if fact.nofile < LEAST_FILES],
         f"at least {min(fact.nofile for fact in facts.values()):,}",
-        f"`ulimit -n {LEAST_FILES}` before `ray start` (a container: --ulimit nofile={LEAST_FILES})",
+        f"`ulimit -n 65536` before `ray start` (a container: --ulimit nofile=65536)",
     )
     yield finding(
         "/dev/shm",
