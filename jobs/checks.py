@@ -78,7 +78,7 @@ def check_limits(facts: Mapping[Node, Facts]) -> Iterator[Finding]:
         "open files",
         [f"{fact.nofile} on {node}" for node, fact in facts.items() if fact.nofile < LEAST_FILES],
         f"at least {min(fact.nofile for fact in facts.values()):,}",
-        f"`ulimit -n 65536` before `ray start` (a container: --ulimit nofile=65536)",
+        "`ulimit -n 65536` before `ray start` (a container: --ulimit nofile=65536)",
     )
     yield finding(
         "/dev/shm",

@@ -1,4 +1,4 @@
-"""cluster.yaml and its Google twin pass Ray's own validator, keep what users rely on, and the shell commands do what they say.
+"""cluster.yaml and its Google twin pass Ray's validator and keep what users rely on; their commands do what they say.
 
 No network, AWS account or boto3: the commands run here with stand-ins for what would touch a machine.
 """
