@@ -10,13 +10,21 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray._private import ray_constants
+
+# Ray's own switch for "this machine is all of the cluster": with it every part of Ray listens on 127.0.0.1 alone. It
+# reads the variable when it is imported, so the constant is set as well.
+LOOPBACK_SWITCH = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# Gloo would listen at the address of the host's name, NCCL at that of the first network.
+LOOPBACK_INTERFACE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 @contextlib.contextmanager
 def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
     """Joins the cluster that RAY_ADDRESS names (as `ray job submit` sets it), else starts Ray on this machine.
 
-    Leaves the one, or stops the other, at the end.
+    Leaves the one, or stops the other, at the end. A Ray started here has no dashboard and listens on loopback only:
+    whoever reaches its ports could run code.
 
     Args:
         cpus: what a locally started Ray shall offer; None for all of the machine's.
@@ -26,6 +34,9 @@ def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**options)
     else:
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        # Before the start: what Ray starts inherits them.
+        os.environ.update(LOOPBACK_SWITCH | LOOPBACK_INTERFACE)
         # "local", because a bare init would join any Ray that happens to run on this machine.
         # Its dashboard is a dozen more processes and 4 s more to wait for.
         ray.init("local", num_cpus=cpus, include_dashboard=False, **options)

@@ -22,9 +22,10 @@ from jobs import checkpoint
 from jobs.checkpoint import Identity
 from jobs.cli import run
 from jobs.cluster import connected
+from jobs.nodes import alive_nodes, refuse_unshared
 from jobs.worker import Assignment, train_worker
 from model.recipe import RECIPES, Recipe
-from pipeline.dataset import DatasetError, DatasetInfo, read_dataset
+from pipeline.dataset import DATASET_FILE, DatasetError, DatasetInfo, read_dataset
 from pipeline.plan import Plan, colour_matrix
 from pipeline.staging import read_remote_dataset
 from pipeline.storage import is_url, join, open_location
@@ -202,6 +203,7 @@ def main(config: TrainConfig) -> None:
     with connected():
         resources = Resources.of(config, ray.cluster_resources())
         refuse_shortage(resources, recipe)
+        refuse_local_paths(config)
         changed = "".join(f", {name} {value}" for name, value in config.changes().items())
         precision = config.precision if config.precision != "auto" else ("bfloat16" if resources.gpus else "float32")
         print(
@@ -299,6 +301,20 @@ def refuse_shortage(resources: Resources, recipe: Recipe) -> None:
         raise ValueError(f"the run needs {' and '.join(short)}: use fewer --workers, --cpus-per-worker or --no-gpus")
     if short:
         print(f"waiting for the cluster to grow: the run needs {' and '.join(short)} now", flush=True)
+
+
+def refuse_local_paths(config: TrainConfig) -> None:
+    """Raises ValueError if some node of the cluster does not see a local --storage or --data as this one does."""
+    if len(alive_nodes()) < 2:
+        return
+    mount = "a folder of the same path on a mount that all nodes have"
+    if not is_url(config.storage):
+        folder = os.path.abspath(os.path.join(config.storage, config.name))
+        refuse_unshared("--storage", folder, f"give a URL (s3://, gs://) or {mount}")
+    if not is_url(config.data):
+        # --stage copies on each node from --data, which therefore must be seen there, too.
+        cure = f"copy the set to an object store and give its URL and --stage, or give {mount}"
+        refuse_unshared("--data", os.path.abspath(config.data), cure, marker=DATASET_FILE)
 
 
 def print_result(data: str, run: str, history: list[dict[str, float]]) -> None:

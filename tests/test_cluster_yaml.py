@@ -1,4 +1,4 @@
-"""cluster.yaml passes Ray's own validator, keeps what its users rely on, and its shell commands do what they say.
+"""cluster.yaml and its Google twin pass Ray's validator and keep what users rely on; their commands do what they say.
 
 No network, AWS account or boto3: the commands run here with stand-ins for what would touch a machine.
 """
@@ -215,3 +215,17 @@ def test_the_instance_store_is_mounted_at_mnt_nvme(
         assert (done.returncode, "no NVMe instance store" in done.stderr, changes) == (1, True, [])
     else:
         assert (done.returncode, changes) == (0, expected)
+
+
+def test_the_google_twin_is_accepted_and_starts_ray_as_the_other_does(config: Config) -> None:
+    twin = yaml.safe_load((ROOT / "cluster-gcp.yaml").read_text())
+    prepared = validated(twin)
+    for key in ("file_mounts", "setup_commands", "head_start_ray_commands", "worker_start_ray_commands"):
+        assert twin[key] == config[key]
+    assert prepared["idle_timeout_minutes"] >= 20
+    assert prepared["provider"]["cache_stopped_nodes"] is False
+    worker = prepared["available_node_types"]["gpu_worker"]
+    assert (worker["resources"]["GPU"], worker["min_workers"]) == (8, 0)
+    assert {"provisioningModel": "SPOT"} in worker["node_config"]["scheduling"]
+    assert [disk["type"] for disk in worker["node_config"]["disks"]].count("SCRATCH") == 2
+    assert not any("ray-3.0.0" in command for command in prepared["head_setup_commands"])
