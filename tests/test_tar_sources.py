@@ -98,7 +98,7 @@ def test_folders_and_tars_give_the_same_bytes(imagenet: Path, tmp_path: Path) ->
     assert tars.fingerprint == folders.fingerprint
     assert tars.splits["train"][0].where.endswith("ILSVRC2012_img_train.tar/n0.tar/n0_0.JPEG")
     expected = made(folders, tmp_path / "folders")
-    assert len(expected) == 3 * 3 + 3 * 2 + 2
+    assert len(expected) == 3 * 3 + 3 * 2 + 4
     assert made(tars, tmp_path / "tars") == expected
 
 
