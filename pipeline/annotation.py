@@ -62,7 +62,7 @@ class ShardAnnotation:
     """Of the shard's own stored pixels."""
     rejected: tuple[Reject, ...]
     crc32: tuple[int, ...] = ()
-    """Of each sample's JPEG: tells which image of a damaged shard is damaged. Empty in an annotation of before these."""
+    """Of each sample's JPEG: tells which image of a damaged shard is damaged. Empty in the oldest annotations."""
     rgb: RgbStatistics | None = None
     """Of the whole training split; None until the set is finished."""
 

@@ -244,14 +244,12 @@ class SplitReader:
         self._root = root
         self._rows = info.splits[split].shards
         opened = [_open_shard(root / split, row, info) for row in self._rows]
-        self._files = [file for file, _, _ in opened]
+        self._files, self._checksums = [file for file, _, _ in opened], [checksums for _, _, checksums in opened]
         self._shard = np.repeat(np.arange(len(opened), dtype=np.int32), [row.samples for row in self._rows])
         samples = [sample for _, samples, _ in opened for sample in samples]
-        self.labels = np.array([label for label, _, _, _ in samples], np.int64)
-        self._offsets = np.array([offset for _, offset, _, _ in samples], np.int64)
-        self._sizes = np.array([size for _, _, size, _ in samples], np.int64)
-        self._names = [name for _, _, _, name in samples]
-        self._checksums = [checksums for _, _, checksums in opened]
+        numbers = np.array([numbers for *numbers, _ in samples], np.int64).reshape(-1, 3)
+        self.labels, self._offsets, self._sizes = np.ascontiguousarray(numbers.T)
+        self._names = [name for *_, name in samples]
         self._first = np.cumsum([0, *(row.samples for row in self._rows)])
         self.unchecked = sum(checksums is None for checksums in self._checksums)
 
@@ -271,17 +269,18 @@ class SplitReader:
         try:
             data = self._files[number].read(int(self._offsets[sample]), int(self._sizes[sample]), crc32)
         except ChangedError as error:
-            raise DatasetError(self._describe(sample, f"the shard {error}")) from error
+            raise DatasetError(self.describe(sample, f"the shard {error}")) from error
         except DamagedError as error:
             shard, key = self._rows[number].name, self.key(sample)
-            raise ImageError(self._describe(sample, f"it {error}"), int(sample), shard, key, str(error)) from error
+            raise ImageError(self.describe(sample, f"it {error}"), int(sample), shard, key, str(error)) from error
         return np.frombuffer(data, np.uint8)
 
     def key(self, sample: int) -> str:
         """A sample's file name in its shard, less its extension."""
         return self._names[sample].rpartition(".")[0]
 
-    def _describe(self, sample: int, what: str) -> str:
+    def describe(self, sample: int, what: str) -> str:
+        """One line on what is wrong with a sample (a clause), where it is, and what to do."""
         shard = self._rows[self._shard[sample]].name
         return f"{self.split} image {self.key(sample)} of {shard}: {what}; {mend_advice(self._root, self.split, shard)}"
 
