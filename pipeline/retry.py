@@ -1,7 +1,7 @@
 """Reading from afar again after it failed, waiting longer each time, never for ever, and saying so.
 
-pyarrow's S3 client makes three attempts at a request by itself, within a second or two: what comes here has outlived
-those, so the waits are of the length of an outage.
+pyarrow's S3 client repeats a request that was reset, refused with 503 or cut short by itself, for some six seconds (as
+measured with pyarrow 26): what comes here has outlived that, so the waits are of the length of an outage.
 """
 
 from __future__ import annotations
