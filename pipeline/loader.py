@@ -1,8 +1,9 @@
-"""The DALI pipeline that executes a plan: JPEG bytes and the plan's numbers in, batches on the device out.
+"""The DALI pipeline that executes a plan: JPEG bytes or pixels and the plan's numbers in, batches on the device out.
 
 DALI draws nothing and shuffles nothing. `external_source` hands it each image's bytes, window, mirror flag and mean;
 the decoder takes just the window; `crop_mirror_normalize` mirrors it and subtracts the mean, into which the colour
-shift is folded. CPU and GPU run the same definition.
+shift is folded. Of images that are decoded already, `crop_mirror_normalize` cuts the window too. CPU and GPU run the
+same definition.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.dataset import DatasetError, ImageError, SplitReader
+from pipeline.pixel_stage import PixelReader
 from pipeline.plan import CROP_OFFSETS, CROP_SIZE, Views
 from pipeline.rgb_stats import MAX_LEVEL, RgbStatistics
 
@@ -50,39 +52,57 @@ class Batch:
         return len(self.samples)
 
 
-def define(source: Callable[[], Any], batch_size: int, threads: int, device: str, device_id: int | None) -> Pipeline:
+def define(
+    source: Callable[[], Any],
+    batch_size: int,
+    threads: int,
+    device: str,
+    device_id: int | None,
+    pixels: bool = False,
+) -> Pipeline:
     """The pipeline for batches of up to `batch_size` images, unbuilt.
 
     Args:
-        source: called once a batch; returns its encoded images, crop_x, crop_y, mirror flags and means, or raises
-            StopIteration at the end.
+        source: called once a batch; returns its images, crop_x, crop_y, mirror flags and means, or raises StopIteration
+            at the end. What it returns must stay as it is until the batch is out.
         batch_size: the largest batch.
         threads: decoder threads on the host.
         device: "cpu" or "gpu"; the operators' only difference.
         device_id: the GPU's index among those this process sees, or None on CPU.
+        pixels: images come as uint8 [256, 256, 3], not as JPEG bytes.
     """
     on_gpu = device == "gpu"
     pipeline = Pipeline(batch_size, threads, device_id, prefetch_queue_depth=PREFETCH)
     with pipeline:
-        encoded, crop_x, crop_y, mirror, mean = fn.external_source(
+        images, crop_x, crop_y, mirror, mean = fn.external_source(
             source=source,
             num_outputs=5,
             dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32, types.FLOAT],
-            ndim=[1, 0, 0, 0, 1],
+            ndim=[3 if pixels else 1, 0, 0, 0, 1],
+            layout=["HWC" if pixels else "", "", "", "", ""],
+            no_copy=True,
         )
-        images = fn.decoders.image_crop(
-            encoded,
-            device="mixed" if on_gpu else "cpu",
-            output_type=types.RGB,
-            crop=(CROP_SIZE, CROP_SIZE),
-            crop_pos_x=crop_x,
-            crop_pos_y=crop_y,
-            # libjpeg-turbo, which decodes on the CPU, interpolates chroma; nvJPEG does so only when asked.
-            jpeg_fancy_upsampling=True,
-        )
+        window = {"crop": (CROP_SIZE, CROP_SIZE), "crop_pos_x": crop_x, "crop_pos_y": crop_y}
+        if pixels and on_gpu:
+            images = images.gpu()
+        elif not pixels:
+            images = fn.decoders.image_crop(
+                images,
+                device="mixed" if on_gpu else "cpu",
+                output_type=types.RGB,
+                # libjpeg-turbo, which decodes on the CPU, interpolates chroma; nvJPEG does so only when asked.
+                jpeg_fancy_upsampling=True,
+                **window,
+            )
         # HWC seen through permute(0, 3, 1, 2) is torch's channels_last, so no transposition is ever done.
         output = fn.crop_mirror_normalize(
-            images, device=device, dtype=types.FLOAT, output_layout="HWC", mirror=mirror, mean=mean
+            images,
+            device=device,
+            dtype=types.FLOAT,
+            output_layout="HWC",
+            mirror=mirror,
+            mean=mean,
+            **(window if pixels else {}),
         )
         pipeline.set_outputs(output)
     return pipeline
@@ -92,7 +112,7 @@ class Loader:
     """Runs any sequence of `Views` of one split through DALI.
 
     Args:
-        reader: the split's images.
+        reader: the split's images, as JPEG or as pixels.
         rgb: the training set's statistics; its mean is subtracted.
         batch_size: the largest number of rows a `Views` will have.
         device: where batches go; a CUDA device decodes there too.
@@ -100,29 +120,36 @@ class Loader:
     """
 
     def __init__(
-        self, reader: SplitReader, rgb: RgbStatistics, batch_size: int, device: torch.device, threads: int
+        self, reader: SplitReader | PixelReader, rgb: RgbStatistics, batch_size: int, device: torch.device, threads: int
     ) -> None:
         self._reader = reader
         self._mean = np.array(rgb.mean) * MAX_LEVEL
         self._device = device
         self._views: Iterator[Views] = iter(())
         self._substitute: Substitute | None = None
-        self._in_flight: collections.deque[Views] = collections.deque()
+        # With each batch under way, what DALI reads of it without a copy of its own.
+        self._in_flight: collections.deque[tuple[Views, tuple[Any, ...]]] = collections.deque()
         self._running = False
         on_gpu = device.type == "cuda"
         self._pipeline = define(
-            self._next, batch_size, threads, "gpu" if on_gpu else "cpu", (device.index or 0) if on_gpu else None
+            self._next,
+            batch_size,
+            threads,
+            "gpu" if on_gpu else "cpu",
+            (device.index or 0) if on_gpu else None,
+            isinstance(reader, PixelReader),
         )
         self._copy_stream = torch.cuda.Stream(device) if on_gpu else None
         self._pipeline.build()
 
     def _next(self) -> tuple[list[NDArray[np.uint8]], NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
         views, images = self._read(next(self._views))
-        self._in_flight.append(views)
         # DALI takes a window's position as a fraction of the room it has: offset / 29.
         y, x = np.ascontiguousarray(views.crops.T / (CROP_OFFSETS - 1), dtype=np.float32)
         mean = (self._mean - views.shifts).astype(np.float32)
-        return images, x, y, views.flips.astype(np.int32), mean
+        given = images, x, y, views.flips.astype(np.int32), mean
+        self._in_flight.append((views, given))
+        return given
 
     def _read(self, views: Views) -> tuple[Views, list[NDArray[np.uint8]]]:
         """The images' bytes, and the views with the samples that they are of."""
@@ -159,15 +186,18 @@ class Loader:
                 return
             except RuntimeError as error:
                 raise LoaderError(self._diagnose(error)) from error
-            done = self._in_flight.popleft()
-            images = self._copied(torch.from_dlpack(output.as_tensor())).permute(0, 3, 1, 2)
+            done, _ = self._in_flight.popleft()
+            images = self._owned(torch.from_dlpack(output.as_tensor())).permute(0, 3, 1, 2)
             labels = torch.from_numpy(self._reader.labels[done.samples]).to(self._device)
             yield Batch(images, labels, done.samples)
 
-    def _copied(self, images: Tensor) -> Tensor:
-        """A copy of DALI's output, finished on return: DALI writes the next batch into the same memory."""
+    def _owned(self, images: Tensor) -> Tensor:
+        """DALI's output as memory that is the caller's for as long as the tensor lives."""
         if self._copy_stream is None:
-            return images.clone()
+            # DALI's executor gives each batch a buffer of its own and takes it back when the last reference goes: a
+            # copy would cost more than half of the decoding, most of it in faults on fresh pages.
+            return images
+        # DALI would take a buffer back while kernels that torch has queued still read it: hence a copy on GPU.
         # On a stream of its own, since waiting on the current one would wait for the training step that runs there.
         with torch.cuda.stream(self._copy_stream):
             copy = images.clone()
@@ -192,7 +222,9 @@ class Loader:
 
     def _diagnose(self, error: RuntimeError) -> str:
         """Names the sample under way that does not decode."""
-        for views in self._in_flight:
+        if isinstance(self._reader, PixelReader):
+            return f"DALI failed: {error}"
+        for views, _ in self._in_flight:
             for sample in views.samples:
                 try:
                     with Image.open(io.BytesIO(self._reader.image(sample).tobytes())) as image:
