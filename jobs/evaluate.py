@@ -21,8 +21,9 @@ from jobs.device import choose_device
 from jobs.progress import Progress
 from jobs.worker import make_network
 from model.metrics import Score, evaluate
-from pipeline.dataset import SplitReader, read_dataset, write_json
+from pipeline.dataset import read_dataset, write_json
 from pipeline.loader import Batch, Loader
+from pipeline.pixel_stage import open_split
 from pipeline.plan import centre_views, ten_crop_views
 from pipeline.storage import join, open_location
 
@@ -102,7 +103,7 @@ def main(config: EvaluateConfig) -> None:
         network = make_network(identity).to(memory_format=torch.channels_last).to(device)
         checkpoint.load_network(folder, network)
 
-    reader = SplitReader(data, info, "val")
+    reader = open_split(data, info, "val")
     views = TEN if config.ten_crop else 1
     # The mean is the training run's, not this set's: it is part of what was learnt.
     loader = Loader(reader, identity.rgb, config.batch_size * views, device, config.threads)

@@ -29,6 +29,7 @@ from model.recipe import Recipe
 from model.training import Trainer, Worker
 from pipeline.dataset import DatasetError, SplitReader, read_dataset
 from pipeline.loader import Batch, Loader
+from pipeline.pixel_stage import open_split, stage_pixels
 from pipeline.plan import Plan, centre_views, colour_matrix, share
 from pipeline.staging import stage
 from pipeline.storage import open_location
@@ -43,6 +44,8 @@ class Assignment:
     """The shard set: an absolute path that every node sees, or a URL."""
     stage: str | None
     """Where to copy it to on this node, or None to use it where it is."""
+    stage_as: str
+    """jpeg or pixels: what the copy holds."""
     events: str
     """A local path or URL, where rank 0 puts TensorBoard events."""
     recipe: Recipe
@@ -73,14 +76,15 @@ class WorkerData:
         skips: SkipList | None = None,
     ) -> None:
         self.info = read_dataset(data)
-        self._train = SplitReader(data, self.info, "train")
-        self._val = SplitReader(data, self.info, "val")
+        self._train = open_split(data, self.info, "train")
+        self._val = open_split(data, self.info, "val")
         self._plan = Plan(len(self._train), recipe.batch_size, recipe.seed, colour_matrix(self.info.rgb, recipe.colour))
         self._worker = worker
         self._micro_batch = micro_batch
         self._skips = skips
         for reader in (self._train, self._val):
-            _say_unchecked(reader, worker, skips)
+            if isinstance(reader, SplitReader):
+                _say_unchecked(reader, worker, skips)
         self._train_loader = Loader(self._train, self.info.rgb, micro_batch, worker.device, threads)
         self._val_loader = Loader(self._val, self.info.rgb, micro_batch, worker.device, threads)
 
@@ -90,7 +94,9 @@ class WorkerData:
 
     def training(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
         parts = self._plan.epoch(epoch, first_step, self._worker.rank, self._worker.world)
-        substitute = Substitutes(self._train, self._plan, epoch, self._skips.add) if self._skips else None
+        substitute = None
+        if self._skips is not None and isinstance(self._train, SplitReader):
+            substitute = Substitutes(self._train, self._plan, epoch, self._skips.add)
         chunks = (chunk for views in parts for chunk in views.chunks(self._micro_batch))
         batches = self._train_loader.run(chunks, substitute)
         per_step = -(-len(share(self._plan.batch_size, self._worker.rank, self._worker.world)) // self._micro_batch)
@@ -200,7 +206,11 @@ def train_worker(assignment: Assignment) -> dict[str, Any]:
         torch.set_num_threads(assignment.threads)
     folder = Path(assignment.data)
     if assignment.stage is not None:
-        folder = stage(assignment.data, Path(assignment.stage), functools.partial(print, flush=True))
+        report = functools.partial(print, flush=True)
+        if assignment.stage_as == "pixels":
+            folder = stage_pixels(assignment.data, Path(assignment.stage), report, assignment.threads)
+        else:
+            folder = stage(assignment.data, Path(assignment.stage), report)
     skips = SkipList(assignment.skips, worker.rank) if assignment.skips else None
     data = WorkerData(folder, assignment.recipe, worker, assignment.micro_batch, assignment.threads, skips)
     identity = Identity.of(assignment.recipe, data.info)
