@@ -160,12 +160,12 @@ def _check_index(path: Path, samples: Sequence[Sample], faults: list[Fault], sha
 
 def _wrong_label(sample: Sample, info: DatasetInfo) -> str:
     """What is wrong with a sample's label; empty where nothing is."""
-    if not sample.label.isdigit() or int(sample.label) >= len(info.classes):
+    if sample.number is None or sample.number >= len(info.classes):
         return f"its label is {sample.label[:20]!r}, the set has {len(info.classes)} classes"
-    wnid = info.classes[int(sample.label)].wnid
+    wnid = info.classes[sample.number].wnid
     # Only this program's keys begin with the class.
     if not info.annotated and not may_be_of(wnid, sample.key):
-        return f"its label is {int(sample.label)}, class {wnid}, which its key does not begin with"
+        return f"its label is {sample.number}, class {wnid}, which its key does not begin with"
     return ""
 
 
