@@ -143,9 +143,9 @@ def test_it_passes_and_fails_verification(done: Path, tmp_path: Path) -> None:
     data[place] ^= 1
     tar.write_bytes(data)
     found = faults(root)
-    assert found[0].startswith("train-000001: the sha256 of its tar is ")
-    assert any(fault.startswith("train-000001 n03888257_8: ") for fault in found)
-    assert all(fault.startswith("train-000001") for fault in found)
+    assert found[0].startswith("train/train-000001: the sha256 of its tar is ")
+    assert any(fault.startswith("train/train-000001 n03888257_8: ") for fault in found)
+    assert all(fault.startswith("train/train-000001") for fault in found)
 
 
 def test_grey_images_notes_and_other_extensions(tmp_path: Path) -> None:

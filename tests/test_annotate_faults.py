@@ -22,6 +22,7 @@ from pipeline.annotation import read_annotation
 from pipeline.dataset import read_dataset
 from pipeline.shard_set import ShardSetError
 from pipeline.source_files import SourceError
+from pipeline.verify import check_shard
 from tests.foreign_shards import WNIDS, annotate, contents, described, digests, sample, stored, write_set, write_shards
 from tests.photographs import encoded, photograph
 
@@ -219,7 +220,7 @@ def test_a_label_beyond_the_classes_is_named(root: Path, tmp_path: Path) -> None
     given = tmp_path / "classes.txt"
     given.write_text("n01440764\nn02102040\n")
     _, faults = annotate(root, given)
-    assert "train/train-000000 n03888257_2: its label is 2, and there are 2 classes" in faults
+    assert "train/train-000000 n03888257_2: its label is '2', --classes names 2" in faults
 
 
 def test_splits_and_files_that_number_the_classes_otherwise_are_refused(root: Path, tmp_path: Path) -> None:
@@ -282,7 +283,12 @@ def test_both_splits_may_use_the_same_names(root: Path) -> None:
     for split in ("train", "val"):
         for tar in (root / split).glob("*.tar"):
             tar.rename(tar.with_name(tar.name.removeprefix(f"{split}-")))
-    described(root)
+    info = described(root)
+    index = root / "val" / "000001.idx"
+    index.write_text(index.read_text().replace("v1.2 3", "v1.2 4"))
+    (row,) = info.splits["val"].shards[1:]
+    (fault,) = check_shard(root, "val", row, info, decode=False).faults
+    assert str(fault).startswith("val/000001: its index begins with 'v1.2 4'")
     (root / "val" / "000001.tar").write_bytes(b"")
     assert annotate(root)[1] == ["val/000001: its tar is empty: copy it again"]
 
