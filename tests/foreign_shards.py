@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -24,6 +25,7 @@ Sample = Mapping[str, Any]
 """A key, as __key__, and the bytes, number or text of each component."""
 
 
+@functools.cache
 def stored(seed: int, form: str = "RGB", **options: object) -> bytes:
     """A photograph as a set holds it, resized by Pillow."""
     image = Image.fromarray(photograph(seed, 330, 280)).resize((256, 256), Image.Resampling.LANCZOS)

@@ -17,7 +17,7 @@ from pipeline.annotate import annotate_shard
 from pipeline.annotated_set import find_shards
 from pipeline.annotation import read_annotation
 from pipeline.dataset import DatasetInfo, SplitReader, read_dataset
-from pipeline.label_names import name_labels
+from pipeline.label_names import CONFLICT, name_labels
 from pipeline.loader import Loader
 from pipeline.plan import centre_views
 from pipeline.verify import check_set, check_shard
@@ -293,3 +293,6 @@ def test_a_thousand_classes_are_imagenets() -> None:
         "toilet tissue",
     ]
     assert names.wnids[999] == "class_0999"
+    # Not where the images contradict it.
+    several = name_labels(1000, {3: CONFLICT})
+    assert several.names == several.wnids

@@ -83,8 +83,6 @@ def test_a_bad_sample_is_named(changes: dict[str, Any], message: str, tmp_path: 
     # The good shards are done, and the bad one is as it was.
     assert set(contents(tmp_path)) - set(before) == {"train/train-000000.idx", "train/train-000000.json"}
     assert {name: contents(tmp_path)[name] for name in before} == before
-    write_shards(tmp_path, "val", [sample(number) for number in range(3)])
-    described(tmp_path)
 
 
 def test_a_set_of_other_images_is_refused_at_its_first(root: Path) -> None:
@@ -233,6 +231,18 @@ def test_splits_and_files_that_number_the_classes_otherwise_are_refused(root: Pa
     with pytest.raises(ShardSetError, match=rf"train: the label 0 is {WNIDS[1]} \(as in .*\), but .* say {WNIDS[0]}"):
         annotate(root, given)
     assert not (root / "dataset.json").exists()
+
+
+def test_one_label_for_images_of_several_wnids(root: Path) -> None:
+    mixed = [*map(sample, range(200, 206)), sample(206, cls=1)]
+    write_shards(root, "val", mixed)
+    with pytest.raises(ShardSetError, match=f"val: the label 1 is {WNIDS[1]} .*, but its samples say several"):
+        annotate(root)
+    # Where training images do so, the class is not what any of the wnids says, as one of all dogs.
+    write_shards(root, "train", [*map(sample, range(6)), sample(300, cls=1)], per_shard=7)
+    for path in root.glob("train/train-000000.[ij]*"):
+        path.unlink()
+    assert [label.wnid for label in described(root).classes] == ["class_0000", "class_0001", "class_0002"]
 
 
 @pytest.mark.parametrize("text", ["", "n01440764\n", "n01440764 a\n\nn02102040 b\n", "n01440764 a\nn01440764 b\n"])
