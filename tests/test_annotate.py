@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ from tests.foreign_shards import (
     write_shards,
 )
 
+JOB = Path(__file__).resolve().parents[1] / "jobs" / "shard_imagenet.py"
+DEADLINE_S = 120
 wds2idx = importlib.import_module("wds2idx")  # DALI's own indexer, which comes without types.
 
 
@@ -296,3 +300,42 @@ def test_a_thousand_classes_are_imagenets() -> None:
     # Not where the images contradict it.
     several = name_labels(1000, {3: CONFLICT})
     assert several.names == several.wnids
+
+
+def annotating(root: Path) -> subprocess.CompletedProcess[str]:
+    """The command as a user gives it, on this machine's Ray."""
+    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.run(
+        [sys.executable, str(JOB), "--annotate-only", "--output", str(root), "--workers", "2"],
+        env={**kept, "PYTHONPATH": str(JOB.parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_the_command_names_faults_and_finishes_the_set_once_they_are_mended(copy: Path, done: Path) -> None:
+    tar = copy / "train" / "train-000001.tar"
+    right = tar.read_bytes()
+    tar.write_bytes(right.replace(stored(7), stored(7)[:1000] + bytes(len(stored(7)) - 1000)))
+    refused = annotating(copy)
+    assert refused.returncode == 1
+    (fault,) = refused.stdout.splitlines()
+    assert fault.startswith("FAULT train/train-000001 n02102040_7: ")
+    assert refused.stderr.splitlines()[-1] == (
+        f"error: {copy} has 1 faults in 1 shards, see above: mend them, or make another set of it, which resizes images "
+        f"and sets bad ones aside: python jobs/shard_imagenet.py --source {copy} --output OTHER"
+    )
+    assert not (copy / "dataset.json").exists()
+    tar.write_bytes(right)
+    finished = annotating(copy)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines()[:4] == [
+        "class names: the wnids that the samples' keys or .json state; label 0 is n01440764 (n01440764)",
+        f"The shard set is in {copy}",
+        f"  train: 15 images, 3 shards, {sum(path.stat().st_size for path in copy.glob('train/*.tar')):,} bytes",
+        f"  val: 9 images, 2 shards, {sum(path.stat().st_size for path in copy.glob('val/*.tar')):,} bytes",
+    ]
+    assert contents(copy) == contents(done)
