@@ -325,8 +325,8 @@ def test_the_command_names_faults_and_finishes_the_set_once_they_are_mended(copy
     (fault,) = refused.stdout.splitlines()
     assert fault.startswith("FAULT train/train-000001 n02102040_7: ")
     assert refused.stderr.splitlines()[-1] == (
-        f"error: {copy} has 1 faults in 1 shards, see above: mend them, or make another set of it, which resizes images "
-        f"and sets bad ones aside: python jobs/shard_imagenet.py --source {copy} --output OTHER"
+        f"error: {copy} has 1 faults in 1 shards, see above: mend them, or make another set of it, which resizes "
+        f"images and sets bad ones aside: python jobs/shard_imagenet.py --source {copy} --output OTHER"
     )
     assert not (copy / "dataset.json").exists()
     tar.write_bytes(right)
