@@ -26,7 +26,7 @@ Sample = Mapping[str, Any]
 
 
 @functools.cache
-def stored(seed: int, form: str = "RGB", **options: object) -> bytes:
+def stored(seed: int, form: str = "RGB", **options: Any) -> bytes:
     """A photograph as a set holds it, resized by Pillow."""
     image = Image.fromarray(photograph(seed, 330, 280)).resize((256, 256), Image.Resampling.LANCZOS)
     return encoded(image.convert(form), quality=85, **options)

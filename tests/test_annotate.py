@@ -204,13 +204,13 @@ def test_a_set_that_tar_made_of_folders(folder: str, tmp_path: Path) -> None:
 
     @pipeline_def(batch_size=12, num_threads=1, device_id=None)
     def pipe() -> tuple[object, ...]:
-        jpg, label = fn.readers.webdataset(
+        streams: Any = fn.readers.webdataset(
             paths=[str(path) for path in paths],
             index_paths=[str(path.with_suffix(".idx")) for path in paths],
             ext=["jpg", "cls"],
             missing_component_behavior="error",
         )
-        return jpg, label
+        return tuple(streams)
 
     built = pipe()
     built.build()
