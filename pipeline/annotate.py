@@ -48,6 +48,8 @@ class AnnotatedShard:
 class _Contents:
     """What one pass over a tar gathers."""
 
+    shard: str
+    """As faults name it."""
     faults: list[Fault] = dataclasses.field(default_factory=list)
     labels: list[int] = dataclasses.field(default_factory=list)
     keys: list[str] = dataclasses.field(default_factory=list)
@@ -81,10 +83,10 @@ def annotate_shard(root: Path, split: str, name: str, classes: int | None) -> An
         OSError: if a file cannot be read or written.
     """
     path = root / split / f"{name}.tar"
-    contents = _Contents()
+    contents = _Contents(f"{split}/{name}")
 
     def fault(what: str) -> AnnotatedShard:
-        contents.faults.append(Fault(what, name))
+        contents.faults.append(Fault(what, contents.shard))
         return contents.report(split, name, None, kept=False)
 
     found = None
@@ -132,10 +134,7 @@ def annotate_shard(root: Path, split: str, name: str, classes: int | None) -> An
 
 def _read(contents: _Contents, path: Path, data: mmap.mmap, classes: int | None, decode: bool) -> None:
     """Goes through a tar, to its end or to more faults than are shown."""
-    for sample in read_samples(whole(path), data, contents.faults, path.stem):
-        if len(contents.faults) >= MAX_FAULTS:
-            contents.faults.append(Fault("more of it may be wrong: the rest was not read", path.stem))
-            return
+    for sample in read_samples(whole(path), data, contents.faults, contents.shard, MAX_FAULTS):
         wrong = _wrong_label(sample, classes)
         if not wrong and decode:
             try:
@@ -143,7 +142,7 @@ def _read(contents: _Contents, path: Path, data: mmap.mmap, classes: int | None,
             except ImageError as error:
                 wrong = str(error)
         if wrong:
-            contents.faults.append(Fault(wrong, path.stem, sample.key))
+            contents.faults.append(Fault(wrong, contents.shard, sample.key))
             continue
         label = int(sample.label)
         wnid = stated_wnid(sample.key, sample.json)
@@ -153,11 +152,13 @@ def _read(contents: _Contents, path: Path, data: mmap.mmap, classes: int | None,
         contents.keys.append(sample.key)
         contents.index.append(sample.index_line)
         contents.checksums.append(zlib.crc32(sample.jpeg))
+    if len(contents.faults) >= MAX_FAULTS:
+        contents.faults.append(Fault("more of it may be wrong: the rest was not read", contents.shard))
 
 
 def _wrong_label(sample: Sample, classes: int | None) -> str:
     """What is wrong with a sample's label; empty where nothing is."""
-    if sample.label.isdigit() and int(sample.label) < (classes or MAX_CLASSES):
+    if sample.number is not None and sample.number < (classes or MAX_CLASSES):
         return ""
     needed = f"--classes names {classes}" if classes else f"a label is a number below {MAX_CLASSES:,}"
     return f"its label is {sample.label[:20].decode(errors='replace')!r}, {needed}"

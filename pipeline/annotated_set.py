@@ -88,7 +88,8 @@ def _layout_advice(root: Path) -> str:
         return advice
     if set(groups) != set(SPLITS):
         return advice
-    prefixes = {split: Path(next(iter(tars))).stem.rstrip("0123456789") for split, tars in groups.items()}
+    # As `shards_by_split` groups them.
+    prefixes = {split: Path(next(iter(tars))).stem.rstrip("0123456789").rstrip("-_.") for split, tars in groups.items()}
     moves = " && ".join(f"mv {shlex.quote(prefix)}*.tar {split}/" for split, prefix in prefixes.items())
     return f"{advice}: cd {shlex.quote(str(root))} && mkdir -p train val && {moves}"
 
@@ -121,7 +122,7 @@ def reshard_advice(root: Path) -> str:
     """What to do with a set that cannot be used as it is."""
     return (
         "make another set of it, which resizes images and sets bad ones aside: "
-        f"python jobs/shard_imagenet.py --source {root} --output OTHER"
+        f"python jobs/shard_imagenet.py --source {shlex.quote(str(root))} --output OTHER"
     )
 
 
@@ -142,7 +143,7 @@ def describe(
     moments = RgbMoments()
     for split in SPLITS:
         mine = [shard for shard in shards if shard.split == split]
-        faults += repeated_keys([shard.name for shard in mine], [shard.key_hashes for shard in mine])
+        faults += repeated_keys([f"{split}/{shard.name}" for shard in mine], [shard.key_hashes for shard in mine])
         rows = []
         for shard in mine:
             assert shard.annotation is not None
@@ -155,7 +156,7 @@ def describe(
     faults += [
         Fault(
             f"its label is {len(shard.per_class) - 1}, and there are {len(names.wnids)} classes",
-            shard.name,
+            f"{shard.split}/{shard.name}",
             shard.largest,
         )
         for shard in shards

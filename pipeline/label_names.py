@@ -82,19 +82,16 @@ def name_labels(count: int, stated: Mapping[int, str]) -> LabelNames:
         return LabelNames(wnids, names_of(wnids), "the wnids that the samples' keys or .json state")
     digits = max(4, len(str(count - 1)))
     numbers = tuple(f"class_{label:0{digits}d}" for label in range(count))
-    if count == IMAGENET_CLASSES:
+    if count == IMAGENET_CLASSES and CONFLICT not in stated.values():
         return LabelNames(numbers, imagenet_names(), "ImageNet's names in their usual order, as there are 1000 classes")
-    return LabelNames(numbers, numbers, "numbers, as nothing in the set names them")
+    return LabelNames(numbers, numbers, "numbers, as the samples do not name each class by one wnid")
 
 
 def contradiction(names: LabelNames, stated: Mapping[int, str]) -> str:
     """Says where samples state another wnid for their label than it has; empty where none does."""
     for label, wnid in sorted(stated.items()):
         # A label beyond the names is told with its sample.
-        if (
-            label < len(names.wnids)
-            and wnid not in (CONFLICT, names.wnids[label])
-            and _WNID.fullmatch(names.wnids[label])
-        ):
-            return f"the label {label} is {names.wnids[label]} ({names.reason}), but its samples say {wnid}"
+        if label < len(names.wnids) and wnid != names.wnids[label] and _WNID.fullmatch(names.wnids[label]):
+            said = "several" if wnid == CONFLICT else wnid
+            return f"the label {label} is {names.wnids[label]} ({names.reason}), but its samples say {said}"
     return ""

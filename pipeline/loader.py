@@ -92,6 +92,8 @@ def define(
                 output_type=types.RGB,
                 # libjpeg-turbo, which decodes on the CPU, interpolates chroma; nvJPEG does so only when asked.
                 jpeg_fancy_upsampling=True,
+                # What is stored is what is counted, verified and read by other programs; DALI would turn it by its EXIF.
+                adjust_orientation=False,
                 **window,
             )
         # HWC seen through permute(0, 3, 1, 2) is torch's channels_last, so no transposition is ever done.

@@ -7,16 +7,19 @@ import hashlib
 import io
 import itertools
 import mmap
+import sys
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.dataset import IMAGE_COMPONENTS, IMAGE_SIZE, LABEL_COMPONENT
 from pipeline.decode import ImageError
 from pipeline.source_files import SourceError
 from pipeline.tar_source import Member, Stretch, members
+
+MAX_DIGITS = 9  # Of a label.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,11 @@ class Sample:
     json: bytes = b""
     """Its .json, as sets made elsewhere may have one."""
 
+    @property
+    def number(self) -> int | None:
+        """The label; None where its text is no number that a label may have."""
+        return int(self.label) if self.label.isdigit() and len(self.label) <= MAX_DIGITS else None
+
 
 def split_name(name: str) -> tuple[str, str]:
     """A member's key and extension: the extension begins at the first dot of the name's last part.
@@ -65,17 +73,22 @@ def key_hash(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.lower().encode(), digest_size=8).digest(), "little")
 
 
-def read_samples(tar: Stretch, data: bytes | mmap.mmap, faults: list[Fault], shard: str) -> Iterator[Sample]:
+def read_samples(
+    tar: Stretch, data: bytes | mmap.mmap, faults: list[Fault], shard: str, most: int = sys.maxsize
+) -> Iterator[Sample]:
     """The samples of a tar that have an image and a label, in its order; what is wrong is added to `faults`.
 
     Args:
         tar: all of `data`, to read the headers from.
         shard: its name, for `faults`.
+        most: with so many faults, the caller's own included, the rest is not read.
 
     Raises:
         OSError: if it cannot be read.
     """
     for key, parts in itertools.groupby(_members(tar, faults, shard), lambda member: split_name(member.name)[0]):
+        if len(faults) >= most:
+            return
         group = list(parts)
         components = [(split_name(member.name)[1], member) for member in group]
         images = [member for extension, member in components if extension.lower() in IMAGE_COMPONENTS]
@@ -121,6 +134,8 @@ def stored_pixels(jpeg: bytes, grey: bool) -> NDArray[np.uint8]:
             return np.asarray(image.convert("RGB"))
     except ImageError:
         raise
+    except UnidentifiedImageError as error:
+        raise ImageError("it is no JPEG") from error
     # As in the conversion: Pillow raises whatever the bytes lead it to.
     except Exception as error:
         raise ImageError(f"it does not decode: {' '.join(str(error).split())[:200]}") from error

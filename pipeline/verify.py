@@ -35,6 +35,7 @@ class ShardReport:
 
     split: str
     name: str
+    """As faults name it: NAME, or SPLIT/NAME in a set made elsewhere, whose splits may use the same names."""
     faults: tuple[Fault, ...]
     per_class: NDArray[np.int64]
     """[classes]: how many samples of each class it holds."""
@@ -54,10 +55,11 @@ def check_shard(root: Path, split: str, row: ShardRow, info: DatasetInfo, decode
         OSError: if a file that is there cannot be read.
     """
     path = root / split / f"{row.name}.tar"
+    shard = f"{split}/{row.name}" if info.annotated else row.name
     faults: list[Fault] = []
 
     def fault(what: str, sample: str = "") -> None:
-        faults.append(Fault(what, row.name, sample))
+        faults.append(Fault(what, shard, sample))
 
     annotation = None
     try:
@@ -77,12 +79,12 @@ def check_shard(root: Path, split: str, row: ShardRow, info: DatasetInfo, decode
         digest = hashlib.sha256(data).hexdigest()
         if digest != row.sha256:
             fault(f"the sha256 of its tar is {digest[:12]}..., {DATASET_FILE} says {row.sha256[:12]}...")
-        samples = list(read_samples(whole(path), data, faults, row.name))
+        samples = list(read_samples(whole(path), data, faults, shard))
         if len(samples) != row.samples:
             fault(f"its tar holds {len(samples)} samples, {DATASET_FILE} says {row.samples}")
         # Else the index would be blamed for the tar.
         else:
-            _check_index(path.with_suffix(".idx"), samples, faults, row.name)
+            _check_index(path.with_suffix(".idx"), samples, faults, shard)
     per_class = np.zeros(len(info.classes), np.int64)
     for sample in samples:
         wrong = _wrong_label(sample, info)
@@ -90,11 +92,11 @@ def check_shard(root: Path, split: str, row: ShardRow, info: DatasetInfo, decode
             fault(wrong, sample.key)
         else:
             per_class[int(sample.label)] += 1
-    moments = _decode(samples, faults, row.name, info.annotated) if decode else None
+    moments = _decode(samples, faults, shard, info.annotated) if decode else None
     if annotation is not None:
-        faults += _check_annotation(annotation, row, info, samples, moments)
+        faults += _check_annotation(annotation, row, shard, info, samples, moments)
     hashes = np.array([key_hash(sample.key) for sample in samples], np.uint64)
-    return ShardReport(split, row.name, tuple(faults), per_class, hashes, annotation)
+    return ShardReport(split, shard, tuple(faults), per_class, hashes, annotation)
 
 
 def check_set(root: Path, info: DatasetInfo, reports: Sequence[ShardReport]) -> list[Fault]:
@@ -160,12 +162,12 @@ def _check_index(path: Path, samples: Sequence[Sample], faults: list[Fault], sha
 
 def _wrong_label(sample: Sample, info: DatasetInfo) -> str:
     """What is wrong with a sample's label; empty where nothing is."""
-    if not sample.label.isdigit() or int(sample.label) >= len(info.classes):
+    if sample.number is None or sample.number >= len(info.classes):
         return f"its label is {sample.label[:20]!r}, the set has {len(info.classes)} classes"
-    wnid = info.classes[int(sample.label)].wnid
+    wnid = info.classes[sample.number].wnid
     # Only this program's keys begin with the class.
     if not info.annotated and not may_be_of(wnid, sample.key):
-        return f"its label is {int(sample.label)}, class {wnid}, which its key does not begin with"
+        return f"its label is {sample.number}, class {wnid}, which its key does not begin with"
     return ""
 
 
@@ -185,6 +187,7 @@ def _decode(samples: Sequence[Sample], faults: list[Fault], shard: str, annotate
 def _check_annotation(
     annotation: ShardAnnotation,
     row: ShardRow,
+    shard: str,
     info: DatasetInfo,
     samples: Sequence[Sample],
     moments: RgbMoments | None,
@@ -193,18 +196,18 @@ def _check_annotation(
     for name in ("name", "samples", "bytes", "sha256"):
         said, needed = getattr(annotation, name), getattr(row, name)
         if said != needed:
-            yield Fault(f"its annotation says {name} {said}, {DATASET_FILE} {needed}", row.name)
+            yield Fault(f"its annotation says {name} {said}, {DATASET_FILE} {needed}", shard)
     if annotation.rgb is None or not _same_statistics(annotation.rgb, info.rgb):
-        yield Fault(f"its annotation's RGB statistics are not those of {DATASET_FILE}", row.name)
+        yield Fault(f"its annotation's RGB statistics are not those of {DATASET_FILE}", shard)
     if annotation.moments.pixels != annotation.samples * IMAGE_SIZE**2:
-        yield Fault(f"its annotation's moments are of {annotation.moments.pixels} pixels", row.name)
+        yield Fault(f"its annotation's moments are of {annotation.moments.pixels} pixels", shard)
     if moments is not None and moments != annotation.moments:
-        yield Fault("the moments of its pixels are not those of its annotation", row.name)
+        yield Fault("the moments of its pixels are not those of its annotation", shard)
     if len(annotation.crc32) != annotation.samples:
-        yield Fault(f"its annotation has {len(annotation.crc32)} checksums", row.name)
+        yield Fault(f"its annotation has {len(annotation.crc32)} checksums", shard)
     for sample, checksum in zip(samples, annotation.crc32, strict=False):
         if zlib.crc32(sample.jpeg) != checksum:
-            yield Fault("its image's bytes are not those that its annotation vouches for", row.name, sample.key)
+            yield Fault("its image's bytes are not those that its annotation vouches for", shard, sample.key)
 
 
 def _check_counts(info: DatasetInfo) -> Iterator[Fault]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
 from pipeline.dataset import SplitReader, read_dataset
 from pipeline.loader import Loader, LoaderError
@@ -95,6 +96,35 @@ def test_decoder_threads_do_not_change_the_stream(shard_set: Path, reader: Split
     views = Plan(len(reader), 15, 2, np.eye(3)).epoch(0)
     for one, two in zip(alone.run(views), loader.run(Plan(len(reader), 15, 2, np.eye(3)).epoch(0)), strict=True):
         assert torch.equal(one.images, two.images)
+
+
+class TurnedReader:
+    """The same images, each with an EXIF orientation, 1 to 8 in turn."""
+
+    def __init__(self, reader: SplitReader) -> None:
+        self._reader = reader
+        self.split, self.labels, self.key = reader.split, reader.labels, reader.key
+
+    def image(self, sample: int) -> NDArray[np.uint8]:
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = int(sample) % 8 + 1
+        fields = exif.tobytes()
+        # The EXIF segment after the marker that begins the file.
+        segment = b"\xff\xe1" + (len(fields) + 2).to_bytes(2, "big") + fields
+        data = self._reader.image(sample).tobytes()
+        return np.frombuffer(data[:2] + segment + data[2:], np.uint8)
+
+
+def test_exif_orientation_is_not_applied(shard_set: Path, reader: SplitReader) -> None:
+    turned = TurnedReader(reader)
+    with Image.open(io.BytesIO(turned.image(5).tobytes())) as image:
+        assert image.getexif()[ExifTags.Base.Orientation] == 6
+    rgb = read_dataset(shard_set).rgb
+    views = centre_views(np.arange(16))
+    views = dataclasses.replace(views, crops=np.tile([[2, 27]], (16, 1)))
+    (batch,) = Loader(turned, rgb, 16, CPU, 1).run([views])  # type: ignore[arg-type]
+    expected = reference(reader, np.array(rgb.mean) * 255, views)
+    np.testing.assert_allclose(batch.images.numpy(), expected, rtol=0, atol=1e-4)
 
 
 class DamagedReader:

@@ -169,7 +169,7 @@ def test_swapped_labels_are_found_even_where_all_digests_fit(damaged: Path) -> N
         (encoded(photograph(1, 256, 255)), "it is 256 x 255 RGB, not 256 x 256 RGB"),
         (encoded(Image.new("L", (256, 256))), "it is 256 x 256 L, not 256 x 256 RGB"),
         (encoded(photograph(1, 256, 256))[:3000], "it does not decode: image file is truncated"),
-        (encoded(photograph(1, 256, 256), "PNG"), "it does not decode: cannot identify"),
+        (encoded(photograph(1, 256, 256), "PNG"), "it is no JPEG"),
         (encoded(photograph(1, 256, 256)), "its image's bytes are not those"),
     ],
 )

@@ -1,0 +1,97 @@
+"""Other people's readers take the sets: the same keys, labels and bytes as `tarfile` finds in the tars."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import pytest
+import timm.data
+from PIL import Image
+
+SPLITS = {"train": (45, 5), "val": (15, 2)}  # Images and shards of `shard_set`.
+
+
+class Stored(NamedTuple):
+    """A sample as `tarfile` reads it."""
+
+    key: str
+    label: int
+    jpeg: bytes
+
+
+def tars(root: Path, split: str) -> list[Path]:
+    return sorted((root / split).glob("*.tar"))
+
+
+def stored(root: Path, split: str) -> list[Stored]:
+    """A split's samples in the order of its tars."""
+    samples = []
+    for path in tars(root, split):
+        with tarfile.open(path) as archive:
+            files = {member.name: archive.extractfile(member).read() for member in archive}  # type: ignore[union-attr]
+        keys = dict.fromkeys(name.partition(".")[0] for name in files)
+        samples += [Stored(key, int(files.pop(f"{key}.cls")), files.pop(f"{key}.jpg")) for key in keys]
+        assert not files
+    assert (len(samples), len(tars(root, split))) == SPLITS[split]
+    return samples
+
+
+def test_hugging_face_datasets_streams_the_set(shard_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    files = {split: [str(path) for path in tars(shard_set, split)] for split in SPLITS}
+    streams = datasets.load_dataset("webdataset", data_files=files, streaming=True)
+    for split, (_, shards) in SPLITS.items():
+        stream = streams[split]
+        # So many workers can share it.
+        assert stream.num_shards == shards
+        rows = list(stream.cast_column("jpg", datasets.Image(decode=False)))
+        assert [Stored(row["__key__"], row["cls"], row["jpg"]["bytes"]) for row in rows] == stored(shard_set, split)
+    first = next(iter(streams["train"]))["jpg"]
+    expected = Image.open(io.BytesIO(stored(shard_set, "train")[0].jpeg))
+    np.testing.assert_array_equal(np.asarray(first), np.asarray(expected))
+
+
+def seen_by_timm(root: Path, split: str, training: bool) -> list[tuple[int, bytes]]:
+    """Each image's label and pixels, as timm hands them to its transforms."""
+    samples, shards = SPLITS[split]
+    # Without an _info.json, timm wants to be told how many samples there are.
+    spec = f"{split}/{split}-{{000000..{shards - 1:06d}}}.tar|{samples}"
+    found = timm.data.create_dataset("wds/shards", root=str(root), split=spec, is_training=training, batch_size=1)
+    assert len(found) == samples
+    return [(label, image.tobytes()) for image, label in found]
+
+
+def test_timm_reads_the_set(shard_set: Path) -> None:
+    for split in SPLITS:
+        expected = [(label, Image.open(io.BytesIO(jpeg)).tobytes()) for _, label, jpeg in stored(shard_set, split)]
+        assert seen_by_timm(shard_set, split, training=False) == expected
+        shuffled = seen_by_timm(shard_set, split, training=True)
+        assert shuffled != expected
+        assert sorted(shuffled) == sorted(expected)
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="there is no tar command")
+def test_tar_lists_and_unpacks_the_set(shard_set: Path, tmp_path: Path) -> None:
+    for split in SPLITS:
+        folder = tmp_path / split
+        folder.mkdir()
+        names: list[str] = []
+        for path in tars(shard_set, split):
+            listed = subprocess.run(["tar", "-tf", path], capture_output=True, text=True, check=True)
+            unpacked = subprocess.run(["tar", "-xf", path, "-C", folder], capture_output=True, text=True, check=True)
+            assert listed.stderr == unpacked.stderr == ""
+            names += listed.stdout.splitlines()
+        expected = {
+            name: data
+            for key, label, jpeg in stored(shard_set, split)
+            for name, data in ((f"{key}.cls", str(label).encode()), (f"{key}.jpg", jpeg))
+        }
+        assert names == list(expected)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
