@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pipeline.class_names import names_of
 from pipeline.file_table import BLOCK, Classes, FileTable, Rows
 from pipeline.keys import key_of, rename_equal
+from pipeline.source_files import FileState
 from pipeline.storage import shown
 
 
@@ -111,6 +112,11 @@ class Entries(Sequence[Entry]):
     def take(self, places: Rows) -> Entries:
         """The entries at these places, in this order; it shares the columns."""
         return Entries(self._files, self._labels, self._wnids, self._renamed, self._rows[places])
+
+    @property
+    def tar_states(self) -> dict[str, FileState]:
+        """The tars on a disk that hold these entries, each as it was when it was listed."""
+        return self._files.states(self._rows)
 
     def __reduce__(self) -> tuple[type[Entries], tuple[object, ...]]:
         labels = self._labels[self._rows]

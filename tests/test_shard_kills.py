@@ -58,7 +58,7 @@ class Writing:
     ) -> None:
         os.close(self._file)
 
-    def next(self, job: subprocess.Popen[str]) -> list[Path]:
+    def next(self, job: subprocess.Popen[bytes]) -> list[Path]:
         """The files something has happened to since, after waiting for at least one; none if the job has ended."""
         deadline = time.monotonic() + DEADLINE_S
         while not select.select([self._file], [], [], 1.0)[0]:
@@ -96,25 +96,35 @@ class Kill:
     """Annotations that were there."""
 
 
-def start(source: Path, output: Path) -> subprocess.Popen[str]:
+def start(source: Path, output: Path) -> subprocess.Popen[bytes]:
     kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     job = [sys.executable, str(ROOT / "jobs" / "shard_imagenet.py"), "--source", str(source), "--output", str(output)]
-    return subprocess.Popen(
-        [*job, "--workers", "2", "--samples-per-shard", str(PER_SHARD)],
-        env={**kept, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with log(output).open("w") as said:
+        return subprocess.Popen(
+            [*job, "--workers", "2", "--samples-per-shard", str(PER_SHARD)],
+            env={**kept, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+        )
+
+
+def log(output: Path) -> Path:
+    """What the job says on stderr."""
+    return output.with_name(f"{output.name}.log")
 
 
 def kill_at(
-    job: subprocess.Popen[str], writing: Writing, output: Path, events: int, pattern: str, worker: random.Random | None
+    job: subprocess.Popen[bytes],
+    writing: Writing,
+    output: Path,
+    events: int,
+    pattern: str,
+    worker: random.Random | None,
 ) -> Kill:
     """Kills after so many things that happen to files that the pattern fits: the job, or a worker of it by chance."""
     while True:
         touched = writing.next(job)
-        assert touched, f"the job ended before its kill: {job.communicate()[1]}"
+        assert touched, f"the job ended before its kill: {log(output).read_text()}"
         fitting = [path for path in touched if path.match(pattern)]
         events -= len(fitting)
         if events > 0 or not fitting:
@@ -125,7 +135,7 @@ def kill_at(
             os.kill(victim, signal.SIGKILL)
             break
     if worker is None:
-        job.communicate()
+        job.wait()
     half_written = len(list(output.rglob(".*.tmp")))
     done = len(list(output.glob("*/*-*.json")))
     whom = "driver" if worker is None else "worker"
@@ -149,11 +159,10 @@ def make_killed(source: Path, output: Path, kills: int, seed: int) -> list[Kill]
                     made.append(kill_at(job, writing, output, chance.randint(1, 12), "*", None))
         finally:
             job.kill()
-            job.communicate()
+            job.wait()
         print(*made[-2:], sep="\n", flush=True)
     job = start(source, output)
-    _, said = job.communicate(timeout=DEADLINE_S)
-    assert job.returncode == 0, said
+    assert job.wait(DEADLINE_S) == 0, log(output).read_text()
     return made
 
 
