@@ -1,4 +1,4 @@
-"""Files in columns: 50 bytes each with its name, where an object would take 500; made into objects when asked for."""
+"""Files in columns, which take a fraction of what objects would; made into objects when asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a source holds: every image of it in a fixed order, in so little memory that all of ImageNet is 100 MB."""
+"""What a source holds: every image of it in a fixed order, in columns.
+
+ImageNet's 1,281,167 training images and the plan of their shards keep 177 MB (tests/benchmarks/source_memory.py).
+"""
 
 from __future__ import annotations
 

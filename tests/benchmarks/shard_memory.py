@@ -3,9 +3,9 @@
     python -m tests.benchmarks.shard_memory --images 10000 100000
 
 The images are tiny JPEGs under many names, in a tar of class tars: what the job keeps of each is its place, and what a
-worker keeps is its shard of 256 x 256 JPEGs, neither of which depends on the size of the original. Memory is the kernel's
-high-water mark of each process's resident size, looked at ten times a second; pages of libraries and of Ray's shared
-memory count in each process that uses them. "Idle" is a process that has imported the job and done nothing.
+worker keeps is its shard of 256 x 256 JPEGs, neither of which depends on the size of the original. Memory is the
+kernel's high-water mark of each process's resident size, looked at ten times a second; pages of libraries and of Ray's
+shared memory count in each process that uses them. "Idle" is a process that has imported the job and done nothing.
 
 Beside it, each in a process of its own, images of just less than the 80 megapixels that are allowed, as somebody who
 wants to fill the memory would make them.
@@ -180,8 +180,8 @@ def main(config: ShardMemoryConfig) -> None:
             write_tar(folder / "images.tar", images, config.side)
             one = measure(folder / "images.tar", images, config.workers, folder / f"out-{images}")
             print(
-                f"| {one.images:,} | {one.driver:.0f} | {one.worker:.0f} | {one.everything:,.0f} | {one.stored:,.0f} bytes "
-                f"| {one.seconds:.0f} s |",
+                f"| {one.images:,} | {one.driver:.0f} | {one.worker:.0f} | {one.everything:,.0f} | "
+                f"{one.stored:,.0f} bytes | {one.seconds:.0f} s |",
                 flush=True,
             )
         if config.hostile:
