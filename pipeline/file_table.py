@@ -1,4 +1,4 @@
-"""Files in columns: 50 bytes each with its name, where an object would take 500; made into objects when asked for."""
+"""Files in columns, which take a fraction of what objects would; made into objects when asked for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.source_files import File
+from pipeline.source_files import File, FileState
 from pipeline.storage import child
 
 BLOCK = 4096  # Rows made into Python objects at a time.
@@ -26,6 +26,8 @@ class Holder(NamedTuple):
     """Absolute path or URL of a folder, or of a tar."""
     inside: str = ""
     """What its members' names begin with, as the name of a class tar in the tar of all."""
+    state: FileState | None = None
+    """Of a tar on a disk, when it was listed."""
 
 
 class FileTable:
@@ -94,11 +96,16 @@ class FileTable:
             for name, holder, size, offset in zip(
                 _decoded(self._names.take(pa.array(block))), *(column.tolist() for column in columns), strict=True
             ):
-                path, inside = self._holders[holder]
+                path, inside, _ = self._holders[holder]
                 if offset == _OF_ITS_OWN:
                     yield File(child(path, name), size)
                 else:
                     yield File(path, size, offset, inside + name)
+
+    def states(self, rows: Rows) -> dict[str, FileState]:
+        """The tars on a disk that hold some rows, each as it was when it was listed."""
+        holders = (self._holders[i] for i in np.unique(self._holder[rows]))
+        return {holder.path: holder.state for holder in holders if holder.state is not None}
 
     def names(self, rows: Rows | None = None) -> Iterator[str]:
         """The files' own names, without folders; of some rows or all."""

@@ -21,7 +21,7 @@ from pipeline.storage import NoRangesError, is_http, open_location, shown
 
 ATTEMPTS = 4
 FIRST_WAIT_S = 0.2  # Doubled with each further attempt.
-# A store answers a request in the time in which it sends some 2 MB: what lies nearer than that is read through.
+# Reading on costs less than a new request, up to some distance: what lies nearer than this is read through.
 NEAR = 2 * 2**20
 PEEK = 32 * 2**10
 OPEN_FILES = 512  # Kept open by a process: opening asks for the size, which costs a request.

@@ -28,7 +28,7 @@ from pipeline.listing import Entries, Entry, Listing
 from pipeline.read_ahead import readings
 from pipeline.resize import Converted, convert, encoder_settings
 from pipeline.rgb_stats import RgbMoments
-from pipeline.source_files import read_bytes
+from pipeline.source_files import read_bytes, state_of
 from pipeline.sources import permutation
 
 # What is wrong with one file and stays so. Any other failure to read is the disk's or the network's, and is not the
@@ -156,8 +156,8 @@ def build_in_steps(
 
     Raises:
         BadImageError: for a bad image, unless it may be set aside.
-        ShardError: if this machine would encode otherwise than `image` says, an image changed under our hands, or,
-            being careful, decoding one was ended from outside.
+        ShardError: if this machine would encode otherwise than `image` says, an image or a tar of the source has
+            changed since it was listed, or, being careful, decoding an image was ended from outside.
         SourceReadError: if the source's disk or network failed.
         OSError: if the shard cannot be written.
     """
@@ -190,6 +190,7 @@ def _write_shard(
 ) -> Generator[Step, None, ShardAnnotation]:
     samples: list[tuple[str, int, bytes]] = []
     rejected: list[Reject] = []
+    _check_tars(plan.entries)
     moments = RgbMoments()
     told = time.monotonic()
     for entry, read in readings(plan.entries, _read):
@@ -205,6 +206,7 @@ def _write_shard(
             continue
         samples.append((entry.key, entry.label, converted.jpeg))
         moments += converted.moments
+    _check_tars(plan.entries)
     path = annotation_path(root, plan)
     path.parent.mkdir(parents=True, exist_ok=True)
     # An older annotation must not vouch for a tar that is about to change.
@@ -252,6 +254,26 @@ def _find_shard(root: Path, plan: ShardPlan, inputs: str, quality: int, converte
             continue
         return None
     return annotation
+
+
+def _check_tars(entries: Entries) -> None:
+    """Makes sure that no tar was replaced or changed since it was listed: its images may lie elsewhere now.
+
+    A tar at a URL is not looked at: each look would cost a request, and for 1000 class tars as many a shard as images.
+    """
+    for path, then in entries.tar_states.items():
+        try:
+            now = state_of(path)
+        except OSError as error:
+            raise SourceReadError(
+                f"{path} cannot be reached: {error.strerror}; run the same command again to continue"
+            ) from error
+        if now != then:
+            raise ShardError(
+                f"{path} is not the file that was listed ({then.size:,} bytes of {then.mtime_ns / 1e9:.3f}, now "
+                f"{now.size:,} bytes of {now.mtime_ns / 1e9:.3f}): leave it as it is, on a cluster the same with the "
+                "same time on every node, and run the same command again"
+            )
 
 
 def _read(entry: Entry) -> bytes:

@@ -31,6 +31,24 @@ class File(NamedTuple):
     """Its name in the tar, with the names of tars in between."""
 
 
+class FileState(NamedTuple):
+    """By what another file in a file's place is told, or a change to it, without reading it."""
+
+    size: int
+    """In bytes."""
+    mtime_ns: int
+
+
+def state_of(path: str) -> FileState:
+    """The state of a file on a disk.
+
+    Raises:
+        OSError: if it is not there.
+    """
+    status = os.stat(path)
+    return FileState(status.st_size, status.st_mtime_ns)
+
+
 def is_image_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
 

@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 
 from pipeline import remote
 from pipeline.file_table import Classes, FileTable, Holder
-from pipeline.source_files import IMAGE_EXTENSIONS, LISTING_THREADS, LocalRanges, SourceError, is_image_name
+from pipeline.source_files import (
+    IMAGE_EXTENSIONS,
+    LISTING_THREADS,
+    FileState,
+    LocalRanges,
+    SourceError,
+    is_image_name,
+    state_of,
+)
 from pipeline.storage import is_url, shown
 
 BLOCK = 512  # Bytes
@@ -48,6 +56,8 @@ class Stretch(NamedTuple):
     size: int
     inside: str = ""
     """Its name in the outer tar."""
+    state: FileState | None = None
+    """Of the file on a disk, when it was opened; None for a URL, where each look would cost a request."""
 
     @property
     def where(self) -> str:
@@ -61,7 +71,10 @@ def whole(path: str | os.PathLike[str]) -> Stretch:
         OSError: if it is not there or cannot be read.
     """
     location = os.fspath(path)
-    return Stretch(location, 0, remote.size(location) if is_url(location) else os.stat(location).st_size)
+    if is_url(location):
+        return Stretch(location, 0, remote.size(location))
+    state = state_of(location)
+    return Stretch(location, 0, state.size, state=state)
 
 
 def members(tar: Stretch) -> Generator[Member]:
@@ -116,7 +129,8 @@ def read_tar_of_tars(path: str, flag: str) -> tuple[Classes, int]:
     """
     tars: dict[str, Stretch] = {}
     ignored = 0
-    for member in members(whole(path)):
+    outer = whole(path)
+    for member in members(outer):
         wnid, extension = os.path.splitext(member.base)
         if member.hidden:
             continue
@@ -127,7 +141,7 @@ def read_tar_of_tars(path: str, flag: str) -> tuple[Classes, int]:
             raise SourceError(
                 f"{shown(path)} holds the class tar {member.base} twice: make it again with one tar a class"
             )
-        tars[wnid] = Stretch(path, member.offset, member.size, member.name)
+        tars[wnid] = Stretch(path, member.offset, member.size, member.name, outer.state)
     if not tars:
         raise SourceError(
             f"{shown(path)} holds {ignored or 'no'} files and no class tars: give {flag} a tar of one tar a class"
@@ -192,7 +206,7 @@ def _read_images(tar: Stretch) -> tuple[FileTable, int]:
 
 def table_of(tar: Stretch, found: list[Member]) -> FileTable:
     """Some members of a tar as a table."""
-    holder = Holder(tar.path, f"{tar.inside}/" if tar.inside else "")
+    holder = Holder(tar.path, f"{tar.inside}/" if tar.inside else "", tar.state)
     names, offsets, sizes = zip(*found, strict=True) if found else ((), (), ())
     return FileTable.of(holder, names, sizes, offsets)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import pickle
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -10,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.annotation import ShardError
 from pipeline.class_names import is_imagenet, names_of
-from pipeline.resize import encoder_settings
+from pipeline.resize import Converted, convert, encoder_settings
 from pipeline.shard_set import SetPlan, claim_folder, finish
-from pipeline.shards import build_shard, plan_shards
+from pipeline.shards import SourceReadError, build_shard, plan_shards
 from pipeline.source_files import SourceError, read_bytes
 from pipeline.sources import Listing, read_source
-from tests.photographs import write_source
+from tests.photographs import encoded, photograph, write_source
 
 Contents = dict[str, bytes]
 
@@ -267,6 +270,65 @@ def test_labels_without_their_images_are_refused(imagenet: Path, tmp_path: Path)
     (tmp_path / "val.tar").write_bytes(tar_of({"val_9.jpg": b"", "val_10.jpg": b""}))
     with pytest.raises(SourceError, match="order is open to doubt: number the images with leading zeros"):
         listed(imagenet / "train", tmp_path / "val.tar", tars / "wnids.txt")
+
+
+# A tar that changes under the job's hands.
+
+
+def alike(first_seed: int) -> bytes:
+    """A tar of two class tars: other images for another seed, each in the same place and of the same size."""
+    images = [encoded(photograph(first_seed + i, 280, 270)).ljust(40_000, b"\0") for i in range(6)]
+    assert {len(image) for image in images} == {40_000}
+    inner = {f"n{c}.tar": tar_of({f"n{c}_{i}.JPEG": images[3 * c + i] for i in range(3)}) for c in range(2)}
+    return tar_of(inner)
+
+
+def replace(tar: Path) -> None:
+    """Another tar of the same layout, written aside and renamed, as a second download would be, in the same second."""
+    aside = tar.with_suffix(".new")
+    aside.write_bytes(alike(100))
+    then = tar.stat().st_mtime_ns
+    os.utime(aside, ns=(then, then + 1))
+    aside.rename(tar)
+
+
+def test_a_tar_that_was_replaced_after_it_was_listed_is_noticed(tmp_path: Path) -> None:
+    tar = tmp_path / "images.tar"
+    tar.write_bytes(alike(0))
+    listing = listed(tar)
+    shard, *_ = plan_shards(listing, 0, 5)
+    replace(tar)
+    # Nothing else would tell: names, places and sizes are the same.
+    assert comparable(listed(tar)) == comparable(listing)
+    with pytest.raises(ShardError, match=r"images\.tar is not the file that was listed.*run the same command again"):
+        build_shard(tmp_path / "out", shard, encoder_settings(90), set_aside=True)
+    tar.unlink()
+    with pytest.raises(SourceReadError, match=r"images\.tar cannot be reached: No such file"):
+        build_shard(tmp_path / "out", shard, encoder_settings(90), set_aside=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tar_that_is_replaced_while_a_shard_is_built_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tar = tmp_path / "images.tar"
+    tar.write_bytes(alike(0))
+    shard, *_ = plan_shards(listed(tar), 0, 5)
+    # As Ray hands it to a worker.
+    shard = pickle.loads(pickle.dumps(shard))
+    converted: list[int] = []
+
+    def convert_and_replace(data: bytes, quality: int) -> Converted:
+        if len(converted) == 2:
+            replace(tar)
+        converted.append(len(data))
+        return convert(data, quality)
+
+    monkeypatch.setattr("pipeline.shards.convert", convert_and_replace)
+    with pytest.raises(ShardError, match=r"images\.tar is not the file that was listed"):
+        build_shard(tmp_path / "out", shard, encoder_settings(90), set_aside=True)
+    assert len(converted) == len(shard.entries)
+    assert not (tmp_path / "out").exists()
 
 
 # Class names.

@@ -1,0 +1,38 @@
+"""Whole shard sets made in this process, without Ray: what the jobs' own must equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.annotation import ShardAnnotation
+from pipeline.resize import encoder_settings
+from pipeline.shard_set import SetPlan, claim_folder, finish
+from pipeline.shards import build_shard, plan_shards
+from pipeline.sources import read_source
+
+PER_SHARD = 4
+
+
+def planned(source: Path, quality: int = 90, seed: int = 0, per_shard: int = PER_SHARD) -> SetPlan:
+    listing = read_source(source, None, 0.1, seed)
+    shards = tuple(plan_shards(listing, seed, per_shard))
+    return SetPlan(listing, encoder_settings(quality), seed, per_shard, shards)
+
+
+def build_all(output: Path, plan: SetPlan) -> list[ShardAnnotation]:
+    claim_folder(output, plan)
+    return [build_shard(output, shard, plan.image, set_aside=True).annotation for shard in plan.shards]
+
+
+def make(output: Path, plan: SetPlan, max_bad_fraction: float = 0.0) -> Path:
+    finish(output, plan, build_all(output, plan), max_bad_fraction)
+    return output
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file of a set but the rejects, whose paths differ with the source's."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def tars(root: Path, split: str) -> list[Path]:
+    return sorted((root / split).glob("*.tar"))
