@@ -92,7 +92,7 @@ def define(
                 output_type=types.RGB,
                 # libjpeg-turbo, which decodes on the CPU, interpolates chroma; nvJPEG does so only when asked.
                 jpeg_fancy_upsampling=True,
-                # What is stored is what is counted, verified and read by other programs; DALI would turn it by its EXIF.
+                # The stored pixels are what is counted, verified and read by others; DALI would turn them by EXIF.
                 adjust_orientation=False,
                 **window,
             )
