@@ -14,15 +14,16 @@ from typing import Annotated, Any, Literal
 
 import ray
 import tyro
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
 from jobs import checkpoint
 from jobs.checkpoint import Identity
 from jobs.cli import run
 from jobs.cluster import connected
 from jobs.nodes import alive_nodes, refuse_unshared
+from jobs.skipped import summary
 from jobs.worker import Assignment, train_worker
 from model.recipe import RECIPES, Recipe
 from pipeline.dataset import DATASET_FILE, DatasetError, DatasetInfo, read_dataset
@@ -113,6 +114,8 @@ class TrainConfig:
     """Steps between checkpoints within an epoch, besides the one at its end."""
     keep: int = 2
     """How many checkpoints to keep besides the newest: those with the lowest validation error."""
+    skip_corrupt: bool = False
+    """Take the next image of the epoch for one that is corrupt, and list it in STORAGE/NAME/skipped; else stop."""
     max_failures: int = 3
     """How often to start again from the last checkpoint after losing a worker or a node."""
 
@@ -233,6 +236,16 @@ def open_dataset(config: TrainConfig) -> tuple[str, DatasetInfo]:
     return location, info
 
 
+class StopOnDamage(UserCallback):
+    """Ends a run whose data are damaged, where Ray Train would start it again to meet the same damage."""
+
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            if isinstance(error, DatasetError):
+                # An error of the controller's is not retried; the workers that wait for the failed one are ended.
+                raise ControllerError(error)
+
+
 def launch(
     config: TrainConfig, recipe: Recipe, data: str, resources: Resources, precision: str
 ) -> list[dict[str, float]]:
@@ -252,6 +265,7 @@ def launch(
         precision=precision,
         log_every=config.log_every,
         checkpoint_every=config.checkpoint_every,
+        skips=join(config.storage, config.name) if config.skip_corrupt else None,
     )
     # Ray Train would show what a worker prints twice, once through its own log.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
@@ -267,6 +281,7 @@ def launch(
             name=config.name,
             storage_path=path,
             storage_filesystem=filesystem,
+            callbacks=[StopOnDamage()],
             logging_config=LoggingConfig("WARNING"),  # at INFO, every report of every worker is a line
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(
@@ -277,6 +292,8 @@ def launch(
     try:
         outcome = trainer.fit().return_value
     except TrainingFailedError as error:
+        if isinstance(error, ControllerError) and isinstance(error.controller_failure, DatasetError):
+            raise error.controller_failure from None
         raise ValueError(f"training failed: {error}; the same command continues from the last checkpoint") from error
     if outcome["error"]:
         run_location = join(config.storage, config.name)
@@ -323,6 +340,8 @@ def print_result(data: str, run: str, history: list[dict[str, float]]) -> None:
         f"done: {len(history)} epochs; lowest validation error {lowest['top1_error']:.1%} top-1, "
         f"{lowest['top5_error']:.1%} top-5, after epoch {lowest['epoch']}"
     )
+    if skipped := summary(run, data):
+        print(skipped)
     print(f"best checkpoint: {join(run, str(checkpoint.best(checkpoint.committed(run))))}")
     print(f"next: python jobs/evaluate.py --data {data} --checkpoint {run} --ten-crop")
 

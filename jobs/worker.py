@@ -21,16 +21,18 @@ from torch.utils.tensorboard import SummaryWriter
 
 from jobs import checkpoint
 from jobs.checkpoint import CHECKPOINT_PREFIX, Identity
+from jobs.skipped import SkipList
 from model.alexnet import AlexNet
 from model.guards import DivergedError
 from model.metrics import Score
 from model.recipe import Recipe
 from model.training import Trainer, Worker
-from pipeline.dataset import SplitReader, read_dataset
+from pipeline.dataset import DatasetError, SplitReader, read_dataset
 from pipeline.loader import Batch, Loader
 from pipeline.plan import Plan, centre_views, colour_matrix, share
 from pipeline.staging import stage
 from pipeline.storage import open_location
+from pipeline.substitutes import Substitutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,18 +56,31 @@ class Assignment:
     """Steps between progress lines."""
     checkpoint_every: int
     """Steps between checkpoints within an epoch; 0 for none."""
+    skips: str | None
+    """The run's folder, a local path or URL, to list skipped images in; None to stop at an image that is corrupt."""
 
 
 class WorkerData:
     """One worker's part of a shard set, as the plan deals it (`model.training.TrainingData`)."""
 
-    def __init__(self, data: Path, recipe: Recipe, worker: Worker, micro_batch: int, threads: int) -> None:
+    def __init__(
+        self,
+        data: Path,
+        recipe: Recipe,
+        worker: Worker,
+        micro_batch: int,
+        threads: int,
+        skips: SkipList | None = None,
+    ) -> None:
         self.info = read_dataset(data)
         self._train = SplitReader(data, self.info, "train")
         self._val = SplitReader(data, self.info, "val")
         self._plan = Plan(len(self._train), recipe.batch_size, recipe.seed, colour_matrix(self.info.rgb, recipe.colour))
         self._worker = worker
         self._micro_batch = micro_batch
+        self._skips = skips
+        for reader in (self._train, self._val):
+            _say_unchecked(reader, worker, skips)
         self._train_loader = Loader(self._train, self.info.rgb, micro_batch, worker.device, threads)
         self._val_loader = Loader(self._val, self.info.rgb, micro_batch, worker.device, threads)
 
@@ -75,7 +90,9 @@ class WorkerData:
 
     def training(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
         parts = self._plan.epoch(epoch, first_step, self._worker.rank, self._worker.world)
-        batches = self._train_loader.run(chunk for views in parts for chunk in views.chunks(self._micro_batch))
+        substitute = Substitutes(self._train, self._plan, epoch, self._skips.add) if self._skips else None
+        chunks = (chunk for views in parts for chunk in views.chunks(self._micro_batch))
+        batches = self._train_loader.run(chunks, substitute)
         per_step = -(-len(share(self._plan.batch_size, self._worker.rank, self._worker.world)) // self._micro_batch)
         while step := list(itertools.islice(batches, per_step)):
             yield step
@@ -84,6 +101,17 @@ class WorkerData:
         part = share(len(self._val), self._worker.rank, self._worker.world)
         samples = np.arange(part.start, part.stop)
         return self._val_loader.run(centre_views(samples).chunks(self._micro_batch))
+
+
+def _say_unchecked(reader: SplitReader, worker: Worker, skips: SkipList | None) -> None:
+    if not reader.unchecked:
+        return
+    what = f"{reader.unchecked} {reader.split} shard(s) have no checksums in their annotations"
+    # What is not known to be corrupt cannot be skipped: it would stop the run in the decoder, or be learnt from.
+    if skips is not None and reader.split == "train":
+        raise DatasetError(f"{what}, which --skip-corrupt needs: make the set again, or leave --skip-corrupt out")
+    if worker.rank == 0:
+        print(f"{what}: a damaged image there is found only if it does not decode", flush=True)
 
 
 class Reporter:
@@ -173,7 +201,8 @@ def train_worker(assignment: Assignment) -> dict[str, Any]:
     folder = Path(assignment.data)
     if assignment.stage is not None:
         folder = stage(assignment.data, Path(assignment.stage), functools.partial(print, flush=True))
-    data = WorkerData(folder, assignment.recipe, worker, assignment.micro_batch, assignment.threads)
+    skips = SkipList(assignment.skips, worker.rank) if assignment.skips else None
+    data = WorkerData(folder, assignment.recipe, worker, assignment.micro_batch, assignment.threads, skips)
     identity = Identity.of(assignment.recipe, data.info)
     trainer = Trainer(
         make_network(identity).to(memory_format=torch.channels_last).to(device),

@@ -62,7 +62,7 @@ class ShardAnnotation:
     """Of the shard's own stored pixels."""
     rejected: tuple[Reject, ...]
     crc32: tuple[int, ...] = ()
-    """Of each sample's JPEG: tells which image of a damaged shard is damaged."""
+    """Of each sample's JPEG: tells which image of a damaged shard is damaged. Empty in the oldest annotations."""
     rgb: RgbStatistics | None = None
     """Of the whole training split; None until the set is finished."""
 
@@ -89,7 +89,7 @@ class ShardAnnotation:
             inputs=str(value["inputs"]),
             moments=RgbMoments.from_json(value["moments"]),
             rejected=tuple(Reject.from_json(reject) for reject in value["rejected"]),
-            crc32=tuple(int(checksum) for checksum in value["crc32"]),
+            crc32=tuple(int(checksum) for checksum in value.get("crc32", ())),
             rgb=None if value["rgb"] is None else RgbStatistics.from_json(value["rgb"]),
         )
 

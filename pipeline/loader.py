@@ -20,14 +20,18 @@ from nvidia.dali import Pipeline, fn, types
 from PIL import Image
 from torch import Tensor
 
-from pipeline.dataset import SplitReader
+from pipeline.dataset import DatasetError, ImageError, SplitReader
 from pipeline.plan import CROP_OFFSETS, CROP_SIZE, Views
 from pipeline.rgb_stats import MAX_LEVEL, RgbStatistics
 
 PREFETCH = 2  # Batches that DALI keeps ready; two hide the decoder behind the step, more only take memory.
 
 
-class LoaderError(ValueError):
+# Given the error of an image that cannot be read: which sample to take for it, and that one's bytes.
+Substitute = Callable[[ImageError], tuple[int, NDArray[np.uint8]]]
+
+
+class LoaderError(DatasetError):
     """An image of the shard set could not be decoded while training or evaluating."""
 
 
@@ -102,6 +106,7 @@ class Loader:
         self._mean = np.array(rgb.mean) * MAX_LEVEL
         self._device = device
         self._views: Iterator[Views] = iter(())
+        self._substitute: Substitute | None = None
         self._in_flight: collections.deque[Views] = collections.deque()
         self._running = False
         on_gpu = device.type == "cuda"
@@ -112,22 +117,39 @@ class Loader:
         self._pipeline.build()
 
     def _next(self) -> tuple[list[NDArray[np.uint8]], NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
-        views = next(self._views)
+        views, images = self._read(next(self._views))
         self._in_flight.append(views)
         # DALI takes a window's position as a fraction of the room it has: offset / 29.
         y, x = np.ascontiguousarray(views.crops.T / (CROP_OFFSETS - 1), dtype=np.float32)
         mean = (self._mean - views.shifts).astype(np.float32)
-        images = [self._reader.image(sample) for sample in views.samples]
         return images, x, y, views.flips.astype(np.int32), mean
 
-    def run(self, views: Iterable[Views]) -> Iterator[Batch]:
+    def _read(self, views: Views) -> tuple[Views, list[NDArray[np.uint8]]]:
+        """The images' bytes, and the views with the samples that they are of."""
+        samples, images = [], []
+        for sample in views.samples:
+            try:
+                image = self._reader.image(sample)
+            except ImageError as error:
+                if self._substitute is None:
+                    raise
+                sample, image = self._substitute(error)
+            samples.append(sample)
+            images.append(image)
+        return dataclasses.replace(views, samples=np.array(samples, np.int64)), images
+
+    def run(self, views: Iterable[Views], substitute: Substitute | None = None) -> Iterator[Batch]:
         """Yields one batch for each `Views`, in order; starting again, even before the end, drops what was under way.
 
+        Args:
+            substitute: what to take for an image that cannot be read, seen as that one would have been; None stops.
+
         Raises:
-            LoaderError: if an image does not decode; it names the sample.
+            DatasetError: if an image cannot be read or does not decode; it names the sample.
         """
         self._drain()
         self._views = iter(views)
+        self._substitute = substitute
         self._running = True
         while True:
             try:
@@ -176,9 +198,5 @@ class Loader:
                     with Image.open(io.BytesIO(self._reader.image(sample).tobytes())) as image:
                         image.load()
                 except OSError as reason:
-                    where = f"{self._reader.split} image {self._reader.key(sample)} (sample {sample})"
-                    return (
-                        f"{where} does not decode: {reason}; its shard is damaged, find it with: "
-                        "python jobs/verify_shards.py --data OUT"
-                    )
+                    return self._reader.describe(sample, f"it does not decode: {reason}")
         return f"DALI failed: {error}"

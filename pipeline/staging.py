@@ -7,10 +7,11 @@ shard's name is whole: an interrupted staging goes on where it stopped. `dataset
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -18,6 +19,7 @@ from pyarrow import fs
 
 from pipeline.dataset import (
     DATASET_FILE,
+    STAGED_FILE,
     TEMPORARY_SUFFIX,
     DatasetError,
     DatasetInfo,
@@ -26,24 +28,25 @@ from pipeline.dataset import (
     write_atomically,
     write_json,
 )
+from pipeline.retry import Report, Retry, SourceReadError, reading
 from pipeline.storage import open_location, read_text
 
 STREAMS = 8  # Shards copied at a time: one stream of an object store carries a tenth of what a node's network does.
 CHUNK = 8 * 2**20  # Bytes
-ATTEMPTS = 3
-
-Report = Callable[[str], None]
 
 
-def read_remote_dataset(location: str) -> DatasetInfo:
+def read_remote_dataset(location: str, report: Report = print) -> DatasetInfo:
     """Reads dataset.json of a set at a local path or URL.
+
+    Args:
+        report: told of each attempt that failed.
 
     Raises:
         DatasetError: if there is none, or it cannot be understood.
     """
     filesystem, path = open_location(location)
     try:
-        text = read_text(filesystem, f"{path}/{DATASET_FILE}")
+        text = Retry(report)(functools.partial(_read_text, filesystem, f"{path}/{DATASET_FILE}"), DATASET_FILE)
     except OSError as error:
         raise DatasetError(
             f"there is no finished shard set at {location}: {DATASET_FILE} cannot be read there ({error}); "
@@ -61,10 +64,10 @@ def stage(location: str, folder: Path, report: Report) -> Path:
         report: told in plain words what happens.
 
     Raises:
-        DatasetError: if the set is missing, a shard's bytes are wrong at their source, or the disk is too small.
-        OSError: if the source cannot be read after several attempts.
+        DatasetError: if the set is missing, a shard's bytes are wrong at their source, the disk is too small or cannot
+            be written, or the source cannot be read after several attempts.
     """
-    info = read_remote_dataset(location)
+    info = read_remote_dataset(location, report)
     target = folder / info.fingerprint[:16]
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f".{target.name}.lock")
@@ -74,8 +77,7 @@ def stage(location: str, folder: Path, report: Report) -> Path:
         report(f"waiting for another process of this node to stage {location}")
         lock.acquire()
     try:
-        if not (target / DATASET_FILE).exists():
-            _copy(location, info, target, report)
+        _copy(location, info, target, report)
     finally:
         lock.release()
     return target
@@ -85,6 +87,8 @@ def _copy(location: str, info: DatasetInfo, target: Path, report: Report) -> Non
     filesystem, path = open_location(location)
     work = [(split, row) for split, part in info.splits.items() for row in part.shards]
     missing = [(split, row) for split, row in work if not _is_whole(target / split / f"{row.name}.tar", row)]
+    if not missing and (target / DATASET_FILE).exists():
+        return
     need = sum(row.bytes for _, row in missing)
     for split in info.splits:
         (target / split).mkdir(parents=True, exist_ok=True)
@@ -95,17 +99,28 @@ def _copy(location: str, info: DatasetInfo, target: Path, report: Report) -> Non
             "free some, or give a larger disk with --stage"
         )
     report(f"staging {need / 1e9:.2f} GB in {len(missing)} of {len(work)} shards from {location} to {target}")
+    # First, so that whoever finds a shard damaged can say where to get it again.
+    write_json(target / STAGED_FILE, {"from": location})
     done = 0
+    retry = Retry(report)
     with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
-        futures = [pool.submit(_copy_shard, filesystem, path, target, *item) for item in missing]
+        futures = [pool.submit(_copy_shard, filesystem, path, target, *item, retry) for item in missing]
         try:
             for number, future in enumerate(concurrent.futures.as_completed(futures), start=1):
                 done += future.result()
                 if number % max(1, len(missing) // 20) == 0:
                     report(f"staged {number} of {len(missing)} shards, {done / 1e9:.2f} GB")
-        except BaseException:
+        except BaseException as error:
+            retry.stop()
             pool.shutdown(cancel_futures=True)
+            if isinstance(error, OSError):
+                raise DatasetError(
+                    f"staging {location} to {target} failed: {error}; the same command goes on with what is missing, "
+                    "once the source can be read and the disk written"
+                ) from error
             raise
+    if retry.count:
+        report(f"staged all, after {retry.count} retries")
     # What was read at the start, not what may lie there by now.
     write_json(target / DATASET_FILE, info.to_json())
 
@@ -114,33 +129,60 @@ def _is_whole(path: Path, row: ShardRow) -> bool:
     return path.exists() and path.stat().st_size == row.bytes
 
 
-def _copy_shard(filesystem: fs.FileSystem, path: str, target: Path, split: str, row: ShardRow) -> int:
-    """Copies one shard's index and tar, the tar last; the bytes copied."""
-    tar = target / split / f"{row.name}.tar"
-    for attempt in range(1, ATTEMPTS + 1):
+def _copy_shard(filesystem: fs.FileSystem, path: str, target: Path, split: str, row: ShardRow, retry: Retry) -> int:
+    """Copies one shard's index, annotation and tar, the tar last; the bytes copied."""
+    source, tar = f"{path}/{split}/{row.name}", target / split / f"{row.name}.tar"
+    for suffix in (".idx", ".json"):
         try:
-            write_atomically(tar.with_suffix(".idx"), read_text(filesystem, f"{path}/{split}/{row.name}.idx").encode())
-            _copy_tar(filesystem, f"{path}/{split}/{row.name}.tar", tar, row)
-            break
-        except OSError:
-            if attempt == ATTEMPTS:
+            text = retry(functools.partial(_read_text, filesystem, source + suffix), f"{split}/{row.name}{suffix}")
+        except FileNotFoundError:
+            # Sets may be copied without their annotations; training says that it cannot check their images.
+            if suffix != ".json":
                 raise
+        else:
+            write_atomically(tar.with_suffix(suffix), text.encode())
+    wrong: set[str] = set()
+    retry(functools.partial(_copy_tar, filesystem, f"{source}.tar", tar, row, wrong), f"{split}/{tar.name}")
     return row.bytes
 
 
-def _copy_tar(filesystem: fs.FileSystem, source: str, tar: Path, row: ShardRow) -> None:
+def _copy_tar(filesystem: fs.FileSystem, source: str, tar: Path, row: ShardRow, wrong: set[str]) -> None:
+    """Copies a tar and gives it its name once its sha256 is right.
+
+    Args:
+        wrong: the digests that earlier attempts found, for telling a damaged source from a damaged transfer.
+
+    Raises:
+        SourceReadError: if the source cannot be read, or gives other bytes than before.
+        DatasetError: if it gives the same wrong bytes twice.
+        OSError: if the copy cannot be written.
+    """
     digest = hashlib.sha256()
     temporary = tar.with_name(f".{tar.name}{TEMPORARY_SUFFIX}")
-    with filesystem.open_input_stream(source) as stream, temporary.open("wb") as file:
-        while chunk := stream.read(CHUNK):
+    with temporary.open("wb") as file:
+        for chunk in _chunks(filesystem, source):
             digest.update(chunk)
             file.write(chunk)
         file.flush()
         os.fsync(file.fileno())
-    if digest.hexdigest() != row.sha256:
-        temporary.unlink()
-        raise DatasetError(
-            f"{source} is not the shard that {DATASET_FILE} describes (its sha256 is {digest.hexdigest()[:12]}..., not "
-            f"{row.sha256[:12]}...): copy it there again"
-        )
-    temporary.replace(tar)
+    found = digest.hexdigest()
+    if found == row.sha256:
+        temporary.replace(tar)
+        return
+    temporary.unlink()
+    said = f"its sha256 is {found[:12]}..., not {row.sha256[:12]}..."
+    if found not in wrong:
+        wrong.add(found)
+        raise SourceReadError(f"{source} arrived otherwise than it was sent, or is damaged: {said}")
+    raise DatasetError(f"{source} is not the shard that {DATASET_FILE} describes ({said}): copy it there again")
+
+
+def _chunks(filesystem: fs.FileSystem, source: str) -> Iterator[bytes]:
+    with reading(), filesystem.open_input_stream(source) as stream:
+        while chunk := stream.read(CHUNK):
+            yield chunk
+
+
+def _read_text(filesystem: fs.FileSystem, path: str) -> str:
+    with reading():
+        return read_text(filesystem, path)

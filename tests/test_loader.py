@@ -103,7 +103,7 @@ class DamagedReader:
     def __init__(self, reader: SplitReader, sample: int) -> None:
         self._reader = reader
         self._sample = sample
-        self.split, self.labels, self.key = reader.split, reader.labels, reader.key
+        self.split, self.labels, self.describe = reader.split, reader.labels, reader.describe
 
     def image(self, sample: int) -> NDArray[np.uint8]:
         data = self._reader.image(sample)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import shutil
 import threading
@@ -13,6 +14,7 @@ from filelock import FileLock
 
 from pipeline.dataset import DatasetError, SplitReader, read_dataset
 from pipeline.staging import stage
+from tests.faulty_proxy import FAULTS, faulty_proxy
 
 
 def tree(root: Path) -> dict[str, str]:
@@ -99,13 +101,89 @@ def test_a_second_process_waits_and_says_so(shard_set: Path, tmp_path: Path) -> 
     assert tree(tmp_path / name) == tree(shard_set)
 
 
-def test_from_s3(shard_set: Path, tmp_path: Path, s3: str) -> None:
+def upload(shard_set: Path, s3: str) -> None:
     client = boto3.client("s3", endpoint_url=f"http://{s3}")
     client.create_bucket(Bucket="bucket")
     for path in shard_set.rglob("*.*"):
         client.upload_file(str(path), "bucket", f"shards/{path.relative_to(shard_set)}")
-    location = f"s3://bucket/shards?region=us-east-1&scheme=http&endpoint_override={s3}"
+
+
+def s3_location(server: str) -> str:
+    return f"s3://bucket/shards?region=us-east-1&scheme=http&endpoint_override={server}"
+
+
+def test_from_s3(shard_set: Path, tmp_path: Path, s3: str) -> None:
+    upload(shard_set, s3)
+    location = s3_location(s3)
     staged, _ = stage_quietly(location, tmp_path)
     assert tree(staged) == tree(shard_set)
     with pytest.raises(DatasetError, match="no finished shard set"):
         stage_quietly(location.replace("shards", "nothing"), tmp_path)
+
+
+# pyarrow's own client outlived 20 failures in a row of one request, and gave up after 6 seconds of them.
+WITHIN_THE_CLIENTS_PATIENCE = 5
+
+
+def retries(lines: list[str]) -> list[str]:
+    return [line for line in lines if " failed (" in line]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.retry.FIRST_WAIT_S", 0.001)
+
+
+def test_failures_on_the_way_from_s3_change_nothing(shard_set: Path, tmp_path: Path, s3: str, quick: None) -> None:
+    upload(shard_set, s3)
+    with faulty_proxy(s3) as proxy:
+        for number, fault in enumerate(FAULTS[:3]):
+            proxy.plan[f"train-00000{number}.tar"] = collections.deque([fault] * WITHIN_THE_CLIENTS_PATIENCE)
+        proxy.plan["train-000003.idx"] = collections.deque(["503"])
+        proxy.plan["train-000003.json"] = collections.deque(["reset"])
+        proxy.plan["train-000004.tar"] = collections.deque(["flipped"])
+        proxy.plan["dataset.json"] = collections.deque(["503"])
+        staged, lines = stage_quietly(s3_location(proxy.address), tmp_path)
+        assert tree(staged) == tree(shard_set)
+        assert not list(tmp_path.rglob("*.tmp"))
+        assert not any(proxy.plan.values())
+        # Only what the client cannot see is left to us.
+        (said,) = retries(lines)
+        assert "train-000004.tar" in said
+        assert "arrived otherwise" in said
+        assert "staged all, after 1 retries" in lines
+        proxy.gets.clear()
+        again, lines = stage_quietly(s3_location(proxy.address), tmp_path)
+        assert (again, lines) == (staged, [])
+        assert [path.rpartition("/")[2] for path in proxy.gets] == ["dataset.json"]
+
+
+@pytest.mark.slow
+def test_a_failure_that_stays_ends_with_one_line(
+    shard_set: Path, tmp_path: Path, s3: str, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = 2
+    monkeypatch.setattr("pipeline.retry.ATTEMPTS", attempts)
+    upload(shard_set, s3)
+    lines: list[str] = []
+    with faulty_proxy(s3) as proxy:
+        proxy.always["train-000001.tar"] = "503"
+        with pytest.raises(
+            DatasetError, match=r"staging .* failed: train/train-000001\.tar cannot be read in"
+        ) as found:
+            stage(s3_location(proxy.address), tmp_path, lines.append)
+        assert "\n" not in str(found.value)
+        assert len([line for line in retries(lines) if "train-000001.tar" in line]) == attempts - 1
+        assert not list(tmp_path.rglob("dataset.json"))
+        proxy.always.clear()
+        proxy.gets.clear()
+        staged, _ = stage_quietly(s3_location(proxy.address), tmp_path)
+        assert tree(staged) == tree(shard_set)
+
+
+def test_a_set_without_annotations_is_staged(shard_set: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(shard_set, bare, ignore=shutil.ignore_patterns("train-*.json", "val-*.json"))
+    staged, _ = stage_quietly(bare, tmp_path / "disk")
+    assert tree(staged) == tree(shard_set)
+    assert SplitReader(staged, read_dataset(staged), "train").unchecked == 5
