@@ -12,7 +12,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -95,9 +95,9 @@ def _rate(history: list[dict[str, Any]], within: Mapping[str, Points]) -> Figure
     _within(axes, points, color=TRAINING, linewidth=2)
     if all(rate > 0 for _, rate in points):
         axes.set_yscale("log")
-        decades = [10.0**power for power in range(-9, 3)]
-        low, high = min(rate for _, rate in points), max(rate for _, rate in points)
-        axes.set_ylim(max([d for d in decades if d < low], default=low), min([d for d in decades if d > high]))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        # Wide enough to hold a power of ten, whose ticks alone have numbers.
+        axes.set_ylim(min(rate for _, rate in points) / 4, 4 * max(rate for _, rate in points))
     if any(row["reason"] for row in history):
         _legend(axes)
     return figure

@@ -4,7 +4,9 @@
 
 Every variant trains the same network on one batch that stays where it is, at a rate of 0, so that all do the same sums;
 a step is forward, loss, backward, update and the guards' norm. Variants take turns within a round, and a ratio is the
-median over the rounds of two variants' ratio in one round: what else the machine does then slows both.
+median over the rounds of two variants' ratio in one round: what else the machine does then slows both. On a machine
+that does much else, the ratio of the processor's time still says what a step costs; --threads 1 makes it sharper, since
+threads that wait for each other count as busy.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import platform
 import statistics
 import time
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +107,13 @@ def norms(kind: str) -> tuple[nn.Module, nn.Module]:
     return theirs, theirs
 
 
+class Turn(NamedTuple):
+    """Seconds of some steps."""
+
+    wall: float
+    processor: float
+
+
 class Stepper:
     """Takes a variant's steps; all variants share the network's parameters.
 
@@ -148,8 +157,8 @@ class Stepper:
             self._trainer.gradient_norm()
 
 
-def measure(config: StepConfig) -> dict[str, list[float]]:
-    """Seconds of each variant's turns."""
+def measure(config: StepConfig) -> dict[str, list[Turn]]:
+    """Each variant's turns."""
     device = choose_device(config.gpu)
     torch.set_num_threads(config.threads)
     generator = torch.Generator().manual_seed(0)
@@ -162,45 +171,52 @@ def measure(config: StepConfig) -> dict[str, list[float]]:
         name: Stepper(VARIANTS[name], network, images.to(device), labels.to(device)) for name in config.variants
     }
     settle = torch.cuda.synchronize if config.gpu else _nothing
-    seconds: dict[str, list[float]] = {name: [] for name in steppers}
+    turns: dict[str, list[Turn]] = {name: [] for name in steppers}
     for number in range(config.rounds + 1):
         for name, stepper in steppers.items():
             stepper.take_over()
             settle()
-            started = time.perf_counter()
+            started = Turn(time.perf_counter(), time.process_time())
             for _ in range(config.steps):
                 stepper.step()
             settle()
-            seconds[name].append(time.perf_counter() - started)
-        shown = ", ".join(f"{name} {values[-1]:.2f}" for name, values in seconds.items())
+            turns[name].append(Turn(time.perf_counter() - started.wall, time.process_time() - started.processor))
+        shown = ", ".join(f"{name} {values[-1].wall:.2f}" for name, values in turns.items())
         print(f"{f'round {number}' if number else 'warm-up'} (s): {shown}", flush=True)
-    return {name: values[1:] for name, values in seconds.items()}
+    return {name: values[1:] for name, values in turns.items()}
 
 
 def _nothing() -> None:
     """On CPU, an action is over when it returns."""
 
 
-def table(seconds: dict[str, list[float]], images: int) -> list[str]:
-    """Markdown: each variant's images/s, how long its step takes by ours, and that ratio's range over the rounds."""
-    rows = ["| step | images/s | time of ours | range |", "| --- | --- | --- | --- |"]
-    for name, values in seconds.items():
-        ratios = [value / ours for value, ours in zip(values, seconds[OURS], strict=True)]
+def table(turns: dict[str, list[Turn]], images: int) -> list[str]:
+    """Markdown: each variant's images/s, its step's time by ours with its range over the rounds, and the processor's.
+
+    Args:
+        turns: each variant's.
+        images: of one turn.
+    """
+    rows = ["| step | images/s | time by ours | range | processor's time by ours |", "| --- | --- | --- | --- | --- |"]
+    for name, values in turns.items():
+        pairs = list(zip(values, turns[OURS], strict=True))
+        wall = [value.wall / ours.wall for value, ours in pairs]
+        processor = statistics.median(value.processor / ours.processor for value, ours in pairs)
         rows.append(
-            f"| {name} | {images / statistics.median(values):.1f} | {statistics.median(ratios):.3f} "
-            f"| {min(ratios):.2f} to {max(ratios):.2f} |"
+            f"| {name} | {images / statistics.median(value.wall for value in values):.1f} "
+            f"| {statistics.median(wall):.3f} | {min(wall):.2f} to {max(wall):.2f} | {processor:.3f} |"
         )
     return rows
 
 
 def main(config: StepConfig) -> None:
-    seconds = measure(config)
+    turns = measure(config)
     machine = torch.cuda.get_device_name(0) if config.gpu else f"{platform.machine()}, {config.threads} thread(s)"
     print(f"{machine}, batch {config.batch_size}, {config.classes} classes, medians of {config.rounds} rounds:")
-    for row in table(seconds, config.batch_size * config.steps):
+    for row in table(turns, config.batch_size * config.steps):
         print(row)
     if config.json is not None:
-        write_json(config.json, seconds)
+        write_json(config.json, {name: [turn._asdict() for turn in values] for name, values in turns.items()})
 
 
 if __name__ == "__main__":
