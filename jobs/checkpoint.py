@@ -182,6 +182,16 @@ def refuse_other(state: State, identity: Identity, where: str) -> None:
         )
 
 
+def refuse_other_classes(identity: Identity, info: DatasetInfo, checkpoint: str, data: str) -> None:
+    """Raises CheckpointError if a checkpoint tells other classes apart than a shard set has."""
+    wnids = tuple(label.wnid for label in info.classes)
+    if identity.wnids != wnids:
+        raise CheckpointError(
+            f"{checkpoint} tells {len(identity.wnids)} classes apart ({identity.wnids[0]} ...), the set {data} has "
+            f"{len(wnids)} ({wnids[0]} ...): give a set with the same classes in the same order"
+        )
+
+
 def load_network(folder: Path, network: nn.Module) -> None:
     """Copies a checkpoint's tensors into a network of the same shape, on any device and memory layout.
 

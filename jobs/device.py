@@ -1,6 +1,10 @@
-"""The device of a command that runs in one process."""
+"""The device of a command that runs in one process, and the processor's name."""
 
 from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
 
 import torch
 
@@ -16,3 +20,12 @@ def choose_device(gpu: bool) -> torch.device:
     if not torch.cuda.is_available():
         raise ValueError("--gpu was asked for, but torch sees no GPU here: use --no-gpu, or a machine with one")
     return torch.device("cuda", 0)
+
+
+def processor() -> str:
+    """What the processor calls itself: Linux says so in a file, and `platform` seldom knows."""
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
+    except FileNotFoundError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()

@@ -94,12 +94,7 @@ def main(config: EvaluateConfig) -> None:
     with local_checkpoint(config.checkpoint) as (location, folder):
         state = checkpoint.read_state(folder)
         identity = state.identity
-        wnids = tuple(label.wnid for label in info.classes)
-        if identity.wnids != wnids:
-            raise CheckpointError(
-                f"{location} tells {len(identity.wnids)} classes apart ({identity.wnids[0]} ...), the set {data} has "
-                f"{len(wnids)} ({wnids[0]} ...): evaluate on a set with the same classes in the same order"
-            )
+        checkpoint.refuse_other_classes(identity, info, location, str(data))
         network = make_network(identity).to(memory_format=torch.channels_last).to(device)
         checkpoint.load_network(folder, network)
 

@@ -1,39 +1,41 @@
-"""One HTML page about a run: its curves, its settings and its first layer's filters; no other file is needed."""
+"""One HTML page about a run; no other file is needed to read it.
+
+Its curves with the schedule's decisions, its first layer's filters, its settings; with --data also what the network
+makes of the images: their most probable classes, their nearest neighbours by fc7, and the classes it confuses most.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import html
-import io
+import json
+import os
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-import numpy as np
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
+import torch
 
-from jobs import checkpoint
+from jobs import charts, checkpoint
+from jobs.answers import Asker
 from jobs.checkpoint import CheckpointError, State
 from jobs.cli import run
+from jobs.device import choose_device
 from jobs.evaluate import local_checkpoint
+from jobs.gallery import gallery
+from jobs.page import STYLE, epochs_table, table
+from jobs.trackers import EVENTS, Events, read_events
 from jobs.worker import make_network
-from pipeline.dataset import write_atomically
+from model.alexnet import AlexNet
+from pipeline.dataset import read_dataset, write_atomically
 from pipeline.storage import join
 
-FILTER_COLUMNS = 16  # 96 filters in six rows; the paper's figure 3 has 12 to a row.
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --line: #d0d0d0; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #161616; --line: #444; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-       max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-figure { margin: 1.5rem 0; } svg { width: 100%; height: auto; } svg text { fill: currentColor; }
-table { border-collapse: collapse; width: 100%; } .scroll { overflow-x: auto; }
-th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line);
-         font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.text { white-space: normal; overflow-wrap: anywhere; }
-"""
+RATES = {
+    "decode_limit_images_per_s": "decoding the JPEGs whole, the limit",
+    "loader_images_per_s": "the loader alone",
+    "network_images_per_s": "the network alone",
+    "train_images_per_s": "training",
+}
+"""What jobs/benchmark.py --json writes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,109 +46,52 @@ class ReportConfig:
     """The run."""
     output: Path
     """The page to write."""
+    data: Path | None = None
+    """A shard set of the run's classes, to show images of."""
+    benchmark: Path | None = None
+    """What jobs/benchmark.py --json wrote on the same machine, to show its rates."""
+    images: int = 10_000
+    """Look at no more than so many images of each split."""
+    shown: int = 12
+    """Show the most probable classes of so many validation images."""
+    queries: int = 5
+    """And the nearest training images of so many."""
+    gpu: bool = dataclasses.field(default_factory=torch.cuda.is_available)
+    """Use a GPU; by default, if torch sees one."""
+    batch_size: int = 100
+    """Images at a time."""
+    threads: int = os.cpu_count() or 1
+    """Decoder threads."""
+
+    def __post_init__(self) -> None:
+        for field in ("images", "shown", "queries", "batch_size", "threads"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"--{field.replace('_', '-')} is {getattr(self, field)}; it must be at least 1")
 
 
-def filters(weights: NDArray[np.float32]) -> NDArray[np.float64]:
-    """conv1's weights [96, 3, 11, 11] as one picture [rows, columns, 3] in [0, 1]: the paper's figure 3.
+def page(name: str, state: State, network: AlexNet, events: Events, rates: dict[str, Any], images: str) -> str:
+    """The whole page.
 
-    Each filter is scaled by its own largest weight, zero being middle grey.
+    Args:
+        name: the run's.
+        state: its newest.
+        network: its best checkpoint's.
+        events: what was tracked.
+        rates: by the names of RATES; may be empty.
+        images: the sections about a shard set; may be empty.
     """
-    count, channels, height, width = weights.shape
-    scaled = 0.5 + 0.5 * weights / np.abs(weights).max(axis=(1, 2, 3), keepdims=True)
-    tiles = np.pad(scaled.transpose(0, 2, 3, 1), ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=0.5)
-    rows = tiles.reshape(count // FILTER_COLUMNS, FILTER_COLUMNS, height + 1, width + 1, channels)
-    return rows.transpose(0, 2, 1, 3, 4).reshape(-1, FILTER_COLUMNS * (width + 1), channels).astype(np.float64)
-
-
-def curves(history: list[dict[str, Any]]) -> Figure:
-    """Loss, errors and rate by epoch, with the schedule's decisions marked."""
-    epochs = [row["epoch"] for row in history]
-    figure = Figure(figsize=(9, 7.5), layout="constrained")
-    losses, errors, rates = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1.2])
-    losses.plot(epochs, [row["train_loss"] for row in history], "o-", label="training")
-    losses.plot(epochs, [row["val_loss"] for row in history], "s-", label="validation")
-    losses.set_ylabel("loss (nats)")
-    for key, label, form in (
-        ("train_error", "training, top-1", "o-"),
-        ("top1_error", "validation, top-1", "s-"),
-        ("top5_error", "validation, top-5", "^-"),
-    ):
-        errors.plot(epochs, [100 * row[key] for row in history], form, label=label)
-    errors.set_ylabel("error (%)")
-    errors.set_ylim(bottom=0)
-    rates.step(epochs, [row["lr"] for row in history], where="mid")
-    rates.set_yscale("log")
-    rates.set_ylabel("learning rate")
-    rates.set_xlabel("epoch")
-    rates.xaxis.get_major_locator().set_params(integer=True)
-    for axes in (losses, errors, rates):
-        axes.grid(alpha=0.3)
-        for row in history:
-            if row["reason"]:
-                axes.axvline(row["epoch"], linestyle=":", color="gray")
-    # Without a frame, which would be white on a dark page.
-    losses.legend(frameon=False, labelcolor="gray")
-    errors.legend(frameon=False, labelcolor="gray")
-    return figure
-
-
-def picture(image: NDArray[np.float64]) -> Figure:
-    """An image as a figure, its pixels kept sharp."""
-    height, width = image.shape[:2]
-    figure = Figure(figsize=(9, 9 * height / width), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(image, interpolation="nearest")
-    axes.axis("off")
-    return figure
-
-
-def svg(figure: Figure, description: str) -> str:
-    """A figure as an inline SVG whose text and lines take the page's colour."""
-    buffer = io.StringIO()
-    style = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.family": "sans-serif"}
-    with mpl.rc_context(style):
-        figure.patch.set_alpha(0)
-        for axes in figure.axes:
-            axes.patch.set_alpha(0)
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    drawing = text[text.index("<svg") :].replace("#000000", "currentColor")
-    label = html.escape(description)
-    return f'<figure role="img" aria-label="{label}">{drawing}<figcaption>{label}</figcaption></figure>'
-
-
-def table(rows: list[tuple[str, str]]) -> str:
-    cells = "".join(f'<tr><th>{html.escape(k)}</th><td class="text">{html.escape(v)}</td></tr>' for k, v in rows)
-    return f"<table>{cells}</table>"
-
-
-def epochs_table(history: list[dict[str, Any]]) -> str:
-    heads = ("epoch", "train loss", "train error", "val loss", "top-1", "top-5", "rate", "seconds", "decision")
-    lines = []
-    for row in history:
-        cells = (
-            str(row["epoch"]),
-            f"{row['train_loss']:.3f}",
-            f"{row['train_error']:.1%}",
-            f"{row['val_loss']:.3f}",
-            f"{row['top1_error']:.1%}",
-            f"{row['top5_error']:.1%}",
-            f"{row['lr']:g}",
-            f"{row['seconds']:.0f}",
-            row["reason"],
-        )
-        lines.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-    head = "".join(f"<th>{name}</th>" for name in heads)
-    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
-
-
-def page(name: str, state: State, weights: NDArray[np.float32]) -> str:
-    """The whole page, for a run's newest state and its best checkpoint's first-layer weights."""
     history = state.progress.history
     best = min(history, key=lambda row: float(row["top1_error"]))
     classes = len(state.identity.wnids)
-    settings = [(key, str(value)) for key, value in dataclasses.asdict(state.identity.recipe).items()]
+    recipe = [(key, str(value)) for key, value in dataclasses.asdict(state.identity.recipe).items()]
     facts = [("classes", str(classes)), ("shard set", state.identity.dataset)]
+    facts += [("machine", text) for text in events.machines]
+    measured = [(meaning, f"{rates[key]:,.1f} images/s") for key, meaning in RATES.items() if key in rates]
+    if "data_wait" in rates:
+        measured.append(("waiting for data", f"{rates['data_wait']:.1%} of the training time"))
+    decisions = "".join(f"<li>{html.escape(row['reason'])}</li>" for row in history if row["reason"])
+    per_epoch = history[0]["images"] / state.identity.recipe.batch_size
+    within = {tag: [(step / per_epoch, value) for step, value in points] for tag, points in events.scalars.items()}
     caption = "The 96 filters of the first layer, each scaled by its largest weight (the paper's figure 3)"
     return "\n".join(
         [
@@ -157,15 +102,36 @@ def page(name: str, state: State, weights: NDArray[np.float32]) -> str:
             f"<p>{len(history)} epochs; lowest validation error {best['top1_error']:.1%} top-1, "
             f"{best['top5_error']:.1%} top-5 after epoch {best['epoch']}. Guessing among {classes} classes: "
             f"{1 - 1 / classes:.1%}.</p>",
-            svg(curves(history), "Loss, error and learning rate by epoch; dotted lines mark the schedule's decisions"),
-            svg(picture(filters(weights)), caption),
+            f'<div class="charts">{"".join(charts.charts(history, within))}</div>',
+            f"<h2>The schedule's decisions</h2><ul>{decisions}</ul>" if decisions else "",
+            "<h2>First layer</h2>",
+            charts.png(charts.filters(network.conv1.weight.detach().cpu().numpy()), caption),
+            images,
             "<h2>Epochs</h2>",
             epochs_table(history),
+            f"<h2>Rates, by jobs/benchmark.py</h2>{table(measured)}" if measured else "",
+            "<h2>Data and machine</h2>",
+            table(facts),
             "<h2>Settings</h2>",
-            table(settings + facts),
+            table(recipe),
             "</html>",
         ]
     )
+
+
+def read_rates(path: Path) -> dict[str, Any]:
+    """What jobs/benchmark.py --json wrote.
+
+    Raises:
+        ValueError: if the file is something else.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--benchmark {path} is no JSON ({error}): give what benchmark.py --json wrote") from error
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), float | int) for key in RATES):
+        raise ValueError(f"--benchmark {path} lacks {', '.join(RATES)}: give what benchmark.py --json wrote")
+    return value
 
 
 def main(config: ReportConfig) -> None:
@@ -175,11 +141,22 @@ def main(config: ReportConfig) -> None:
         raise CheckpointError(
             f"the run {location} has no finished epoch: train first, or give its --storage and --name"
         )
+    state = list(states.values())[-1]
+    device = choose_device(config.gpu)
+    rates = read_rates(config.benchmark) if config.benchmark else {}
     with local_checkpoint(location) as (_, folder):
         network = make_network(checkpoint.read_state(folder).identity)
         checkpoint.load_network(folder, network)
-    weights = network.conv1.weight.detach().numpy()
-    write_atomically(config.output, page(config.name, list(states.values())[-1], weights).encode())
+    network.to(memory_format=torch.channels_last).to(device).eval()
+    images = ""
+    if config.data is not None:
+        info = read_dataset(config.data)
+        checkpoint.refuse_other_classes(state.identity, info, location, str(config.data))
+        asker = Asker(network, state.identity.rgb, config.batch_size, device, config.threads)
+        answers = asker.ask(config.data, info, config.images, config.shown, config.queries)
+        images = gallery(answers, config.data, info)
+    events = read_events(join(location, EVENTS))
+    write_atomically(config.output, page(config.name, state, network, events, rates, images).encode())
     print(f"report: {config.output}")
 
 

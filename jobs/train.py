@@ -24,6 +24,7 @@ from jobs.cli import run
 from jobs.cluster import connected
 from jobs.nodes import alive_nodes, refuse_unshared
 from jobs.skipped import summary
+from jobs.trackers import refuse_missing
 from jobs.worker import Assignment, train_worker
 from model.recipe import RECIPES, Recipe
 from pipeline.dataset import DATASET_FILE, DatasetError, DatasetInfo, read_dataset
@@ -111,6 +112,9 @@ class TrainConfig:
     """Cores of each worker: the cluster's, shared evenly."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on GPU, float32 on CPU."""
+    tracker: Literal["mlflow", "wandb"] | None = None
+    """Send metrics to MLflow (at MLFLOW_TRACKING_URI) or Weights & Biases (by WANDB_API_KEY) as well as to
+    TensorBoard's events."""
     log_every: int = 20
     """Steps between progress lines."""
     checkpoint_every: int = 0
@@ -200,6 +204,7 @@ def main(config: TrainConfig) -> None:
     recipe = config.make_recipe()
     data, info = open_dataset(config)
     plan = Plan(info.splits["train"].samples, recipe.batch_size, recipe.seed, colour_matrix(info.rgb, recipe.colour))
+    refuse_missing(config.tracker)
     check_storage(config.storage, config.name)
     run_location = join(config.storage, config.name)
     done = checkpoint.committed(run_location)
@@ -266,7 +271,8 @@ def launch(
         data=data,
         stage=config.stage,
         stage_as=config.stage_as,
-        events=join(config.storage, config.name, "tensorboard"),
+        run=join(config.storage, config.name),
+        tracker=config.tracker,
         recipe=recipe,
         micro_batch=min(config.micro_batch, -(-recipe.batch_size // resources.workers)),
         threads=resources.cpus_per_worker,

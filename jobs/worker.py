@@ -15,13 +15,13 @@ import numpy as np
 import ray.train
 import ray.train.torch
 import torch
-from pyarrow import fs as arrow_fs
 from ray.train import Checkpoint
-from torch.utils.tensorboard import SummaryWriter
 
 from jobs import checkpoint
 from jobs.checkpoint import CHECKPOINT_PREFIX, Identity
+from jobs.device import processor
 from jobs.skipped import SkipList
+from jobs.trackers import Tracked, Tracker, make_trackers
 from model.alexnet import AlexNet
 from model.guards import DivergedError
 from model.metrics import Score
@@ -32,7 +32,6 @@ from pipeline.loader import Batch, Loader
 from pipeline.pixel_stage import open_split, stage_pixels
 from pipeline.plan import Plan, centre_views, colour_matrix, share
 from pipeline.staging import stage
-from pipeline.storage import open_location
 from pipeline.substitutes import Substitutes
 
 
@@ -46,8 +45,10 @@ class Assignment:
     """Where to copy it to on this node, or None to use it where it is."""
     stage_as: str
     """jpeg or pixels: what the copy holds."""
-    events: str
-    """A local path or URL, where rank 0 puts TensorBoard events."""
+    run: str
+    """The run's folder, a local path or URL, where rank 0 puts TensorBoard's events."""
+    tracker: str | None
+    """mlflow or wandb, to send metrics there as well; or None."""
     recipe: Recipe
     micro_batch: int
     """At most this many images are in the network at once."""
@@ -121,24 +122,19 @@ def _say_unchecked(reader: SplitReader, worker: Worker, skips: SkipList | None) 
 
 
 class Reporter:
-    """Tells a person, TensorBoard and Ray Train how training goes (`model.training.Observer`)."""
+    """Tells a person, the trackers and Ray Train how training goes (`model.training.Observer`); only rank 0 has any."""
 
-    def __init__(self, assignment: Assignment, identity: Identity, worker: Worker, steps: int, start: int) -> None:
+    def __init__(
+        self, assignment: Assignment, identity: Identity, worker: Worker, steps: int, trackers: list[Tracker]
+    ) -> None:
         self._identity = identity
         self._rank = worker.rank
         self._steps = steps
         self._epochs = assignment.recipe.epochs
-        self._events: SummaryWriter | None = None
-        if worker.rank == 0:
-            self._storage, self._events_path = open_location(assignment.events)
-            # Appending is nothing that object stores do: events are written here and copied there after each epoch.
-            remote = not isinstance(self._storage, arrow_fs.LocalFileSystem)
-            self._local_events = tempfile.mkdtemp() if remote else self._events_path
-            # What an interrupted run wrote after its last checkpoint is hidden by purge_step: it happens again.
-            self._events = SummaryWriter(self._local_events, purge_step=start)
+        self._trackers = trackers
 
     def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
-        if self._events is None:
+        if self._rank != 0:
             return
         progress = trainer.progress
         left = (self._steps - progress.step) * trainer.recipe.batch_size / images_per_s
@@ -148,15 +144,17 @@ class Reporter:
             f"data wait {data_wait:.1%}, epoch ends in {left:.0f} s",
             flush=True,
         )
-        step = progress.epoch * self._steps + progress.step
-        self._events.add_scalar("train/loss", score.loss, step)
-        self._events.add_scalar("train/top1_error", score.top1_error, step)
-        self._events.add_scalar("train/images_per_s", images_per_s, step)
-        self._events.add_scalar("train/data_wait", data_wait, step)
-        self._events.add_scalar("train/lr", progress.rate, step)
+        values = {
+            "train/loss": score.loss,
+            "train/top1_error": score.top1_error,
+            "train/images_per_s": images_per_s,
+            "train/data_wait": data_wait,
+            "train/lr": float(progress.rate or 0.0),
+        }
+        self._track(values, progress.epoch * self._steps + progress.step)
 
     def completed(self, trainer: Trainer, row: dict[str, Any]) -> None:
-        if self._events is None:
+        if self._rank != 0:
             return
         print(
             f"epoch {row['epoch']}/{self._epochs}: train loss {row['train_loss']:.3f}, error {row['train_error']:.1%}; "
@@ -166,13 +164,14 @@ class Reporter:
         )
         if row["reason"]:
             print(row["reason"], flush=True)
-        step = row["epoch"] * self._steps
-        for name in ("val_loss", "top1_error", "top5_error"):
-            self._events.add_scalar(f"val/{name.removeprefix('val_')}", row[name], step)
-        self._events.flush()
-        if self._local_events != self._events_path:
-            self._storage.create_dir(self._events_path, recursive=True)
-            arrow_fs.copy_files(self._local_events, self._events_path, destination_filesystem=self._storage)
+        values = {f"val/{name.removeprefix('val_')}": row[name] for name in ("val_loss", "top1_error", "top5_error")}
+        self._track(values, row["epoch"] * self._steps)
+        for tracker in self._trackers:
+            tracker.flush()
+
+    def _track(self, values: dict[str, float], step: int) -> None:
+        for tracker in self._trackers:
+            tracker.log(values, step)
 
     def warned(self, trainer: Trainer, warning: str) -> None:
         if self._rank == 0:
@@ -226,14 +225,27 @@ def train_worker(assignment: Assignment) -> dict[str, Any]:
         with previous.as_directory() as saved:
             checkpoint.restore(Path(saved), trainer, identity)
     start = trainer.progress.epoch * data.steps + trainer.progress.step
+    trackers: list[Tracker] = []
+    if worker.rank == 0:
+        tracked = Tracked(assignment.run, dataclasses.asdict(assignment.recipe), machine(assignment, worker), start)
+        trackers = make_trackers(assignment.tracker, tracked)
     if previous is not None and worker.rank == 0:
         print(f"continuing after epoch {trainer.progress.epoch}, step {trainer.progress.step}", flush=True)
     try:
-        trainer.fit(data, Reporter(assignment, identity, worker, data.steps, start))
+        trainer.fit(data, Reporter(assignment, identity, worker, data.steps, trackers))
     except DivergedError as error:
         # Every worker stops alike, and to start again would end the same way: an answer, not a failure to retry.
         return {"error": str(error), "history": trainer.progress.history}
     return {"error": None, "history": trainer.progress.history}
+
+
+def machine(assignment: Assignment, worker: Worker) -> str:
+    """What a run runs on, as its first worker sees it, for people."""
+    if worker.device.type == "cuda":
+        kind = torch.cuda.get_device_name(worker.device)
+    else:
+        kind = f"{processor()}, {assignment.threads} thread(s) each"
+    return f"{worker.world} worker(s) on {kind}; {assignment.precision}; torch {torch.__version__}"
 
 
 def make_network(identity: Identity) -> AlexNet:

@@ -84,11 +84,14 @@ class AlexNet(nn.Module):
         x = self._activate("conv4", self.conv4(x))
         return self.pool(self._activate("conv5", self.conv5(x)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def last_hidden(self, x: Tensor) -> Tensor:
+        """fc7's outputs, by which the paper compares images (section 6.1): [N, 3, 227, 227] -> [N, 4096]."""
         x = self.features(x).flatten(1)
         x = self.dropout(self._activate("fc6", self.fc6(x)))
-        x = self.dropout(self._activate("fc7", self.fc7(x)))
-        return self.fc8(x)
+        return self.dropout(self._activate("fc7", self.fc7(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc8(self.last_hidden(x))
 
     def _activate(self, name: str, sums: Tensor) -> Tensor:
         return torch.relu(self.batch_norms[name](sums) if self.batch_norms else sums)
