@@ -22,9 +22,7 @@ class NodeBackend(_TorchBackend):
         worker_group.execute(_set_torch_distributed_env_vars)
         meeting = worker_group.execute_single(0, open_meeting)
         world, limit = len(worker_group), timedelta(seconds=backend_config.timeout_s)
-        ray.get(
-            [worker_group.execute_single_async(r, join, meeting, r, world, backend, limit) for r in range(world)]
-        )
+        ray.get([worker_group.execute_single_async(r, join, meeting, r, world, backend, limit) for r in range(world)])
 
 
 @dataclasses.dataclass

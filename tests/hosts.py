@@ -3,8 +3,9 @@
     with cluster(2, disk=tmp_path / "disk") as hosts:
         hosts[1].run("ray", "job", "submit", ...)   # as typed on the second host
 
-Host k has the address 10.77.0.k on a bridge, and a name that its own /etc/hosts gives to 127.0.1.1, as Debian does: what
-goes by the name's address reaches nobody. /tmp/ray and the folder `disk` are each host's own; every other path is shared.
+Host k has the address 10.77.0.k on a bridge, and a name that its own /etc/hosts gives to 127.0.1.1, as Debian does:
+what goes by the name's address reaches nobody. /tmp/ray and the folder `disk` are each host's own; every other path is
+shared.
 
 Needs root, and the programs of util-linux and iproute2. Nothing has a name outside of the namespaces, so all of it goes
 with the processes, and these go with whoever made them, even if that is killed.
