@@ -53,7 +53,7 @@ def data(folder: Path) -> Path:
 def submit(host: Host, job: str, *arguments: object) -> tuple[int, str]:
     """Exit status and output of a job that a host submits."""
     command = ["ray", "job", "submit", "--address", DASHBOARD, "--working-dir", ROOT, "--", "python", f"jobs/{job}.py"]
-    done = host.run(*command, *arguments)
+    done = host.run(*command, *arguments, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 
