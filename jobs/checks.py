@@ -16,8 +16,9 @@ BUSY_PERCENT = 10
 BUSY_MIB = 1000  # A driver with nothing running holds a few hundred.
 MOST_SKEW = 5.0  # Seconds. Logs and events of several nodes are no longer in order; S3 refuses at 900.
 SLOWEST_GB_PER_S = 0.1  # A 1 Gb/s network carries as much: a step of AlexNet would wait five seconds for its gradient.
-# NVIDIA, CUDA Toolkit release notes, "Toolkit driver version": the first driver branch of each major version.
-LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
+# The driver branch that every CUDA of a major version runs on, by table 1 of DRIVER_TABLE. requirements.lock has 13.
+DRIVER_TABLE = "https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html"
+LEAST_DRIVER = {12: 525, 13: 580}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,16 +162,23 @@ def check_gpus(facts: Mapping[Node, Facts], wanted: bool, cuda: str | None) -> I
         f"{count} of {count}",
         "end what uses it (`nvidia-smi` on that node names the process)",
     )
-    major = int((cuda or "0").split(".")[0])
-    least = LEAST_DRIVER.get(major, 0)
+    least = LEAST_DRIVER.get(int((cuda or "0").split(".")[0]))
     drivers = sorted({gpu.driver for fact in having.values() for gpu in fact.gpus})
-    too_old = [driver for driver in drivers if int(driver.split(".")[0]) < least]
+    wrong = [f"{' and '.join(drivers)} on different nodes"] if len(drivers) > 1 else []
+    if least is None and not wrong:
+        found = f"{', '.join(drivers) or 'none'}; which one CUDA {cuda} needs is not known here: see {DRIVER_TABLE}"
+        yield Finding("GPU driver", "skipped", found)
+        return
+    wrong += [
+        f"{driver} is too old for the CUDA {cuda} of torch and DALI"
+        for driver in drivers
+        if least is not None and int(driver.split(".")[0]) < least
+    ]
     yield finding(
         "GPU driver",
-        [f"{driver} is too old for the CUDA {cuda} of torch and DALI" for driver in too_old]
-        + ([f"{' and '.join(drivers)} on different nodes"] if len(drivers) > 1 else []),
+        wrong,
         f"{', '.join(drivers) or 'none'}, good for CUDA {cuda}",
-        f"install driver {least} or newer, the same on all nodes",
+        f"install the same driver on all nodes, {least or 'new enough'} or newer ({DRIVER_TABLE})",
     )
 
 

@@ -246,13 +246,13 @@ def check_all_reduce(places: ray.util.placement_group, bundle: dict[str, int], w
     }
     name = "NCCL" if gpus else "Gloo"
     cure = (
-        "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME must name the interface that the nodes share, before `ray start`; "
-        "all ports between the nodes must be open; NCCL_DEBUG=INFO tells more"
+        "all ports between the nodes must be open; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, if set, must name the "
+        "interface with the node's address, and be so before `ray start`; NCCL_DEBUG=INFO tells more"
     )
-    address = collect({0: ranks[0].address.remote()})[0]
-    if isinstance(address, NoAnswer):
-        return Finding("all-reduce", "failed", f"rank 0: {address.why}", cure)
-    calls = {rank: one.all_reduce.remote(address, rank, world, gpus, STEP_SECONDS / 2) for rank, one in ranks.items()}
+    meeting = collect({0: ranks[0].meeting.remote()})[0]
+    if isinstance(meeting, NoAnswer):
+        return Finding("all-reduce", "failed", f"rank 0: {meeting.why}", cure)
+    calls = {rank: one.all_reduce.remote(meeting, rank, world, gpus, STEP_SECONDS / 2) for rank, one in ranks.items()}
     answers = collect(calls, STEP_SECONDS)
     for one in ranks.values():
         ray.kill(one)

@@ -11,17 +11,16 @@ import os
 import platform
 import resource
 import shutil
-import socket
 import statistics
 import subprocess
 import time
 from datetime import timedelta
 from pathlib import Path
 
-import ray
 import torch
 from torch import distributed
 
+from jobs.network import join, open_meeting
 from pipeline.dataset import DatasetError, read_dataset
 from pipeline.staging import read_remote_dataset
 from pipeline.storage import is_url, open_location
@@ -158,14 +157,11 @@ class Inspector:
 class Rank:
     """One rank of an all-reduce, as a Ray actor where a training worker would be."""
 
-    def address(self) -> str:
-        """Where the others reach this one: the node's address and a port that is free now."""
-        host = ray.util.get_node_ip_address()
-        with socket.socket() as free:
-            free.bind((host, 0))
-            return f"tcp://{host}:{free.getsockname()[1]}"
+    def meeting(self) -> tuple[str, int]:
+        """Where the others meet this one: the node's address, and a port."""
+        return open_meeting()
 
-    def all_reduce(self, address: str, rank: int, world: int, gpus: bool, seconds: float) -> list[float]:
+    def all_reduce(self, meeting: tuple[str, int], rank: int, world: int, gpus: bool, seconds: float) -> list[float]:
         """Sums a gradient over all ranks; the seconds of each round.
 
         Raises:
@@ -173,9 +169,7 @@ class Rank:
             RuntimeError: if a rank cannot be reached in time.
         """
         device = torch.device("cuda" if gpus else "cpu")
-        backend = "nccl" if gpus else "gloo"
-        limit = timedelta(seconds=seconds)
-        distributed.init_process_group(backend, init_method=address, rank=rank, world_size=world, timeout=limit)
+        join(meeting, rank, world, "nccl" if gpus else "gloo", timedelta(seconds=seconds))
         times = []
         try:
             for number in range(ROUNDS + 1):

@@ -19,6 +19,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
 from jobs import checkpoint
+from jobs.backend import NodeTorchConfig
 from jobs.checkpoint import Identity
 from jobs.cli import run
 from jobs.cluster import connected
@@ -286,6 +287,7 @@ def launch(
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=assignment,
+        torch_config=NodeTorchConfig(),
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus,

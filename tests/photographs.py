@@ -9,6 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.resize import encoder_settings
+from pipeline.shard_set import SetPlan, claim_folder, finish
+from pipeline.shards import build_shard, plan_shards
+from pipeline.sources import read_source
+
 
 def photograph(seed: int, width: int, height: int) -> NDArray[np.uint8]:
     """A [height, width, 3] image: coloured noise at two scales over a gradient."""
@@ -40,3 +45,14 @@ def write_source(root: Path, images: int, classes: int = 3, longest: int = 420, 
             image = photograph(first_seed + 1000 * number + i, width, height)
             (folder / f"n{number}_{i}.JPEG").write_bytes(encoded(image, quality=92))
     return root
+
+
+def build_shard_set(source: Path, output: Path) -> Path:
+    """Shards a folder of class folders, ten images to a shard, a quarter of them to validate with; gives `output`."""
+    listing = read_source(source, None, val_fraction=0.25, seed=0)
+    image = encoder_settings(90)
+    plan = SetPlan(listing, image, 0, 10, tuple(plan_shards(listing, 0, 10)))
+    claim_folder(output, plan)
+    annotations = [build_shard(output, shard, image, set_aside=True).annotation for shard in plan.shards]
+    finish(output, plan, annotations, max_bad_fraction=0.0)
+    return output

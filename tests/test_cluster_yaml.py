@@ -55,6 +55,10 @@ def broken_promises(config: Config) -> set[str]:
         "ports closed": not prepared["provider"].get("security_group", {}).get("IpPermissions")
         and "--dashboard-host=127.0.0.1 " in start["head"],
         "workers reach S3": all("IamInstanceProfile" in node["node_config"] for node in [head, *workers]),
+        "spot workers": all(
+            node["node_config"].get("InstanceMarketOptions") == {"MarketType": "spot"} for node in workers
+        ),
+        "head is kept": "InstanceMarketOptions" not in head["node_config"],
         "idle outlasts set-up": prepared["idle_timeout_minutes"] >= 20,
         "cost bounded": 0 < prepared["max_workers"] <= 4 and all(node["min_workers"] == 0 for node in workers),
     }
@@ -102,6 +106,16 @@ def test_ray_refuses_what_is_malformed(config: Config, change: Change, message: 
         (
             "workers reach S3",
             lambda c: c["available_node_types"]["gpu_worker"]["node_config"].pop("IamInstanceProfile"),
+        ),
+        (
+            "spot workers",
+            lambda c: c["available_node_types"]["gpu_worker"]["node_config"].pop("InstanceMarketOptions"),
+        ),
+        (
+            "head is kept",
+            lambda c: c["available_node_types"]["head"]["node_config"].update(
+                InstanceMarketOptions={"MarketType": "spot"}
+            ),
         ),
         ("idle outlasts set-up", lambda c: c.pop("idle_timeout_minutes")),
         ("cost bounded", lambda c: c["available_node_types"]["gpu_worker"].update(min_workers=1)),

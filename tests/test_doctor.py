@@ -55,6 +55,13 @@ def test_each_fault_fails_its_own_check_alone(change: dict[str, Any], check: str
     assert {name for name, status in found.items() if status == "failed"} == {check}
 
 
+def test_a_driver_is_not_judged_for_a_cuda_that_is_not_known() -> None:
+    old, new = ("GPU driver", "skipped"), ("GPU driver", "failed")
+    mixed = {A: GOOD, B: dataclasses.replace(GOOD, gpus=(Gpu("A100", "590.10", 0, 5),))}
+    for facts, cuda, wanted in (({A: GOOD}, "14.0", old), ({A: GOOD}, None, old), (mixed, "14.0", new)):
+        assert [(one.check, one.status) for one in check_gpus(facts, True, cuda)][-1] == wanted
+
+
 def test_a_clock_is_wrong_only_beyond_the_doubt_of_its_measurement() -> None:
     assert check_clocks({A: (0.1, 0.01), B: (6.0, 2.0)}).status == "ok"
     wrong = check_clocks({A: (0.1, 0.01), B: (-60.0, 2.0)})

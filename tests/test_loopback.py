@@ -1,4 +1,4 @@
-"""A Ray that a command starts for itself listens on loopback only: read from the kernel's own table."""
+"""A Ray that a command starts for itself, and training in it, listen on loopback only: by the kernel's own table."""
 
 from __future__ import annotations
 
@@ -6,20 +6,36 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.test_shard_job import JOB, environment
+from tests.test_shard_job import DEADLINE_S, JOB, environment
 
 LISTEN = "0A"
+# Two ranks that have met, and a task's worker, wait until the file is there.
 SCRIPT = """
-import sys, ray
+import pathlib, sys, time
+import ray, torch
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from jobs.backend import NodeTorchConfig
 from jobs.cluster import connected
-with connected(1):
-    ray.get(ray.remote(lambda: 1).remote())
-    print("up", flush=True)
-    sys.stdin.readline()
+
+storage = pathlib.Path(sys.argv[1])
+def loop():
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total)
+    assert total.item() == 2
+    if ray.train.get_context().get_world_rank() == 0:
+        (storage / "met").touch()
+    while not (storage / "end").exists():
+        time.sleep(0.1)
+
+with connected(2):
+    run = RunConfig(name="run", storage_path=str(storage))
+    TorchTrainer(loop, torch_config=NodeTorchConfig(), scaling_config=ScalingConfig(2), run_config=run).fit()
 """
 
 
@@ -42,25 +58,26 @@ def listening(session: int) -> list[str]:
 
 
 @pytest.mark.slow
-def test_nothing_listens_beyond_loopback() -> None:
+def test_nothing_listens_beyond_loopback(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", SCRIPT, str(tmp_path)],
         cwd=JOB.parents[1],
         env=environment(),
-        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
-    assert process.stdin is not None
-    assert process.stdout is not None
     try:
-        assert any(line.strip() == "up" for line in process.stdout)
-        addresses = listening(process.pid)
+        deadline = time.monotonic() + DEADLINE_S
+        while not (tmp_path / "met").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        addresses = listening(process.pid) if (tmp_path / "met").exists() else []
     finally:
-        process.stdin.close()
-        process.wait(60)
-        process.stdout.close()
-    assert len(addresses) >= 4  # At least the GCS, the raylet's two and the worker's.
+        (tmp_path / "end").touch()
+        output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, output
+    # The GCS, the raylet's two, the controller, the two ranks' and their Gloo's, and the store's.
+    assert len(addresses) >= 9
     # 127.x.y.z, little-endian; as IPv4, or mapped into IPv6.
     assert [a for a in addresses if not re.fullmatch(r"(0{16}FFFF0000)?[0-9A-F]{6}7F", a)] == []
