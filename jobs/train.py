@@ -16,12 +16,14 @@ import ray
 import tyro
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
 from jobs import checkpoint
 from jobs.checkpoint import Identity
 from jobs.cli import run
 from jobs.cluster import connected
+from jobs.interrupt import SigtermInWorkers, sigterm_stops
+from jobs.keeping import Keeper, StorageError, mend_list, storage_error
 from jobs.nodes import alive_nodes, refuse_unshared
 from jobs.worker import Assignment, train_worker
 from model.recipe import RECIPES, Recipe
@@ -30,6 +32,7 @@ from pipeline.plan import Plan, colour_matrix
 from pipeline.staging import read_remote_dataset
 from pipeline.storage import is_url, join, open_location
 
+HANG_SECONDS = "120"
 MOST_CORES = 12  # Of a GPU worker by default: decoding 256 x 256 JPEGs for one GPU's AlexNet gains little beyond.
 
 
@@ -111,6 +114,8 @@ class TrainConfig:
     """Steps between progress lines."""
     checkpoint_every: int = 0
     """Steps between checkpoints within an epoch, besides the one at its end."""
+    checkpoint_minutes: float | None = None
+    """Minutes between checkpoints within an epoch, besides the others."""
     keep: int = 2
     """How many checkpoints to keep besides the newest: those with the lowest validation error."""
     max_failures: int = 3
@@ -124,6 +129,8 @@ class TrainConfig:
         for field in ("checkpoint_every", "max_failures"):
             if getattr(self, field) < 0:
                 raise ValueError(f"--{field.replace('_', '-')} is {getattr(self, field)}; it must not be below 0")
+        if self.checkpoint_minutes is not None and not self.checkpoint_minutes > 0:
+            raise ValueError(f"--checkpoint-minutes is {self.checkpoint_minutes}; it must be above 0")
         if not self.name or self.name.startswith(".") or "/" in self.name:
             raise ValueError(f"--name is {self.name!r}; it names a folder in --storage, so it must be a plain word")
 
@@ -192,6 +199,8 @@ def main(config: TrainConfig) -> None:
     plan = Plan(info.splits["train"].samples, recipe.batch_size, recipe.seed, colour_matrix(info.rgb, recipe.colour))
     check_storage(config.storage, config.name)
     run_location = join(config.storage, config.name)
+    if mended := mend_list(run_location):
+        print(mended, flush=True)
     done = checkpoint.committed(run_location)
     if done:
         folder, state = list(done.items())[-1]
@@ -242,19 +251,23 @@ def launch(
         ValueError: if training failed; it says why.
     """
     filesystem, path = open_location(config.storage)
+    run_location = join(config.storage, config.name)
     assignment = Assignment(
         data=data,
         stage=config.stage,
-        events=join(config.storage, config.name, "tensorboard"),
+        run=run_location,
         recipe=recipe,
         micro_batch=min(config.micro_batch, -(-recipe.batch_size // resources.workers)),
         threads=resources.cpus_per_worker,
         precision=precision,
         log_every=config.log_every,
         checkpoint_every=config.checkpoint_every,
+        checkpoint_seconds=None if config.checkpoint_minutes is None else 60 * config.checkpoint_minutes,
     )
     # Ray Train would show what a worker prints twice, once through its own log.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # A worker that does not answer for so long counts as dead; Ray's own default is 600.
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", HANG_SECONDS)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=assignment,
@@ -267,6 +280,7 @@ def launch(
             name=config.name,
             storage_path=path,
             storage_filesystem=filesystem,
+            callbacks=[Keeper(run_location, config.max_failures), SigtermInWorkers()],
             logging_config=LoggingConfig("WARNING"),  # at INFO, every report of every worker is a line
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(
@@ -275,11 +289,18 @@ def launch(
         ),
     )
     try:
-        outcome = trainer.fit().return_value
+        with sigterm_stops():
+            outcome = trainer.fit().return_value
     except TrainingFailedError as error:
+        cause = error.controller_failure if isinstance(error, ControllerError) else None
+        if isinstance(cause, StorageError):
+            raise cause from None
+        if isinstance(cause, OSError):
+            raise storage_error(run_location, cause) from error
         raise ValueError(f"training failed: {error}; the same command continues from the last checkpoint") from error
+    if outcome["stopped"]:
+        raise ValueError(f"stopped {outcome['stopped']}, with a checkpoint: run the same command again to continue")
     if outcome["error"]:
-        run_location = join(config.storage, config.name)
         kept = list(checkpoint.committed(run_location))
         raise ValueError(
             f"{outcome['error']}; the last good checkpoint is {join(run_location, kept[-1]) if kept else 'none'}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from jobs import checkpoint
 from jobs.checkpoint import CheckpointError, Identity
 from model.alexnet import AlexNet
 from model.guards import DivergedError
-from model.metrics import Score
+from model.metrics import LabelledImages, Score
 from model.recipe import Recipe
-from model.training import Trainer, Worker
+from model.training import Due, StoppedError, Trainer, Worker
 from pipeline.plan import share
 from pipeline.rgb_stats import RgbStatistics
 
@@ -117,7 +117,14 @@ class Stopped(Exception):
 class Recorder:
     """Keeps checkpoints in folders, and stops the run after so many."""
 
-    def __init__(self, folder: Path, stop_after: int | None = None, identity: Identity = IDENTITY) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        stop_after: int | None = None,
+        identity: Identity = IDENTITY,
+        wishes: dict[tuple[int, int], Due] | None = None,
+    ) -> None:
+        self.wishes = wishes or {}
         self.identity = identity
         self.folder = folder
         self.stop_after = stop_after
@@ -125,6 +132,9 @@ class Recorder:
         self.rows: list[dict[str, Any]] = []
         self.losses: list[float] = []
         self.warnings: list[str] = []
+
+    def trained(self, trainer: Trainer, batches: Sequence[LabelledImages], own_seconds: float) -> Due:
+        return self.wishes.get((trainer.progress.epoch, trainer.progress.step), Due.NOTHING)
 
     def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
         assert 0 <= data_wait <= 1
