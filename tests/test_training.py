@@ -180,6 +180,39 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, stop_after: in
     assert resumed.progress.history == resumed.progress.history
 
 
+@pytest.mark.parametrize(("epoch", "step"), [(0, 1), (1, 3), (2, 5)])
+def test_a_run_told_to_stop_leaves_a_checkpoint_and_ends_alike(tmp_path: Path, epoch: int, step: int) -> None:
+    whole, record = make_trainer(), Recorder(tmp_path / "whole")
+    whole.fit(SmallData(), record)
+    stopped = Recorder(tmp_path / "stopped", wishes={(epoch, step): Due.STOP})
+    with pytest.raises(StoppedError, match=f"after epoch {epoch}, step {step}"):
+        make_trainer().fit(SmallData(), stopped)
+    progress = checkpoint.read_state(stopped.saved[-1]).progress
+    assert (progress.epoch, progress.step) == (epoch, step)
+
+    resumed, rest = make_trainer(), Recorder(tmp_path / "rest")
+    checkpoint.restore(stopped.saved[-1], resumed, IDENTITY)
+    resumed.fit(SmallData(), rest)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
+    # The sums of an epoch are added up in other parts.
+    losses = [row["train_loss"] for row in stopped.rows + rest.rows]
+    assert losses == pytest.approx([row["train_loss"] for row in record.rows], rel=1e-12)
+    assert [row["val_loss"] for row in stopped.rows + rest.rows] == [row["val_loss"] for row in record.rows]
+
+
+def test_a_checkpoint_by_the_clock_changes_nothing_of_what_is_learnt(tmp_path: Path) -> None:
+    whole = make_trainer()
+    whole.fit(SmallData(), Recorder(tmp_path / "whole"))
+    record = Recorder(tmp_path / "more", wishes={(1, 3): Due.CHECKPOINT, (2, 5): Due.CHECKPOINT})
+    more = make_trainer()
+    more.fit(SmallData(), record)
+    places = [(p.epoch, p.step) for p in (checkpoint.read_state(folder).progress for folder in record.saved)]
+    # The epoch's last step has no checkpoint beside that of its end.
+    assert [place for place in places if place[0] == 1] == [(1, 0), (1, 2), (1, 3), (1, 4)]
+    assert (2, 5) not in places
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(more), strict=True))
+
+
 def test_an_epochs_row_counts_every_image(tmp_path: Path) -> None:
     trainer, record = make_trainer(), Recorder(tmp_path)
     trainer.fit(SmallData(), record)
