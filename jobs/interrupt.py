@@ -29,6 +29,7 @@ from model.training import Due, Worker
 LOOK_SECONDS = 1.0
 BEAT_SECONDS = 1.0  # Between exchanges; a step that takes longer has one each.
 SLOW = 2.0  # Times the other workers' median
+SLOW_EXCHANGES = 3  # In a row, before it is said: any machine stumbles.
 _NAMESPACE = "alexnet-trainer"
 
 
@@ -134,7 +135,7 @@ class Beat:
         self._written = self._last = clock()
         self._wait, self._steps, self._own = 1, 0, 0.0
         self._announced: str | None = None
-        self._slow = False
+        self._slow = 0
 
     def checkpointed(self) -> None:
         """A checkpoint was just written, for whatever reason."""
@@ -183,13 +184,12 @@ class Beat:
             return
         mine = own.pop(self._worker.rank)
         others = statistics.median(own)
-        slow = mine > SLOW * others and mine - others > 0.01
-        if slow and not self._slow:
+        self._slow = self._slow + 1 if mine > SLOW * others and mine - others > 0.01 else 0
+        if self._slow == SLOW_EXCHANGES:
             self._say(
                 f"rank {self._worker.rank} on {socket.gethostname()} is slow: {mine:.2f} s a step for its data and "
                 f"forward pass, the others {others:.2f} s; all wait for it"
             )
-        self._slow = slow
 
 
 class Lookout:

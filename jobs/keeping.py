@@ -78,6 +78,7 @@ class Outbox:
         try:
             if not is_url(self._run) and not os.path.isdir(self._path):
                 raise FileNotFoundError("the run's folder has vanished")
+            self._filesystem.create_dir(target)
             arrow_fs.copy_files(checkpoint.path, target, destination_filesystem=self._filesystem)
         except OSError as error:
             raise storage_error(self._run, error) from error

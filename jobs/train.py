@@ -24,6 +24,7 @@ from jobs.cli import run
 from jobs.cluster import connected
 from jobs.interrupt import SigtermInWorkers, sigterm_stops
 from jobs.keeping import Keeper, StorageError, mend_list, storage_error
+from jobs.ledger import LedgerError, prove
 from jobs.nodes import alive_nodes, refuse_unshared
 from jobs.worker import Assignment, train_worker
 from model.recipe import RECIPES, Recipe
@@ -207,7 +208,7 @@ def main(config: TrainConfig) -> None:
         checkpoint.refuse_other(state, Identity.of(recipe, info), join(run_location, folder))
         if checkpoint.finished(state, recipe):
             print(f"the run {config.name} is finished already; --epochs extends it, another --name starts anew")
-            print_result(data, run_location, state.progress.history)
+            print_result(data, run_location, state.progress.history, plan)
             return
     with connected():
         resources = Resources.of(config, ray.cluster_resources())
@@ -223,7 +224,7 @@ def main(config: TrainConfig) -> None:
             flush=True,
         )
         history = launch(config, recipe, data, resources, precision)
-    print_result(data, run_location, history)
+    print_result(data, run_location, history, plan)
 
 
 def open_dataset(config: TrainConfig) -> tuple[str, DatasetInfo]:
@@ -338,12 +339,18 @@ def refuse_local_paths(config: TrainConfig) -> None:
         refuse_unshared("--data", os.path.abspath(config.data), cure, marker=DATASET_FILE)
 
 
-def print_result(data: str, run: str, history: list[dict[str, float]]) -> None:
+def print_result(data: str, run: str, history: list[dict[str, float]], plan: Plan) -> None:
     lowest = min(history, key=lambda row: row["top1_error"])
     print(
         f"done: {len(history)} epochs; lowest validation error {lowest['top1_error']:.1%} top-1, "
         f"{lowest['top5_error']:.1%} top-5, after epoch {lowest['epoch']}"
     )
+    try:
+        proof = prove(run, plan)
+        print(f"sample ledger: {proof.epochs} epochs, {proof.steps} steps, each with the plan's samples, once")
+    except LedgerError as error:
+        # The weights are what they are; whoever relies on exactly-once must know.
+        print(f"sample ledger: NOT proved: {error}")
     print(f"best checkpoint: {join(run, str(checkpoint.best(checkpoint.committed(run))))}")
     print(f"next: python jobs/evaluate.py --data {data} --checkpoint {run} --ten-crop")
 
