@@ -23,6 +23,9 @@ from jobs.backend import NodeTorchConfig
 from jobs.checkpoint import Identity
 from jobs.cli import run
 from jobs.cluster import connected
+from jobs.interrupt import SigtermInWorkers, sigterm_stops
+from jobs.keeping import Keeper, StorageError, mend_list, storage_error
+from jobs.ledger import LedgerError, prove
 from jobs.nodes import alive_nodes, refuse_unshared
 from jobs.skipped import summary
 from jobs.trackers import refuse_missing
@@ -33,6 +36,7 @@ from pipeline.plan import Plan, colour_matrix
 from pipeline.staging import read_remote_dataset
 from pipeline.storage import is_url, join, open_location
 
+HANG_SECONDS = "120"
 MOST_CORES = 12  # Of a GPU worker by default: decoding 256 x 256 JPEGs for one GPU's AlexNet gains little beyond.
 
 
@@ -120,6 +124,8 @@ class TrainConfig:
     """Steps between progress lines."""
     checkpoint_every: int = 0
     """Steps between checkpoints within an epoch, besides the one at its end."""
+    checkpoint_minutes: float | None = None
+    """Minutes between checkpoints within an epoch, besides the others."""
     keep: int = 2
     """How many checkpoints to keep besides the newest: those with the lowest validation error."""
     skip_corrupt: bool = False
@@ -139,6 +145,8 @@ class TrainConfig:
             raise ValueError("--stage-as pixels needs --stage, a folder on each node's own disk")
         if self.stage_as == "pixels" and self.skip_corrupt:
             raise ValueError("--skip-corrupt is for JPEGs; leave it out: --stage-as pixels decodes each image first")
+        if self.checkpoint_minutes is not None and not self.checkpoint_minutes > 0:
+            raise ValueError(f"--checkpoint-minutes is {self.checkpoint_minutes}; it must be above 0")
         if not self.name or self.name.startswith(".") or "/" in self.name:
             raise ValueError(f"--name is {self.name!r}; it names a folder in --storage, so it must be a plain word")
 
@@ -208,13 +216,15 @@ def main(config: TrainConfig) -> None:
     refuse_missing(config.tracker)
     check_storage(config.storage, config.name)
     run_location = join(config.storage, config.name)
+    if mended := mend_list(run_location):
+        print(mended, flush=True)
     done = checkpoint.committed(run_location)
     if done:
         folder, state = list(done.items())[-1]
         checkpoint.refuse_other(state, Identity.of(recipe, info), join(run_location, folder))
         if checkpoint.finished(state, recipe):
             print(f"the run {config.name} is finished already; --epochs extends it, another --name starts anew")
-            print_result(data, run_location, state.progress.history)
+            print_result(data, run_location, state.progress.history, plan)
             return
     with connected():
         resources = Resources.of(config, ray.cluster_resources())
@@ -230,7 +240,7 @@ def main(config: TrainConfig) -> None:
             flush=True,
         )
         history = launch(config, recipe, data, resources, precision)
-    print_result(data, run_location, history)
+    print_result(data, run_location, history, plan)
 
 
 def open_dataset(config: TrainConfig) -> tuple[str, DatasetInfo]:
@@ -268,11 +278,12 @@ def launch(
         ValueError: if training failed; it says why.
     """
     filesystem, path = open_location(config.storage)
+    run_location = join(config.storage, config.name)
     assignment = Assignment(
         data=data,
         stage=config.stage,
         stage_as=config.stage_as,
-        run=join(config.storage, config.name),
+        run=run_location,
         tracker=config.tracker,
         recipe=recipe,
         micro_batch=min(config.micro_batch, -(-recipe.batch_size // resources.workers)),
@@ -280,10 +291,13 @@ def launch(
         precision=precision,
         log_every=config.log_every,
         checkpoint_every=config.checkpoint_every,
-        skips=join(config.storage, config.name) if config.skip_corrupt else None,
+        skips=run_location if config.skip_corrupt else None,
+        checkpoint_seconds=None if config.checkpoint_minutes is None else 60 * config.checkpoint_minutes,
     )
     # Ray Train would show what a worker prints twice, once through its own log.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # A worker that does not answer for so long counts as dead; Ray's own default is 600.
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", HANG_SECONDS)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=assignment,
@@ -297,7 +311,7 @@ def launch(
             name=config.name,
             storage_path=path,
             storage_filesystem=filesystem,
-            callbacks=[StopOnDamage()],
+            callbacks=[StopOnDamage(), Keeper(run_location, config.max_failures), SigtermInWorkers()],
             logging_config=LoggingConfig("WARNING"),  # at INFO, every report of every worker is a line
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(
@@ -306,13 +320,18 @@ def launch(
         ),
     )
     try:
-        outcome = trainer.fit().return_value
+        with sigterm_stops():
+            outcome = trainer.fit().return_value
     except TrainingFailedError as error:
-        if isinstance(error, ControllerError) and isinstance(error.controller_failure, DatasetError):
-            raise error.controller_failure from None
+        cause = error.controller_failure if isinstance(error, ControllerError) else None
+        if isinstance(cause, StorageError | DatasetError):
+            raise cause from None
+        if isinstance(cause, OSError):
+            raise storage_error(run_location, cause) from error
         raise ValueError(f"training failed: {error}; the same command continues from the last checkpoint") from error
+    if outcome["stopped"]:
+        raise ValueError(f"stopped {outcome['stopped']}, with a checkpoint: run the same command again to continue")
     if outcome["error"]:
-        run_location = join(config.storage, config.name)
         kept = list(checkpoint.committed(run_location))
         raise ValueError(
             f"{outcome['error']}; the last good checkpoint is {join(run_location, kept[-1]) if kept else 'none'}"
@@ -350,7 +369,17 @@ def refuse_local_paths(config: TrainConfig) -> None:
         refuse_unshared("--data", os.path.abspath(config.data), cure, marker=DATASET_FILE)
 
 
-def print_result(data: str, run: str, history: list[dict[str, float]]) -> None:
+def ledger_line(run: str, plan: Plan) -> str:
+    """Whether each step was trained on the plan's samples, once, in words."""
+    try:
+        proof = prove(run, plan)
+    except LedgerError as error:
+        # The weights are what they are; whoever relies on exactly-once must know.
+        return f"sample ledger: NOT proved: {error}"
+    return f"sample ledger: {proof.epochs} epochs, {proof.steps} steps, each with the plan's samples, once"
+
+
+def print_result(data: str, run: str, history: list[dict[str, float]], plan: Plan) -> None:
     lowest = min(history, key=lambda row: row["top1_error"])
     print(
         f"done: {len(history)} epochs; lowest validation error {lowest['top1_error']:.1%} top-1, "
@@ -358,6 +387,9 @@ def print_result(data: str, run: str, history: list[dict[str, float]]) -> None:
     )
     if skipped := summary(run, data):
         print(skipped)
+    else:
+        # With substitutes, an epoch is another than the plan's on purpose.
+        print(ledger_line(run, plan))
     print(f"best checkpoint: {join(run, str(checkpoint.best(checkpoint.committed(run))))}")
     print(f"next: python jobs/evaluate.py --data {data} --checkpoint {run} --ten-crop")
 

@@ -6,27 +6,29 @@ import dataclasses
 import functools
 import itertools
 import logging
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint
+from safetensors import SafetensorError
 
 from jobs import checkpoint
 from jobs.checkpoint import CHECKPOINT_PREFIX, Identity
 from jobs.device import processor
+from jobs.interrupt import Beat, Lookout
+from jobs.keeping import Outbox, storage_error
+from jobs.ledger import Ledger
 from jobs.skipped import SkipList
 from jobs.trackers import Tracked, Tracker, make_trackers
 from model.alexnet import AlexNet
 from model.guards import DivergedError
-from model.metrics import Score
+from model.metrics import LabelledImages, Score
 from model.recipe import Recipe
-from model.training import Trainer, Worker
+from model.training import Due, StoppedError, Trainer, Worker
 from pipeline.dataset import DatasetError, SplitReader, read_dataset
 from pipeline.loader import Batch, Loader
 from pipeline.pixel_stage import open_split, stage_pixels
@@ -62,6 +64,8 @@ class Assignment:
     """Steps between checkpoints within an epoch; 0 for none."""
     skips: str | None
     """The run's folder, a local path or URL, to list skipped images in; None to stop at an image that is corrupt."""
+    checkpoint_seconds: float | None
+    """Time between checkpoints within an epoch; None for none."""
 
 
 class WorkerData:
@@ -125,13 +129,30 @@ class Reporter:
     """Tells a person, the trackers and Ray Train how training goes (`model.training.Observer`); only rank 0 has any."""
 
     def __init__(
-        self, assignment: Assignment, identity: Identity, worker: Worker, steps: int, trackers: list[Tracker]
+        self,
+        assignment: Assignment,
+        identity: Identity,
+        worker: Worker,
+        steps: int,
+        start: int,
+        trackers: list[Tracker],
     ) -> None:
         self._identity = identity
         self._rank = worker.rank
+        self._first = share(assignment.recipe.batch_size, worker.rank, worker.world).start
+        self._run = assignment.run
+        self._ledger = Ledger(assignment.run, worker)
+        self._ledger.begin(*divmod(start, steps))
+        self._outbox = Outbox(assignment.run) if worker.rank == 0 else None
+        news = Lookout().news if worker.rank == 0 else lambda: (None, None)
+        self._beat = Beat(worker, assignment.checkpoint_seconds, news, functools.partial(print, flush=True))
         self._steps = steps
         self._epochs = assignment.recipe.epochs
         self._trackers = trackers
+
+    def trained(self, trainer: Trainer, batches: Sequence[LabelledImages], own_seconds: float) -> Due:
+        self._ledger.add(self._first, np.concatenate([cast(Batch, batch).samples for batch in batches]))
+        return self._beat.after_step(own_seconds)
 
     def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
         if self._rank != 0:
@@ -180,20 +201,30 @@ class Reporter:
     def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
         progress = trainer.progress
         metrics = {"epoch": progress.epoch, "step": progress.step, **(row or {})}
-        if self._rank != 0:
-            ray.train.report(metrics)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint.save(Path(folder), trainer, self._identity)
-            name = f"{CHECKPOINT_PREFIX}{progress.epoch:04d}_{progress.step:06d}"
-            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+        try:
+            self._ledger.flush(progress.epoch, progress.step)
+            if self._outbox is None:
+                ray.train.report(metrics)
+            else:
+                folder = self._outbox.room(f"{CHECKPOINT_PREFIX}{progress.epoch:04d}_{progress.step:06d}")
+                checkpoint.save(folder, trainer, self._identity)
+                self._outbox.send(metrics, folder)
+        except (OSError, SafetensorError) as error:
+            raise storage_error(self._run, error) from error
+        self._beat.checkpointed()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is committed."""
+        if self._outbox is not None:
+            self._outbox.wait()
 
 
 def train_worker(assignment: Assignment) -> dict[str, Any]:
     """Trains on this worker; rank 0's return value reaches the driver.
 
     Returns:
-        "error": why training stopped early, or None; "history": one row an epoch.
+        "error": why training stopped early, or None; "stopped": where, if it was told to stop, or None; "history": one
+        row an epoch.
     """
     # Ray Train logs every report of every worker through a logger that is none of "ray.train", so LoggingConfig, which
     # the driver sets, does not reach it.
@@ -231,12 +262,17 @@ def train_worker(assignment: Assignment) -> dict[str, Any]:
         trackers = make_trackers(assignment.tracker, tracked)
     if previous is not None and worker.rank == 0:
         print(f"continuing after epoch {trainer.progress.epoch}, step {trainer.progress.step}", flush=True)
+    reporter = Reporter(assignment, identity, worker, data.steps, start, trackers)
+    error = stopped = None
     try:
-        trainer.fit(data, Reporter(assignment, identity, worker, data.steps, trackers))
-    except DivergedError as error:
+        trainer.fit(data, reporter)
+    except DivergedError as failure:
         # Every worker stops alike, and to start again would end the same way: an answer, not a failure to retry.
-        return {"error": str(error), "history": trainer.progress.history}
-    return {"error": None, "history": trainer.progress.history}
+        error = str(failure)
+    except StoppedError as failure:
+        stopped = str(failure)
+    reporter.wait()
+    return {"error": error, "stopped": stopped, "history": trainer.progress.history}
 
 
 def machine(assignment: Assignment, worker: Worker) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -84,8 +85,32 @@ class Progress:
         return cls(schedule=Plateau(**fields.pop("schedule")), **fields)
 
 
+class Due(enum.Enum):
+    """What is to be done after a step."""
+
+    NOTHING = enum.auto()
+    CHECKPOINT = enum.auto()
+    STOP = enum.auto()
+    """Write a checkpoint and leave."""
+
+
+class StoppedError(Exception):
+    """Training was told to stop, on every worker alike; the checkpoint is written."""
+
+
 class Observer(Protocol):
     """Who is told of progress; every worker calls it alike."""
+
+    def trained(self, trainer: Trainer, batches: Sequence[LabelledImages], own_seconds: float) -> Due:
+        """After each step, with what it was trained on.
+
+        Args:
+            own_seconds: from asking for the data to the end of the forward pass, before any worker waits for another.
+
+        Returns:
+            what is due now; the same on every worker.
+        """
+        ...
 
     def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
         """After some steps: their mean score, all workers' rate, and the fraction of time spent waiting for data."""
@@ -134,6 +159,7 @@ class Trainer:
         self._checkpoint_every = checkpoint_every
         self._clock = clock
         self._classes = 0
+        self._forward_ended = 0.0
         self._parallel: nn.Module = network
         if worker.world > 1:
             self._parallel = DistributedDataParallel(network, gradient_as_bucket_view=True, forward_sync_buffers=False)
@@ -143,6 +169,7 @@ class Trainer:
 
         Raises:
             DivergedError: if the loss or the gradient is not finite or explodes; on every worker alike.
+            StoppedError: if the observer says so.
         """
         while not self.progress.finished:
             started = self._clock()
@@ -177,6 +204,7 @@ class Trainer:
                     logits = self._parallel(batch.images)
                 log_probabilities = F.log_softmax(logits.float(), dim=1)
                 loss = F.nll_loss(log_probabilities, batch.labels, reduction="sum")
+                self._forward_ended = self._clock()
                 # DDP averages over workers: times `world`, the average is the sum over the global batch.
                 (loss * (self.worker.world / self.recipe.batch_size)).backward()
             sums += tally(log_probabilities.detach(), batch.labels)
@@ -208,8 +236,11 @@ class Trainer:
             recent += self.step(micro_batches)
             norm = torch.maximum(norm, self.gradient_norm())
             progress.step += 1
-            due = self._checkpoint_every > 0 and progress.step % self._checkpoint_every == 0
+            wish = observer.trained(self, micro_batches, self._forward_ended - asked)
             at_end = progress.step == data.steps
+            by_count = self._checkpoint_every > 0 and progress.step % self._checkpoint_every == 0
+            # The epoch's end has its own checkpoint, after a validation that may take longer than there is time.
+            due = wish is Due.STOP or (not at_end and (by_count or wish is Due.CHECKPOINT))
             if at_end or due or progress.step % self._log_every == 0:
                 score, window = self._window(recent, norm, weights, progress.step - first, highest)
                 cause = divergence(window)
@@ -225,9 +256,11 @@ class Trainer:
                 recent.zero_()
                 norm, weights = torch.zeros_like(norm), self._weight_norm()
                 since, first, waited, highest = now, progress.step, 0.0, 0.0
-                if due and not at_end:
+                if due:
                     self._share_buffers()
                     observer.checkpoint(self, None)
+                if wish is Due.STOP:
+                    raise StoppedError(f"after epoch {progress.epoch}, step {progress.step}")
 
     def _weight_norm(self) -> Tensor:
         return nn.utils.get_total_norm([p.detach() for p in self.network.parameters()])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from jobs import checkpoint
 from jobs.checkpoint import CheckpointError, Identity
 from model.alexnet import AlexNet
 from model.guards import DivergedError
-from model.metrics import Score
+from model.metrics import LabelledImages, Score
 from model.recipe import Recipe
-from model.training import Trainer, Worker
+from model.training import Due, StoppedError, Trainer, Worker
 from pipeline.plan import share
 from pipeline.rgb_stats import RgbStatistics
 
@@ -117,7 +117,14 @@ class Stopped(Exception):
 class Recorder:
     """Keeps checkpoints in folders, and stops the run after so many."""
 
-    def __init__(self, folder: Path, stop_after: int | None = None, identity: Identity = IDENTITY) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        stop_after: int | None = None,
+        identity: Identity = IDENTITY,
+        wishes: dict[tuple[int, int], Due] | None = None,
+    ) -> None:
+        self.wishes = wishes or {}
         self.identity = identity
         self.folder = folder
         self.stop_after = stop_after
@@ -125,6 +132,9 @@ class Recorder:
         self.rows: list[dict[str, Any]] = []
         self.losses: list[float] = []
         self.warnings: list[str] = []
+
+    def trained(self, trainer: Trainer, batches: Sequence[LabelledImages], own_seconds: float) -> Due:
+        return self.wishes.get((trainer.progress.epoch, trainer.progress.step), Due.NOTHING)
 
     def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
         assert 0 <= data_wait <= 1
@@ -168,6 +178,39 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, stop_after: in
         assert torch.equal(a, b)
     assert stopped.rows + rest.rows == record.rows
     assert resumed.progress.history == resumed.progress.history
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(0, 1), (1, 3), (2, 5)])
+def test_a_run_told_to_stop_leaves_a_checkpoint_and_ends_alike(tmp_path: Path, epoch: int, step: int) -> None:
+    whole, record = make_trainer(), Recorder(tmp_path / "whole")
+    whole.fit(SmallData(), record)
+    stopped = Recorder(tmp_path / "stopped", wishes={(epoch, step): Due.STOP})
+    with pytest.raises(StoppedError, match=f"after epoch {epoch}, step {step}"):
+        make_trainer().fit(SmallData(), stopped)
+    progress = checkpoint.read_state(stopped.saved[-1]).progress
+    assert (progress.epoch, progress.step) == (epoch, step)
+
+    resumed, rest = make_trainer(), Recorder(tmp_path / "rest")
+    checkpoint.restore(stopped.saved[-1], resumed, IDENTITY)
+    resumed.fit(SmallData(), rest)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
+    # The sums of an epoch are added up in other parts.
+    losses = [row["train_loss"] for row in stopped.rows + rest.rows]
+    assert losses == pytest.approx([row["train_loss"] for row in record.rows], rel=1e-12)
+    assert [row["val_loss"] for row in stopped.rows + rest.rows] == [row["val_loss"] for row in record.rows]
+
+
+def test_a_checkpoint_by_the_clock_changes_nothing_of_what_is_learnt(tmp_path: Path) -> None:
+    whole = make_trainer()
+    whole.fit(SmallData(), Recorder(tmp_path / "whole"))
+    record = Recorder(tmp_path / "more", wishes={(1, 3): Due.CHECKPOINT, (2, 5): Due.CHECKPOINT})
+    more = make_trainer()
+    more.fit(SmallData(), record)
+    places = [(p.epoch, p.step) for p in (checkpoint.read_state(folder).progress for folder in record.saved)]
+    # The epoch's last step has no checkpoint beside that of its end.
+    assert [place for place in places if place[0] == 1] == [(1, 0), (1, 2), (1, 3), (1, 4)]
+    assert (2, 5) not in places
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(more), strict=True))
 
 
 def test_an_epochs_row_counts_every_image(tmp_path: Path) -> None:

@@ -1,0 +1,149 @@
+"""Checkpoints on their way to the storage, and the storage's failures told from all others."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from pyarrow import fs as arrow_fs
+from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode, UserCallback
+from ray.train.v2.api.exceptions import ControllerError
+
+from jobs.checkpoint import RUN_FILE
+from pipeline.storage import is_url, open_location, shown
+
+SPARE_FILE = f"{RUN_FILE}.spare"
+
+
+class StorageError(ValueError):
+    """The storage did not take what was to be kept."""
+
+
+def storage_error(run: str, error: BaseException) -> StorageError:
+    """One line for a failure to write in a run's folder, and what to do."""
+    return StorageError(
+        f"{shown(run)} could not be written ({' '.join(str(error).split())}); the checkpoints before are intact: free "
+        "space there or mend it, then run the same command again to continue"
+    )
+
+
+class Outbox:
+    """Checkpoints of worker 0: written to this node's disk, uploaded while training goes on, one at a time.
+
+    Args:
+        run: the run's folder, a path or URL.
+    """
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._filesystem, self._path = open_location(run)
+        # One place a run, so that what a killed worker left is found and removed.
+        name = hashlib.sha256(f"{os.getuid()} {run}".encode()).hexdigest()[:16]
+        self._folder = Path(tempfile.gettempdir()) / f"alexnet-trainer-{name}"
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._last: Path | None = None
+
+    def room(self, name: str) -> Path:
+        """An empty local folder for the next checkpoint, once the one before has left."""
+        if self._last is not None and self._last.exists():
+            self.wait()
+        self._last = self._folder / name
+        shutil.rmtree(self._last, ignore_errors=True)
+        self._last.mkdir(parents=True)
+        return self._last
+
+    def send(self, metrics: dict[str, Any], folder: Path) -> None:
+        """Reports a checkpoint and returns while it is uploaded; the local folder is removed after that."""
+        ray.train.report(
+            metrics,
+            checkpoint=Checkpoint.from_directory(str(folder)),
+            checkpoint_dir_name=folder.name,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=self._upload,
+        )
+
+    def wait(self) -> None:
+        """Until all that was sent is committed: uploaded, and in the run's list of checkpoints."""
+        ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
+
+    def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
+        target = f"{self._path}/{name}"
+        try:
+            if not is_url(self._run) and not os.path.isdir(self._path):
+                raise FileNotFoundError("the run's folder has vanished")
+            self._filesystem.create_dir(target)
+            arrow_fs.copy_files(checkpoint.path, target, destination_filesystem=self._filesystem)
+        except OSError as error:
+            raise storage_error(self._run, error) from error
+        return Checkpoint(target, self._filesystem)
+
+
+@dataclasses.dataclass
+class Keeper(UserCallback):
+    """In Ray Train's controller: says what was lost, ends a run that cannot keep its checkpoints, guards their list.
+
+    Ray Train writes its list of checkpoints in place, so a full disk or a kill at the wrong moment leaves a part of it.
+    """
+
+    run: str
+    max_failures: int
+    failures: int = 0
+
+    def after_report(self, run_context: object, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        if checkpoint is not None and not is_url(self.run):
+            spare = Path(self.run) / SPARE_FILE
+            new = spare.with_suffix(".new")
+            shutil.copyfile(Path(self.run) / RUN_FILE, new)
+            os.replace(new, spare)
+
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            if isinstance(error, StorageError):
+                # An error of the controller's is not retried: to train the same steps again would not mend a disk.
+                raise ControllerError(error)
+        self.failures += 1
+        lost = "; ".join(f"rank {rank}: {_first_line(error)}" for rank, error in sorted(worker_exceptions.items()))
+        then = "starting again from the last checkpoint" if self.failures <= self.max_failures else "giving up"
+        print(f"failure {self.failures} of at most {self.max_failures + 1}: {lost}; {then}", flush=True)
+
+
+def _first_line(error: BaseException) -> str:
+    cause = getattr(error, "health_check_failure", None) or error
+    lines = str(cause).strip().splitlines() or [""]
+    return f"{type(cause).__name__}: {' '.join(lines[0].split())}"
+
+
+def mend_list(run: str) -> str | None:
+    """Puts the spare list of checkpoints in the place of one that was half written.
+
+    Args:
+        run: the run's folder, a path or URL; an object store has no half written files.
+
+    Returns:
+        what was done, for a person; None if nothing had to be.
+    """
+    listing, spare = Path(run) / RUN_FILE, Path(run) / SPARE_FILE
+    if is_url(run) or not listing.exists() or _parses(listing):
+        return None
+    if not _parses(spare):
+        os.replace(listing, listing.with_suffix(".damaged"))
+        return f"the list of checkpoints in {run} was half written, and there was none before: starting anew"
+    new = spare.with_suffix(".new")
+    shutil.copyfile(spare, new)
+    os.replace(new, listing)
+    return f"the list of checkpoints in {run} was half written: taking the one before"
+
+
+def _parses(path: Path) -> bool:
+    try:
+        json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,137 @@
+"""When a checkpoint is due, who says so, and what a failing disk leaves of a run's list."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from ray.train.v2.api.exceptions import ControllerError
+from torch import distributed, multiprocessing
+
+from jobs.checkpoint import RUN_FILE
+from jobs.interrupt import Beat
+from jobs.keeping import Keeper, StorageError, mend_list, storage_error
+from model.training import Due, Worker
+
+CPU = torch.device("cpu")
+
+
+class Time:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_checkpoints_come_by_the_clock_and_count_from_the_last_one() -> None:
+    clock = Time()
+    beat = Beat(Worker(0, 1, CPU), 10.0, lambda: (None, None), print, clock)
+    due = []
+    for step in range(1, 13):
+        clock.now += 3
+        found = beat.after_step(0.1)
+        if found is Due.CHECKPOINT or step == 6:
+            beat.checkpointed()
+            due.append((step, found))
+    assert due == [(4, Due.CHECKPOINT), (6, Due.NOTHING), (10, Due.CHECKPOINT)]
+
+
+def test_short_steps_are_exchanged_once_a_second() -> None:
+    clock, looks = Time(), 0
+
+    def news() -> tuple[str | None, str | None]:
+        nonlocal looks
+        looks += 1
+        return None, None
+
+    beat = Beat(Worker(0, 1, CPU), None, news, print, clock)
+    for _ in range(1000):
+        clock.now += 0.0101
+        beat.after_step(0.001)
+    assert 10 <= looks <= 12
+
+
+def test_a_word_to_stop_is_followed_and_a_drain_has_one_checkpoint() -> None:
+    said: list[str] = []
+    clock = Time()
+    news = iter([(None, None), (None, "node a"), (None, "node a"), (None, "node a"), ("SIGTERM to the driver", None)])
+    beat = Beat(Worker(0, 1, CPU), None, lambda: next(news), said.append, clock)
+    found = []
+    for _ in range(5):
+        clock.now += 2
+        found.append(beat.after_step(0.1))
+    assert found == [Due.NOTHING, Due.CHECKPOINT, Due.NOTHING, Due.NOTHING, Due.STOP]
+    assert said == [
+        "draining: node a; writing a checkpoint, then going on until the node is taken",
+        "SIGTERM to the driver: writing a checkpoint, then leaving",
+    ]
+
+
+def beats(rank: int, world: int, folder: str) -> None:
+    """Three workers whose clocks differ; only worker 0's and its news count, and worker 2 is slow for a while."""
+    distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
+    clock = Time()
+    said: list[str] = []
+    news = iter([(None, None)] * 9 + [("stop", None)])
+    beat = Beat(Worker(rank, world, CPU), 10.0, lambda: next(news), said.append, clock)
+    found = []
+    for step in range(10):
+        clock.now += 4 if rank == 0 else 100.0 * rank
+        found.append(beat.after_step(3.0 if rank == 2 and step not in (0, 3) else 1.0).name)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps([found, said]))
+    distributed.destroy_process_group()
+
+
+def test_all_workers_find_the_same_due_and_the_slow_one_says_so(tmp_path: Path) -> None:
+    multiprocessing.spawn(beats, args=(3, str(tmp_path)), nprocs=3)
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    # Nobody tells these workers that the checkpoint was written, so it stays due.
+    assert [found for found, _ in results] == [["NOTHING", "NOTHING", *["CHECKPOINT"] * 7, "STOP"]] * 3
+    assert results[0][1] == ["stop: writing a checkpoint, then leaving"]
+    assert results[1][1] == []
+    # Slow for two exchanges is not said, for six it is once.
+    (line,) = results[2][1]
+    assert line.startswith("rank 2 on ")
+    assert "is slow: 3.00 s a step for its data and forward pass, the others 1.00 s" in line
+
+
+def test_a_half_written_list_of_checkpoints_is_mended(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    assert mend_list(run) is None
+    whole = '{"checkpoint_results": []}'
+    (tmp_path / RUN_FILE).write_text(whole)
+    Keeper(run, 3).after_report(object(), [], object())
+    assert mend_list(run) is None
+    (tmp_path / RUN_FILE).write_text(whole[:7])
+    assert "taking the one before" in str(mend_list(run))
+    assert (tmp_path / RUN_FILE).read_text() == whole
+
+
+def test_a_list_that_was_never_whole_is_put_aside(tmp_path: Path) -> None:
+    (tmp_path / RUN_FILE).write_text("")
+    assert "starting anew" in str(mend_list(str(tmp_path)))
+    assert not (tmp_path / RUN_FILE).exists()
+
+
+def test_a_storage_that_fails_is_not_tried_again_and_a_lost_worker_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keeper = Keeper(str(tmp_path), 1)
+    error = storage_error(str(tmp_path), OSError(28, os.strerror(28)))
+    with pytest.raises(ControllerError) as raised:
+        keeper.after_exception(object(), {0: error})
+    assert isinstance(raised.value.controller_failure, StorageError)
+    assert "No space left on device" in str(error)
+    assert "run the same command again" in str(error)
+    for _ in range(2):
+        keeper.after_exception(object(), {1: RuntimeError("lost\nat line 3")})
+    assert capsys.readouterr().out.splitlines() == [
+        "failure 1 of at most 2: rank 1: RuntimeError: lost; starting again from the last checkpoint",
+        "failure 2 of at most 2: rank 1: RuntimeError: lost; giving up",
+    ]

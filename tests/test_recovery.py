@@ -1,0 +1,255 @@
+"""Real faults while a real run trains: nothing is lost but the steps since the last checkpoint.
+
+Each ends with the weights of a run that was never disturbed, bit for bit, having seen each image once an epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from pyarrow import fs as arrow_fs
+from ray.train import Checkpoint
+from safetensors.torch import load_file
+
+from jobs import checkpoint
+from jobs.keeping import Outbox, StorageError
+from jobs.ledger import Proof, prove
+from pipeline.dataset import read_dataset
+from pipeline.plan import Plan, colour_matrix
+from pipeline.storage import open_location
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 5  # Of an epoch: 45 images, 9 at a time
+CHECKPOINT_BYTES = 470 * 2**20  # A network of three classes and its momentum
+
+
+class Run:
+    """One start of jobs/train.py, and what it prints while it goes on."""
+
+    def __init__(self, shards: Path, storage: str, workers: int, epochs: int, *more: str, **environment: str) -> None:
+        arguments = ["--data", shards, "--storage", storage, "--name", "run", "--workers", workers, "--epochs", epochs]
+        arguments += ["--batch-size", 9, "--log-every", 1, "--no-gpus", "--checkpoint-every", 2, *more]
+        clean = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        self.process = subprocess.Popen(
+            [sys.executable, "jobs/train.py", *map(str, arguments)],
+            cwd=ROOT,
+            env=clean | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.lines: list[str] = []
+
+    @property
+    def text(self) -> str:
+        return "".join(self.lines)
+
+    def wait_for(self, part: str) -> None:
+        """Reads until a line holds `part`."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if part in line:
+                return
+        pytest.fail(f"{part!r} was never printed:\n{self.text}")
+
+    def end(self) -> int:
+        """Reads to the end; the exit status."""
+        assert self.process.stdout is not None
+        self.lines += self.process.stdout
+        return self.process.wait(60)
+
+    def worker(self) -> int:
+        """The process id of one of the run's workers."""
+        return next(
+            pid
+            for pid in descendants(self.process.pid)
+            if Path(f"/proc/{pid}/cmdline").read_text().startswith("ray::RayTrainWorker")
+        )
+
+
+def descendants(root: int) -> list[int]:
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found = [root]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found
+
+
+def undisturbed(shards: Path, folder: Path, workers: int, epochs: int) -> Path:
+    run = Run(shards, str(folder), workers, epochs)
+    assert run.end() == 0, run.text
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def alone(shard_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One worker, one epoch, never disturbed."""
+    return undisturbed(shard_set, tmp_path_factory.mktemp("alone"), 1, 1)
+
+
+@pytest.fixture(scope="module")
+def pair(shard_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two workers, two epochs, never disturbed."""
+    return undisturbed(shard_set, tmp_path_factory.mktemp("pair"), 2, 2)
+
+
+def plan(shards: Path) -> Plan:
+    info = read_dataset(shards)
+    return Plan(info.splits["train"].samples, 9, 0, colour_matrix(info.rgb))
+
+
+def assert_alike(whole: Path, run: str, shards: Path, epochs: int, workers: int) -> None:
+    """The run at a path or URL ended as the undisturbed one did, bit for bit, and saw each image once an epoch."""
+    filesystem, path = open_location(run)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            inside = f"checkpoint_{epochs:04d}_000000/{name}"
+            arrow_fs.copy_files(f"{path}/{inside}", f"{folder}/{name}", source_filesystem=filesystem)
+            a, b = load_file(whole / inside), load_file(f"{folder}/{name}")
+            assert a.keys() == b.keys()
+            assert all(a[key].equal(b[key]) for key in a)
+    assert prove(run, plan(shards)) == Proof(epochs, epochs * STEPS, (workers,))
+
+
+def last(run: str) -> tuple[int, int]:
+    progress = list(checkpoint.committed(run).values())[-1].progress
+    return progress.epoch, progress.step
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=False)
+    if made.returncode != 0:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_a_stopped_driver_and_a_hanging_worker_change_nothing(
+    pair: Path, shard_set: Path, tmp_path: Path
+) -> None:
+    first = Run(shard_set, str(tmp_path), 2, 2)
+    first.wait_for("epoch 1/2 step 3/5")
+    os.kill(first.worker(), signal.SIGKILL)
+    first.wait_for("failure 1 of at most 4: rank ")
+    first.wait_for("starting again from the last checkpoint")
+    first.wait_for("epoch 2/2 step 1/5")
+    first.process.terminate()
+    assert first.end() == 1, first.text
+    assert "SIGTERM to the driver: writing a checkpoint, then leaving" in first.text
+    error = first.lines[-1]
+    epoch, step = last(str(tmp_path / "run"))
+    assert (epoch, step) >= (1, 1)
+    assert error == (
+        f"error: stopped after epoch {epoch}, step {step}, with a checkpoint: run the same command again to continue\n"
+    )
+
+    second = Run(shard_set, str(tmp_path), 2, 2, RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S="6")
+    second.wait_for(f"continuing after epoch {epoch}, step {step}")
+    second.wait_for("epoch 2/2 step ")
+    os.kill(second.worker(), signal.SIGSTOP)
+    second.wait_for("failure 1 of at most 4: rank ")
+    assert "WorkerHealthCheckTimeoutError: A worker health check has been hanging for" in second.lines[-1]
+    assert second.end() == 0, second.text
+    assert_alike(pair, str(tmp_path / "run"), shard_set, 2, 2)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_then_a_killed_driver_changes_nothing(
+    alone: Path, shard_set: Path, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path / "disk", str(int(1.5 * CHECKPOINT_BYTES))) as disk:
+        first = Run(shard_set, str(disk), 1, 1)
+        assert first.end() == 1, first.text
+        line = first.lines[-1]
+        assert line.startswith(f"error: {disk}/run could not be written (")
+        assert "No space left on device" in line
+        assert "Traceback" not in first.text
+        assert last(str(disk / "run")) == (0, 2)
+
+        subprocess.run(["mount", "-o", "remount,size=4g", disk], check=True)
+        second = Run(shard_set, str(disk), 1, 1)
+        second.wait_for("continuing after epoch 0, step 2")
+        second.wait_for("epoch 1/1 step 4/5")
+        os.killpg(second.process.pid, signal.SIGKILL)
+        second.end()
+        third = Run(shard_set, str(disk), 1, 1)
+        assert third.end() == 0, third.text
+        assert_alike(alone, str(disk / "run"), shard_set, 1, 1)
+
+
+@pytest.mark.slow
+def test_a_run_on_s3_is_stopped_resumed_finished_and_known_again(
+    alone: Path, shard_set: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boto3.client("s3", endpoint_url=f"http://{s3}").create_bucket(Bucket="runs")
+    options = f"?region=us-east-1&scheme=http&endpoint_override={s3}"
+    storage, run = f"s3://runs/here{options}", f"s3://runs/here/run{options}"
+    first = Run(shard_set, storage, 1, 1)
+    first.wait_for("epoch 1/1 step 1/5")
+    os.kill(first.worker(), signal.SIGTERM)
+    assert first.end() == 1, first.text
+    assert "SIGTERM to rank 0 on" in first.text
+    epoch, step = last(run)
+    assert f"error: stopped after epoch {epoch}, step {step}, with a checkpoint" in first.lines[-1]
+
+    second = Run(shard_set, storage, 1, 1)
+    assert second.end() == 0, second.text
+    assert f"continuing after epoch {epoch}, step {step}" in second.text
+    assert_alike(alone, run, shard_set, 1, 1)
+
+    again = Run(shard_set, storage, 1, 1)
+    assert again.end() == 0, again.text
+    assert "the run run is finished already" in again.text
+    other = Run(shard_set, storage, 1, 1, "--lr", "0.02")
+    assert other.end() == 1
+    assert "lr is 0.02, was 0.01" in other.lines[-1]
+
+
+def send(outbox: Outbox, folder: Path) -> Checkpoint:
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(bytes(2**21))
+    return outbox._upload(Checkpoint.from_directory(str(folder)), "checkpoint_0001_000000")
+
+
+def test_a_storage_that_vanishes_is_not_made_anew_elsewhere(tmp_path: Path) -> None:
+    run = tmp_path / "mount" / "run"
+    run.mkdir(parents=True)
+    outbox = Outbox(str(run))
+    run.parent.rename(tmp_path / "gone")
+    with pytest.raises(StorageError, match=r"run could not be written \(the run's folder has vanished\); the checkp"):
+        send(outbox, tmp_path / "checkpoint")
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"), [("remount,ro", "Read-only file system"), ("remount,size=1m", "No space left on device")]
+)
+def test_a_storage_that_cannot_be_written_is_named(tmp_path: Path, options: str, reason: str) -> None:
+    with small_disk(tmp_path / "disk", "4m") as disk:
+        run = disk / "run"
+        run.mkdir()
+        outbox = Outbox(str(run))
+        subprocess.run(["mount", "-o", options, disk], check=True)
+        with pytest.raises(StorageError, match=rf"{run} could not be written \(.*{reason}"):
+            send(outbox, tmp_path / "checkpoint")
+        subprocess.run(["mount", "-o", "remount,rw,size=8m", disk], check=True)
+        assert send(outbox, tmp_path / "again").path == f"{run}/checkpoint_0001_000000"
