@@ -16,9 +16,9 @@ import torch
 from nvidia.dali import fn, pipeline_def
 
 from pipeline.annotate import annotate_shard
-from pipeline.annotated_set import find_shards
+from pipeline.annotated_set import begin, find_shards
 from pipeline.annotation import read_annotation
-from pipeline.dataset import DatasetInfo, SplitReader, read_dataset
+from pipeline.dataset import DatasetError, DatasetInfo, SplitReader, read_dataset
 from pipeline.label_names import CONFLICT, name_labels
 from pipeline.loader import Loader
 from pipeline.plan import centre_views
@@ -241,6 +241,16 @@ def test_a_job_killed_before_its_end_leaves_an_unfinished_set(copy: Path, done: 
     assert described(copy) == read_dataset(done)
     assert contents(copy) == contents(done)
     assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
+def test_a_set_with_a_shard_to_annotate_anew_is_unfinished(done: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(done, tmp_path / "set"))
+    begin(root, find_shards(root))
+    assert read_dataset(root) == read_dataset(done)
+    (root / "val" / "val-000000.json").unlink()
+    begin(root, find_shards(root))
+    with pytest.raises(DatasetError, match="is unfinished"):
+        read_dataset(root)
 
 
 def test_a_second_run_writes_nothing(done: Path, tmp_path: Path) -> None:
