@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import json
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -110,7 +109,3 @@ def jpeg_of(one: Sample) -> bytes:
 def pixels_of(one: Sample) -> Any:
     """[256, 256, 3] uint8, by Pillow."""
     return Image.open(io.BytesIO(jpeg_of(one))).convert("RGB")
-
-
-def as_json(value: Any) -> bytes:
-    return json.dumps(value).encode()

@@ -199,7 +199,7 @@ def test_a_set_that_tar_made_of_folders(folder: str, tmp_path: Path) -> None:
         (whole / split / folder / ".hidden").unlink()
     info = described(root)
     check_reading(root, info)
-    # DALI's indexer finds no sample where names begin with ./; its reader finds them by our index.
+    # DALI's indexer finds nothing where names begin with ./, its reader does by our index.
     paths = [root / split / "shard.tar" for split in ("train", "val")]
 
     @pipeline_def(batch_size=12, num_threads=1, device_id=None)
@@ -237,9 +237,9 @@ def test_a_job_killed_before_its_end_leaves_an_unfinished_set(copy: Path, done: 
     for split, name in find_shards(copy)[:2]:
         annotate_shard(copy, split, name, None)
     written = {path: path.stat().st_mtime_ns for path in copy.rglob("*.idx")}
-    assert len(written) == 2
     assert described(copy) == read_dataset(done)
     assert contents(copy) == contents(done)
+    assert len(written) == 2
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
@@ -300,12 +300,7 @@ def test_numbers_where_nothing_names_the_classes_and_a_file_that_does(tmp_path: 
 
 def test_a_thousand_classes_are_imagenets() -> None:
     names = name_labels(1000, {})
-    assert [names.names[label] for label in (0, 207, 388, 999)] == [
-        "tench",
-        "golden retriever",
-        "giant panda",
-        "toilet tissue",
-    ]
+    assert [names.names[label] for label in (0, 388, 999)] == ["tench", "giant panda", "toilet tissue"]
     assert names.wnids[999] == "class_0999"
     # Not where the images contradict it.
     several = name_labels(1000, {3: CONFLICT})
