@@ -29,7 +29,7 @@ from tests.foreign_shards import (
     described,
     digests,
     jpeg_of,
-    pixels_of,
+    picture_of,
     sample,
     stored,
     unpacked,
@@ -73,14 +73,14 @@ def check_reading(root: Path, info: DatasetInfo) -> None:
         loader = Loader(reader, info.rgb, len(reader), torch.device("cpu"), 1)
         (batch,) = loader.run([centre_views(np.arange(len(reader)))])
         assert batch.labels.tolist() == reader.labels.tolist()
-        pixels = np.stack([np.asarray(pixels_of(one)) for one in expected]).astype(np.float64)
+        pixels = np.stack([np.asarray(picture_of(one)) for one in expected]).astype(np.float64)
         window = pixels[:, 14:241, 14:241] - 255 * np.array(info.rgb.mean)
         np.testing.assert_allclose(batch.images.permute(0, 2, 3, 1), window, rtol=0, atol=1e-4)
 
 
 def check_statistics(root: Path, info: DatasetInfo) -> None:
     """The RGB PCA against numpy's of all training pixels, decoded by Pillow."""
-    pixels = np.stack([np.asarray(pixels_of(one)) for one in unpacked(root, "train")]).reshape(-1, 3) / 255
+    pixels = np.stack([np.asarray(picture_of(one)) for one in unpacked(root, "train")]).reshape(-1, 3) / 255
     covariance = np.cov(pixels.T, ddof=0)
     values, vectors = np.linalg.eigh(covariance)
     assert info.rgb.pixels == len(pixels)
@@ -175,7 +175,7 @@ def test_grey_images_notes_and_other_extensions(tmp_path: Path) -> None:
 def test_images_that_webdataset_encodes_itself(tmp_path: Path) -> None:
     root = tmp_path / "set"
     for split in ("train", "val"):
-        write_shards(root, split, (sample(number, jpg=pixels_of(sample(number))) for number in range(6)))
+        write_shards(root, split, (sample(number, jpg=picture_of(sample(number))) for number in range(6)))
     info = described(root)
     check_statistics(root, info)
     check_reading(root, info)
