@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import json
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -107,10 +106,6 @@ def jpeg_of(one: Sample) -> bytes:
     return one["jpg"] if "jpg" in one else one["jpeg"]
 
 
-def pixels_of(one: Sample) -> Any:
-    """[256, 256, 3] uint8, by Pillow."""
+def picture_of(one: Sample) -> Image.Image:
+    """What Pillow makes of it, in RGB."""
     return Image.open(io.BytesIO(jpeg_of(one))).convert("RGB")
-
-
-def as_json(value: Any) -> bytes:
-    return json.dumps(value).encode()
