@@ -52,7 +52,7 @@ class ShardMemoryConfig:
     side: int = 16
     """Of the images, in pixels."""
     hostile: bool = True
-    """Also measure single images of 80 megapixels, which take 1 GB."""
+    """Also measure single images of 80 megapixels, which take 2.2 GB."""
     work: Path | None = None
     """Folder for what is made; by default one for temporary files. 1 GB for 100,000 images."""
 
