@@ -15,7 +15,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from jobs.cluster import LostError, connected, stream
+from jobs.cluster import LOOPBACK_SWITCH, LostError, connected, stream
 from tests.photographs import write_source
 from tests.processes import below, builders
 from tests.shard_sets import contents, make, planned
@@ -30,7 +30,6 @@ CPUS = 2
 def two_nodes() -> Iterator[tuple[Cluster, int]]:
     """A cluster of two raylets with a CPU each on loopback, and the process of the one that is not the head."""
     quiet = {"num_cpus": 1, "node_ip_address": "127.0.0.1"}
-    # The cluster's own processes must find the project, as on a node where it is installed.
     cluster = Cluster(initialize_head=True, head_node_args={**quiet, "include_dashboard": False})
     try:
         node = cluster.add_node(**quiet)
@@ -44,7 +43,9 @@ def test_a_lost_node_costs_time_and_no_byte(tmp_path: Path, monkeypatch: pytest.
     source = write_source(tmp_path / "images", images=16, longest=700)
     uninterrupted = make(tmp_path / "uninterrupted", planned(source, per_shard=PER_SHARD))
     output = tmp_path / "out"
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # The cluster's own processes must find the project, as on a node where it is installed, and stay on loopback.
+    for name, value in {**LOOPBACK_SWITCH, "PYTHONPATH": str(ROOT)}.items():
+        monkeypatch.setenv(name, value)
     with two_nodes() as (cluster, raylet):
         job = [sys.executable, str(ROOT / "jobs" / "shard_imagenet.py"), "--source", str(source)]
         process = subprocess.Popen(

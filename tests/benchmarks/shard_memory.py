@@ -5,7 +5,7 @@
 The images are tiny JPEGs under many names, in a tar of class tars: what the job keeps of each is its place, and what a
 worker keeps is its shard of 256 x 256 JPEGs, neither of which depends on the size of the original. Memory is the
 kernel's high-water mark of each process's resident size, looked at ten times a second; pages of libraries and of Ray's
-shared memory count in each process that uses them. "Idle" is a process that has imported the job and done nothing.
+shared memory count in each process that uses them. "Idle" is a process that has imported the same and done nothing.
 
 Beside it, each in a process of its own, images of just less than the 80 megapixels that are allowed, as somebody who
 wants to fill the memory would make them.
@@ -38,7 +38,8 @@ CLASSES = 100
 VARIANTS = 50
 LOOK_EVERY_S = 0.1
 IDLE = "import jobs.shard_imagenet"
-CONVERT = "import sys; from pipeline.resize import convert; convert(open(sys.argv[1], 'rb').read(), 90)"
+CONVERTER = "import sys; from pipeline.resize import convert"
+CONVERT = f"{CONVERTER}; convert(open(sys.argv[1], 'rb').read(), 90)"
 WAIT = "; print(flush=True); input()"  # Until its high-water mark was read.
 
 
@@ -51,7 +52,7 @@ class ShardMemoryConfig:
     side: int = 16
     """Of the images, in pixels."""
     hostile: bool = True
-    """Also measure single images of 80 megapixels, which take 1 GB."""
+    """Also measure single images of 80 megapixels, which take 2.2 GB."""
     work: Path | None = None
     """Folder for what is made; by default one for temporary files. 1 GB for 100,000 images."""
 
@@ -186,6 +187,7 @@ def main(config: ShardMemoryConfig) -> None:
             )
         if config.hostile:
             print(f"\n| one image of {MAX_PIXELS:,} pixels | peak | above idle |\n| --- | --- | --- |")
+            idle = peak_of(CONVERTER)
             for what, path in hostile(folder).items():
                 peak = peak_of(CONVERT, str(path))
                 print(f"| {what}, {path.stat().st_size / MB:.1f} MB | {peak:,.0f} | {peak - idle:,.0f} |", flush=True)
