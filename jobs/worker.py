@@ -163,6 +163,11 @@ class Reporter:
         for tracker in self._trackers:
             tracker.flush()
 
+    def close(self) -> None:
+        """At the end, well or not."""
+        for tracker in self._trackers:
+            tracker.close()
+
     def _track(self, values: dict[str, float], step: int) -> None:
         for tracker in self._trackers:
             tracker.log(values, step)
@@ -221,11 +226,14 @@ def train_worker(assignment: Assignment) -> dict[str, Any]:
         trackers = make_trackers(assignment.tracker, tracked)
     if previous is not None and worker.rank == 0:
         print(f"continuing after epoch {trainer.progress.epoch}, step {trainer.progress.step}", flush=True)
+    reporter = Reporter(assignment, identity, worker, data.steps, trackers)
     try:
-        trainer.fit(data, Reporter(assignment, identity, worker, data.steps, trackers))
+        trainer.fit(data, reporter)
     except DivergedError as error:
         # Every worker stops alike, and to start again would end the same way: an answer, not a failure to retry.
         return {"error": str(error), "history": trainer.progress.history}
+    finally:
+        reporter.close()
     return {"error": None, "history": trainer.progress.history}
 
 

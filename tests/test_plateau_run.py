@@ -65,7 +65,7 @@ def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(data: Path, folder: Path, die_in: int | None = None) -> Trainer:
-    """Trains, from the checkpoint in `folder` if there is one, until the schedule ends it or in an epoch's last step."""
+    """Trains, from the checkpoint in `folder` if there is one, until the schedule ends it or it dies in an epoch."""
     loaded = WorkerData(data, RECIPE, CPU, RECIPE.batch_size, 1)
     identity = Identity.of(RECIPE, loaded.info)
     trainer = Trainer(make_network(identity).to(memory_format=torch.channels_last), RECIPE, CPU)
