@@ -77,7 +77,7 @@ def test_weights_and_biases_takes_the_same_metrics(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("WANDB_MODE", "offline")
     (tmp_path / "run").mkdir()
     last = track("wandb", tmp_path / "run", 0, {10: 2.5, 20: 2.25})[-1]
-    assert isinstance(last, kinds.WeightsAndBiases)
+    assert isinstance(last, WeightsAndBiases)
     assert last._run.summary["train/loss"] == 2.25
     assert last._run.config["lr"] == 0.01
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
