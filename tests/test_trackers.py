@@ -13,7 +13,6 @@ from jobs.trackers import (
     PROJECT,
     Tracked,
     Tracker,
-    WeightsAndBiases,
     make_trackers,
     read_events,
     refuse_missing,
@@ -76,8 +75,8 @@ def test_weights_and_biases_takes_the_same_metrics(tmp_path: Path, monkeypatch: 
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     (tmp_path / "run").mkdir()
-    last = track("wandb", tmp_path / "run", 0, {10: 2.5, 20: 2.25})[-1]
-    assert isinstance(last, WeightsAndBiases)
-    assert last._run.summary["train/loss"] == 2.25
-    assert last._run.config["lr"] == 0.01
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    track("wandb", tmp_path / "run", 0, {10: 2.5, 20: 2.25})
+    (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    # The format is its own; names stand in it as they are.
+    for name in (b"train/loss", b"2.25", b"batch_size"):
+        assert name in written.read_bytes(), name
