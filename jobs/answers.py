@@ -24,7 +24,7 @@ NEAREST = 6  # The paper's figure 4 (right)
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Of the first images of each split, whose order is random, so that they are a fair sample; centre crops."""
+    """Of the first images of each split, which lies in a random order: a fair sample; by the centre crop."""
 
     val_labels: NDArray[np.int64]
     """[v]: the true classes."""

@@ -58,6 +58,10 @@ class Tracker(Protocol):
         """After an epoch: what was told is to be where others read it."""
         ...
 
+    def close(self) -> None:
+        """At the end."""
+        ...
+
 
 def refuse_missing(tracker: str | None) -> None:
     """Raises ValueError if a tracker's package is not installed."""
@@ -84,7 +88,7 @@ class TensorBoard:
         remote = not isinstance(self._storage, arrow_fs.LocalFileSystem)
         self._local = tempfile.mkdtemp() if remote else self._path
         # What an interrupted run wrote after its last checkpoint is hidden by purge_step: it happens again.
-        self._writer = SummaryWriter(self._local, purge_step=run.start)
+        self._writer = SummaryWriter(self._local, purge_step=run.start + 1)
         self._writer.add_text(MACHINE, run.machine, run.start)
 
     def log(self, values: dict[str, float], step: int) -> None:
@@ -96,6 +100,9 @@ class TensorBoard:
         if self._local != self._path:
             self._storage.create_dir(self._path, recursive=True)
             arrow_fs.copy_files(self._local, self._path, destination_filesystem=self._storage)
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class MLflow:
@@ -112,6 +119,7 @@ class MLflow:
         known = self._client.search_runs([experiment], f"tags.location = '{run.location}'")
         if known:
             self._run = known[0].info.run_id
+            self._client.update_run(self._run, status="RUNNING")
         else:
             tags = {"location": run.location}
             self._run = self._client.create_run(experiment, tags=tags, run_name=run.name).info.run_id
@@ -136,6 +144,10 @@ class MLflow:
             print(f"warning: MLflow did not take {lost} of {len(self._sent)} rows of metrics: {reason}", flush=True)
         self._sent.clear()
 
+    def close(self) -> None:
+        self.flush()
+        self._client.set_terminated(self._run)
+
 
 class WeightsAndBiases:
     """A run of the project alexnet-trainer; WANDB_API_KEY or WANDB_MODE say where."""
@@ -158,6 +170,9 @@ class WeightsAndBiases:
 
     def flush(self) -> None:
         """It sends by itself."""
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -190,6 +190,11 @@ class Reporter:
         for tracker in self._trackers:
             tracker.flush()
 
+    def close(self) -> None:
+        """At the end, well or not."""
+        for tracker in self._trackers:
+            tracker.close()
+
     def _track(self, values: dict[str, float], step: int) -> None:
         for tracker in self._trackers:
             tracker.log(values, step)
@@ -271,6 +276,8 @@ def train_worker(assignment: Assignment) -> dict[str, Any]:
         error = str(failure)
     except StoppedError as failure:
         stopped = str(failure)
+    finally:
+        reporter.close()
     reporter.wait()
     return {"error": error, "stopped": stopped, "history": trainer.progress.history}
 

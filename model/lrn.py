@@ -3,8 +3,8 @@
 b[c] = a[c] / (k + alpha * sum of a[j]^2 over the n maps nearest to c) ** beta
 
 The paper multiplies the *sum* by alpha; `torch.nn.LocalResponseNorm` (and Caffe) multiply the *mean*, so their alpha
-is n times ours. The sum over neighbouring maps is a 1 x 1 convolution with a banded matrix of ones, which is a plain
-matrix product per pixel in either memory layout; the backward is written by hand so that it is one more such product.
+is n times ours. The sum over neighbouring maps is a product with a banded matrix of ones at each pixel, quickest in
+channels_last memory; the backward is written by hand so that it is one more such product, and only the sums are kept.
 """
 
 from __future__ import annotations
@@ -34,24 +34,42 @@ def _power(scale: Tensor, beta: float) -> Tensor:
     return scale.pow(-beta)
 
 
+def _mix(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """At each pixel, the channels times a matrix: [N, C, H, W] -> the same, in channels_last memory."""
+    return F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
+
+
 class _LocalResponse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, band: Tensor, k: float, alpha: float, beta: float) -> Tensor:
-        scale = F.conv2d(x * x, band).mul_(alpha).add_(k)
-        power = _power(scale, beta)
-        ctx.save_for_backward(x, band, scale, power)
+        out, scale = torch.empty_like(x), torch.empty_like(x)
+        weight, bias = band * alpha, x.new_full((x.shape[1],), k)
+        for part, to, its_scale in zip(*_parts(x, out, scale), strict=True):
+            its_scale.copy_(_mix(part * part, weight, bias))
+            torch.mul(part, _power(its_scale, beta), out=to)
+        ctx.save_for_backward(x, band, scale)
         ctx.constants = alpha, beta  # type: ignore[attr-defined]
-        return x * power
+        return out
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        x, band, scale, power = ctx.saved_tensors  # type: ignore[attr-defined]
+        x, band, scale = ctx.saved_tensors  # type: ignore[attr-defined]
         alpha, beta = ctx.constants  # type: ignore[attr-defined]
         # d b[c] / d a[j] = [c = j] scale[c]^-beta - 2 alpha beta a[c] a[j] scale[c]^(-beta - 1) band[c, j],
         # and band is its own transpose.
-        direct = grad * power
-        shared = F.conv2d((direct * x).div_(scale), band).mul_(x)
-        return direct.sub_(shared, alpha=2.0 * alpha * beta), None, None, None, None
+        out = torch.empty_like(x)
+        weight = band * (-2.0 * alpha * beta)
+        for part, its_scale, its_grad, to in zip(*_parts(x, scale, grad, out), strict=True):
+            direct = _power(its_scale, beta).mul_(its_grad)
+            shared = _mix((direct * part).div_(its_scale), weight)
+            torch.addcmul(direct, part, shared, out=to)
+        return out, None, None, None, None
+
+
+def _parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Each tensor cut into pieces of its batch: on a CPU, single images, whose intermediate results stay in its cache
+    (measured to halve the time); on a GPU whole, since each piece costs launches."""
+    return [tensor.split(1 if tensor.device.type == "cpu" else max(len(tensor), 1)) for tensor in tensors]
 
 
 class LocalResponseNorm(nn.Module):
@@ -70,7 +88,7 @@ class LocalResponseNorm(nn.Module):
         super().__init__()
         self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
         # Not a parameter and not saved: it follows from the arguments.
-        self.register_buffer("band", neighbour_matrix(channels, size)[:, :, None, None], persistent=False)
+        self.register_buffer("band", neighbour_matrix(channels, size), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return _LocalResponse.apply(x, self.band.to(x.dtype), self.k, self.alpha, self.beta)

@@ -1,25 +1,54 @@
-"""A run under the plateau schedule to its own end, undisturbed and interrupted in the middle of a patience count."""
+"""Training under the plateau schedule to its own end, undisturbed and interrupted in the middle of a patience count."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+import torch
 
 from jobs import checkpoint
+from jobs.answers import Asker
+from jobs.checkpoint import Identity
+from jobs.gallery import gallery
+from jobs.report import page
+from jobs.trackers import EVENTS, Tracked, make_trackers, read_events
+from jobs.worker import Assignment, Reporter, WorkerData, make_network
+from model.recipe import RECIPES
 from model.schedule import PAPER_REDUCTIONS
+from model.training import Progress, Trainer, Worker
+from pipeline.dataset import read_dataset
 from pipeline.resize import encoder_settings
 from pipeline.shard_set import SetPlan, claim_folder, finish
 from pipeline.shards import build_shard, plan_shards
 from pipeline.sources import read_source
 from tests.photographs import write_source
-from tests.test_train_job import call
 
 PATIENCE = 2
-SETTINGS = ["--workers", "1", "--batch-size", "4", "--lr", "0.0001", "--patience", PATIENCE, "--no-gpus"]
-MOST = 60  # Epochs; the schedule is to stop long before.
+RECIPE = dataclasses.replace(RECIPES["default"], batch_size=4, lr=1e-4, patience=PATIENCE)
+CPU = Worker(0, 1, torch.device("cpu"))
+
+
+class InterruptedRunError(Exception):
+    """Stands for a kill."""
+
+
+class Keeper(Reporter):
+    """Tells the trackers as in any run, but keeps the newest checkpoint in a folder, without Ray Train."""
+
+    def __init__(self, folder: Path, die_in: int | None, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._folder, self._die_in = folder, die_in
+
+    def stepped(self, trainer: Trainer, *measured: Any) -> None:
+        super().stepped(trainer, *measured)
+        if trainer.progress.epoch + 1 == self._die_in:
+            raise InterruptedRunError
+
+    def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
+        checkpoint.save(self._folder, trainer, self._identity)
 
 
 @pytest.fixture(scope="module")
@@ -35,49 +64,62 @@ def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "shards"
 
 
-def train(data: Path, storage: Path, epochs: int) -> checkpoint.State:
-    """Runs or continues the run called "it" up to so many epochs; its newest state."""
-    done = call("train", "--data", data, "--storage", storage, "--name", "it", "--epochs", epochs, *SETTINGS)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return list(checkpoint.committed(str(storage / "it")).values())[-1]
+def train(data: Path, folder: Path, die_in: int | None = None) -> Trainer:
+    """Trains, from the checkpoint in `folder` if there is one, until the schedule ends it or it dies in an epoch."""
+    loaded = WorkerData(data, RECIPE, CPU, RECIPE.batch_size, 1)
+    identity = Identity.of(RECIPE, loaded.info)
+    trainer = Trainer(make_network(identity).to(memory_format=torch.channels_last), RECIPE, CPU)
+    folder.mkdir(exist_ok=True)
+    if (folder / checkpoint.STATE_FILE).exists():
+        checkpoint.restore(folder, trainer, identity)
+    assignment = Assignment(str(data), None, str(folder), None, RECIPE, 4, 1, "float32", 20, 0, None)
+    start = trainer.progress.epoch * loaded.steps
+    trackers = make_trackers(None, Tracked(str(folder), {}, "this machine", start))
+    trainer.fit(loaded, Keeper(folder, die_in, assignment, identity, CPU, loaded.steps, trackers))
+    return trainer
 
 
-def learnt(row: Mapping[str, object]) -> dict[str, object]:
-    """A row of the history without what the clock says."""
-    return {name: value for name, value in row.items() if "seconds" not in name}
+def learnt(progress: Progress) -> list[dict[str, Any]]:
+    """The history without what the clock says."""
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in progress.history]
 
 
 @pytest.mark.slow
 def test_a_plateau_run_ends_itself_the_same_when_it_was_interrupted(tiny_set: Path, tmp_path: Path) -> None:
-    whole = train(tiny_set, tmp_path / "whole", MOST).progress
-    decisions = [row["epoch"] for row in whole.history if row["reason"]]
-    assert whole.schedule.stopped
+    whole = train(tiny_set, tmp_path / "whole")
+    decisions = [row["epoch"] for row in whole.progress.history if row["reason"]]
+    assert whole.progress.schedule.stopped
     assert len(decisions) == PAPER_REDUCTIONS + 1
-    assert len(whole.history) == decisions[-1] < MOST
-    rates = [whole.history[epoch - 1]["lr"] for epoch in decisions]
+    assert len(whole.progress.history) == decisions[-1] < RECIPE.epochs
+    rates = [whole.progress.history[epoch - 1]["lr"] for epoch in decisions]
     assert rates == pytest.approx([1e-4, 1e-5, 1e-6, 1e-7], rel=1e-9)
 
-    # One epoch before the second decision, the count stands at one of two.
-    half = train(tiny_set, tmp_path / "parts", decisions[1] - 1).progress
-    assert (half.schedule.bad_epochs, half.schedule.reductions) == (PATIENCE - 1, 1)
-    parts = train(tiny_set, tmp_path / "parts", MOST).progress
-    assert [learnt(row) for row in parts.history] == [learnt(row) for row in whole.history]
-    assert parts.schedule == whole.schedule
-    last = f"checkpoint_{decisions[-1]:04d}_000000"
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        one, other = (load_file(tmp_path / storage / "it" / last / name) for storage in ("whole", "parts"))
-        assert one.keys() == other.keys()
-        assert all(one[key].equal(other[key]) for key in one)
+    # In the epoch of the second decision, when the count stands at one of two.
+    with pytest.raises(InterruptedRunError):
+        train(tiny_set, tmp_path / "parts", die_in=decisions[1])
+    kept = checkpoint.read_state(tmp_path / "parts").progress
+    assert (kept.epoch, kept.schedule.bad_epochs, kept.schedule.reductions) == (decisions[1] - 1, PATIENCE - 1, 1)
+    parts = train(tiny_set, tmp_path / "parts")
+    assert learnt(parts.progress) == learnt(whole.progress)
+    assert parts.progress.schedule == whole.progress.schedule
+    for one, other in zip(whole.network.parameters(), parts.network.parameters(), strict=True):
+        assert one.equal(other)
+        momenta = [t.optimizer.state[p]["momentum_buffer"] for t, p in ((whole, one), (parts, other))]
+        assert momenta[0].equal(momenta[1])
 
-    page = tmp_path / "report.html"
-    done = call("report", "--storage", tmp_path / "parts", "--name", "it", "--output", page, "--data", tiny_set)
-    assert done.returncode == 0, done.stderr
-    text = page.read_text()
+    state = checkpoint.read_state(tmp_path / "parts")
+    network = make_network(state.identity).eval()
+    checkpoint.load_network(tmp_path / "parts", network)
+    info = read_dataset(tiny_set)
+    answers = Asker(network, state.identity.rgb, 4, CPU.device, 1).ask(tiny_set, info, images=100, shown=8, queries=3)
+    events = read_events(str(tmp_path / "parts" / EVENTS))
+    # One value an epoch: what the interruption made happen twice is there once.
+    assert [step for step, _ in events.scalars["train/loss"]] == [2 * row["epoch"] for row in parts.progress.history]
+    text = page("parts", state, network, events, {}, gallery(answers, tiny_set, info))
+    (tmp_path / "report.html").write_text(text)
     for epoch in decisions:
         assert text.count(f"<li>epoch {epoch}: error ") == 1
     assert text.count("stopping, the rate was reduced 3 times</li>") == 1
-    # Four charts, the filters; eight cards, and five rows of an image with its six nearest.
-    assert (text.count("<svg"), text.count("data:image/png"), text.count('class="thumbnail"')) == (4, 1, 8 + 5 * 7)
-    assert "1 worker(s) on " in text
-    assert "http-equiv" not in text
+    assert (text.count("<svg"), text.count("data:image/png"), text.count('class="thumbnail"')) == (4, 1, 8 + 3 * 7)
+    assert text.count("this machine") == 1
     assert 'src="http' not in text
