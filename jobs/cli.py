@@ -8,6 +8,8 @@ from typing import NoReturn, TypeVar
 
 import tyro
 
+from pipeline.dataset import SplitReader
+
 Config = TypeVar("Config")
 
 
@@ -26,6 +28,17 @@ def run(config: type[Config], main: Callable[[Config], None]) -> NoReturn:
         print("error: interrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
+
+
+def say_unchecked(reader: SplitReader) -> None:
+    """Says what of a split's images cannot be checked against damage, if any."""
+    if reader.unchecked:
+        print(f"{unchecked(reader)}: a damaged image there is found only if it does not decode", flush=True)
+
+
+def unchecked(reader: SplitReader) -> str:
+    """A clause on what of a split's images cannot be checked."""
+    return f"{reader.unchecked} {reader.split} shard(s) have no checksums in their annotations"
 
 
 def one_line(error: BaseException) -> str:

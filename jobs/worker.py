@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from jobs import checkpoint
 from jobs.checkpoint import CHECKPOINT_PREFIX, Identity
+from jobs.cli import say_unchecked, unchecked
 from jobs.skipped import SkipList
 from model.alexnet import AlexNet
 from model.guards import DivergedError
@@ -79,8 +80,14 @@ class WorkerData:
         self._worker = worker
         self._micro_batch = micro_batch
         self._skips = skips
-        for reader in (self._train, self._val):
-            _say_unchecked(reader, worker, skips)
+        # What is not known to be corrupt cannot be skipped: it would stop the run in the decoder, or be learnt from.
+        if skips is not None and self._train.unchecked:
+            raise DatasetError(
+                f"{unchecked(self._train)}, which --skip-corrupt needs: make the set again, or leave --skip-corrupt out"
+            )
+        if worker.rank == 0:
+            say_unchecked(self._train)
+            say_unchecked(self._val)
         self._train_loader = Loader(self._train, self.info.rgb, micro_batch, worker.device, threads)
         self._val_loader = Loader(self._val, self.info.rgb, micro_batch, worker.device, threads)
 
@@ -101,17 +108,6 @@ class WorkerData:
         part = share(len(self._val), self._worker.rank, self._worker.world)
         samples = np.arange(part.start, part.stop)
         return self._val_loader.run(centre_views(samples).chunks(self._micro_batch))
-
-
-def _say_unchecked(reader: SplitReader, worker: Worker, skips: SkipList | None) -> None:
-    if not reader.unchecked:
-        return
-    what = f"{reader.unchecked} {reader.split} shard(s) have no checksums in their annotations"
-    # What is not known to be corrupt cannot be skipped: it would stop the run in the decoder, or be learnt from.
-    if skips is not None and reader.split == "train":
-        raise DatasetError(f"{what}, which --skip-corrupt needs: make the set again, or leave --skip-corrupt out")
-    if worker.rank == 0:
-        print(f"{what}: a damaged image there is found only if it does not decode", flush=True)
 
 
 class Reporter:
