@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from jobs import checkpoint
+from jobs.evaluate import EvaluateConfig
+from jobs.evaluate import main as evaluate
 from jobs.skipped import read_skips
 from model.recipe import RECIPES
-from pipeline.dataset import read_dataset
+from pipeline.dataset import DatasetError, read_dataset
 from pipeline.plan import Plan, colour_matrix
 from tests.damage import Place, flip_in_the_middle, own_copy, places
 from tests.test_train_job import ROOT, command, environment
@@ -71,17 +74,47 @@ def test_a_corrupt_image_ends_the_run_with_one_line(damaged: tuple[Path, Place, 
     assert steps[-1][0] < PROMPT_S
 
 
-@pytest.mark.slow
-def test_skip_corrupt_finishes_and_says_what_it_left_out(damaged: tuple[Path, Place, Place], tmp_path: Path) -> None:
-    root, bad, following = damaged
-    status, lines, errors = train(root, tmp_path / "runs", "--skip-corrupt")
+@pytest.fixture(scope="module")
+def finished(damaged: tuple[Path, Place, Place], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A run with --skip-corrupt, and what it said."""
+    storage = tmp_path_factory.mktemp("finished") / "runs"
+    status, lines, errors = train(damaged[0], storage, "--skip-corrupt")
     assert status == 0, errors
-    said = [text for _, text in lines]
-    (skip,) = read_skips(str(tmp_path / "runs" / "a"))
+    return storage / "a", [text for _, text in lines]
+
+
+@pytest.mark.slow
+def test_skip_corrupt_finishes_and_says_what_it_left_out(
+    damaged: tuple[Path, Place, Place], finished: tuple[Path, list[str]]
+) -> None:
+    root, bad, following = damaged
+    run, said = finished
+    (skip,) = read_skips(str(run))
     assert (skip.epoch, skip.shard, skip.key, skip.substitute) == (1, bad.shard, bad.key, following.key)
     assert len([text for text in said if f"skipping a corrupt image, {skip}" in text]) == 1
     (final,) = [text for text in said if text.startswith("skipped 1 corrupt image(s), 1 time(s) in all, listed in ")]
     assert final.endswith(f"find the damage in {bad.shard} with: python jobs/verify_shards.py --data {root}")
-    (progress,) = [state.progress for state in checkpoint.committed(str(tmp_path / "runs" / "a")).values()]
+    (progress,) = [state.progress for state in checkpoint.committed(str(run)).values()]
     assert progress.finished
     assert progress.history[0]["images"] == 44
+
+
+@pytest.mark.slow
+def test_evaluation_says_what_it_cannot_check_and_never_skips(
+    shard_set: Path, finished: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = own_copy(shard_set, tmp_path / "shards")
+    config = EvaluateConfig(str(root), str(finished[0]), gpu=False)
+    place = places(root, "val")[7]
+    flip_in_the_middle(place)
+    with pytest.raises(DatasetError, match=f"val image {place.key} of {place.shard}: it is not what was written"):
+        evaluate(config)
+    assert "checksums" not in capsys.readouterr().out
+    shutil.rmtree(root)
+    own_copy(shard_set, root)
+    for path in (root / "val").glob("*.json"):
+        path.unlink()
+    evaluate(config)
+    said = capsys.readouterr().out
+    assert said.count("2 val shard(s) have no checksums in their annotations: a damaged image there is found only") == 1
+    assert "15 images" in said
