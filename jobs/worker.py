@@ -185,7 +185,19 @@ def train_worker(assignment: Assignment) -> dict[str, Any]:
 
     Returns:
         "error": why training stopped early, or None; "history": one row an epoch.
+
+    Raises:
+        DatasetError: if the set is missing or damaged.
     """
+    try:
+        return _train(assignment)
+    except DatasetError:
+        # The driver says it in one line; Ray Train would print a traceback before.
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)
+        raise
+
+
+def _train(assignment: Assignment) -> dict[str, Any]:
     # Ray Train logs every report of every worker through a logger that is none of "ray.train", so LoggingConfig, which
     # the driver sets, does not reach it.
     logging.getLogger().setLevel(logging.WARNING)

@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from jobs.cli import run
@@ -41,7 +42,7 @@ class ShardReadingConfig:
     """Images at a time."""
     batches: int = 12
     """In a round, of each way."""
-    rounds: int = 7
+    rounds: int = 15
     """Each figure is the median of so many."""
     json: Path | None = None
     """Also write the figures to this file."""
@@ -126,10 +127,10 @@ def measure(config: ShardReadingConfig) -> dict[str, list[float]]:
         loaders[name] = Loader(reader, info.rgb, config.batch_size, torch.device("cpu"), 1)
     plan = Plan(info.splits["train"].samples, config.batch_size, 0, colour_matrix(info.rgb))
     found: dict[str, list[float]] = {name: [] for name in loaders}
+    turns = np.random.default_rng(0)  # No way always follows the same other.
     for epoch in range(config.rounds + 1):
         views = list(itertools.islice(plan.epoch(epoch), config.batches))
-        order = list(loaders) if epoch % 2 else list(loaders)[::-1]
-        for name in order:
+        for name in turns.permutation(list(loaders)):
             started = time.process_time()
             images = sum(len(batch) for batch in loaders[name].run(views))
             # The first round brings the shards into the cache and the buffers into being.
