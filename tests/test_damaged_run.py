@@ -22,7 +22,7 @@ from tests.test_train_job import ROOT, command, environment
 
 BATCH = 4
 AT = 22  # In the first epoch's order: the last rank's first image of the sixth of eleven steps.
-PROMPT_S = 20  # Seconds; 2 to 3 on an idle machine, most of them Ray's polling of its workers.
+PROMPT_S = 60  # Seconds, of which Ray's shutdown has most; a worker that waits for another would wait 30 minutes.
 
 
 @pytest.fixture(scope="module")
