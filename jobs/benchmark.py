@@ -27,7 +27,7 @@ from torchvision.io import decode_jpeg
 
 from jobs import gpu_check, stages
 from jobs.checkpoint import Identity
-from jobs.cli import run
+from jobs.cli import run, say_unchecked
 from jobs.device import choose_device
 from jobs.stages import Chains, Findings, Rates, Stages
 from jobs.worker import make_network
@@ -109,6 +109,7 @@ def measure(config: BenchmarkConfig) -> Findings:
     """Runs all chains turn and turn about, so that a machine that slows down slows all of them."""
     info = read_dataset(config.data)
     reader = SplitReader(config.data, info, "train")
+    say_unchecked(reader)
     recipe = dataclasses.replace(RECIPES["default"], batch_size=config.batch_size)
     plan = Plan(len(reader), config.batch_size, recipe.seed, colour_matrix(info.rgb, recipe.colour))
     device = choose_device(config.gpu)

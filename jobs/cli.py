@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import tyro
+
+if TYPE_CHECKING:
+    from pipeline.dataset import SplitReader
+    from pipeline.pixel_stage import PixelReader
 
 Config = TypeVar("Config")
 
@@ -26,6 +30,17 @@ def run(config: type[Config], main: Callable[[Config], None]) -> NoReturn:
         print("error: interrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
+
+
+def say_unchecked(reader: SplitReader | PixelReader) -> None:
+    """Says what of a split's images cannot be checked against damage, if any."""
+    if reader.unchecked:
+        print(f"{unchecked(reader)}: a damaged image there is found only if it does not decode", flush=True)
+
+
+def unchecked(reader: SplitReader | PixelReader) -> str:
+    """A clause on what of a split's images cannot be checked."""
+    return f"{reader.unchecked} {reader.split} shard(s) have no checksums in their annotations"
 
 
 def one_line(error: BaseException) -> str:

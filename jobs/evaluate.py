@@ -16,7 +16,7 @@ from pyarrow import fs as arrow_fs
 
 from jobs import checkpoint
 from jobs.checkpoint import CheckpointError
-from jobs.cli import run
+from jobs.cli import run, say_unchecked
 from jobs.device import choose_device
 from jobs.progress import Progress
 from jobs.worker import make_network
@@ -99,6 +99,7 @@ def main(config: EvaluateConfig) -> None:
         checkpoint.load_network(folder, network)
 
     reader = open_split(data, info, "val")
+    say_unchecked(reader)
     views = TEN if config.ten_crop else 1
     # The mean is the training run's, not this set's: it is part of what was learnt.
     loader = Loader(reader, identity.rgb, config.batch_size * views, device, config.threads)

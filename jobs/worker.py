@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from jobs import checkpoint
 from jobs.checkpoint import CHECKPOINT_PREFIX, Identity
+from jobs.cli import say_unchecked, unchecked
 from jobs.device import processor
 from jobs.interrupt import Beat, Lookout
 from jobs.keeping import Outbox, storage_error
@@ -87,9 +88,14 @@ class WorkerData:
         self._worker = worker
         self._micro_batch = micro_batch
         self._skips = skips
-        for reader in (self._train, self._val):
-            if isinstance(reader, SplitReader):
-                _say_unchecked(reader, worker, skips)
+        # What is not known to be corrupt cannot be skipped: it would stop the run in the decoder, or be learnt from.
+        if skips is not None and self._train.unchecked:
+            raise DatasetError(
+                f"{unchecked(self._train)}, which --skip-corrupt needs: make the set again, or leave --skip-corrupt out"
+            )
+        if worker.rank == 0:
+            say_unchecked(self._train)
+            say_unchecked(self._val)
         self._train_loader = Loader(self._train, self.info.rgb, micro_batch, worker.device, threads)
         self._val_loader = Loader(self._val, self.info.rgb, micro_batch, worker.device, threads)
 
@@ -112,17 +118,6 @@ class WorkerData:
         part = share(len(self._val), self._worker.rank, self._worker.world)
         samples = np.arange(part.start, part.stop)
         return self._val_loader.run(centre_views(samples).chunks(self._micro_batch))
-
-
-def _say_unchecked(reader: SplitReader, worker: Worker, skips: SkipList | None) -> None:
-    if not reader.unchecked:
-        return
-    what = f"{reader.unchecked} {reader.split} shard(s) have no checksums in their annotations"
-    # What is not known to be corrupt cannot be skipped: it would stop the run in the decoder, or be learnt from.
-    if skips is not None and reader.split == "train":
-        raise DatasetError(f"{what}, which --skip-corrupt needs: make the set again, or leave --skip-corrupt out")
-    if worker.rank == 0:
-        print(f"{what}: a damaged image there is found only if it does not decode", flush=True)
 
 
 class Reporter:
@@ -230,7 +225,19 @@ def train_worker(assignment: Assignment) -> dict[str, Any]:
     Returns:
         "error": why training stopped early, or None; "stopped": where, if it was told to stop, or None; "history": one
         row an epoch.
+
+    Raises:
+        DatasetError: if the set is missing or damaged.
     """
+    try:
+        return _train(assignment)
+    except DatasetError:
+        # The driver says it in one line; Ray Train would print a traceback before.
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)
+        raise
+
+
+def _train(assignment: Assignment) -> dict[str, Any]:
     # Ray Train logs every report of every worker through a logger that is none of "ray.train", so LoggingConfig, which
     # the driver sets, does not reach it.
     logging.getLogger().setLevel(logging.WARNING)

@@ -191,6 +191,8 @@ class PixelReader:
         if split not in info.splits:
             raise DatasetError(f"the shard set {root} has no {split} split")
         self.split = split
+        # Every image was checked when its shard was decoded.
+        self.unchecked = 0
         self._maps: list[NDArray[np.uint8]] = []
         self._keys: list[str] = []
         labels: list[int] = []

@@ -69,17 +69,23 @@ def stage(location: str, folder: Path, report: Report) -> Path:
     """
     info = read_remote_dataset(location, report)
     target = folder / info.fingerprint[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f".{target.name}.lock")
     try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        report(f"waiting for another process of this node to stage {location}")
-        lock.acquire()
-    try:
-        _copy(location, info, target, report)
-    finally:
-        lock.release()
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f".{target.name}.lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            report(f"waiting for another process of this node to stage {location}")
+            lock.acquire()
+        try:
+            _copy(location, info, target, report)
+        finally:
+            lock.release()
+    except OSError as error:
+        raise DatasetError(
+            f"staging {location} to {target} failed: {error}; the same command goes on with what is missing, "
+            "once the source can be read and the disk written"
+        ) from error
     return target
 
 
@@ -110,14 +116,9 @@ def _copy(location: str, info: DatasetInfo, target: Path, report: Report) -> Non
                 done += future.result()
                 if number % max(1, len(missing) // 20) == 0:
                     report(f"staged {number} of {len(missing)} shards, {done / 1e9:.2f} GB")
-        except BaseException as error:
+        except BaseException:
             retry.stop()
             pool.shutdown(cancel_futures=True)
-            if isinstance(error, OSError):
-                raise DatasetError(
-                    f"staging {location} to {target} failed: {error}; the same command goes on with what is missing, "
-                    "once the source can be read and the disk written"
-                ) from error
             raise
     if retry.count:
         report(f"staged all, after {retry.count} retries")
@@ -159,12 +160,17 @@ def _copy_tar(filesystem: fs.FileSystem, source: str, tar: Path, row: ShardRow, 
     """
     digest = hashlib.sha256()
     temporary = tar.with_name(f".{tar.name}{TEMPORARY_SUFFIX}")
-    with temporary.open("wb") as file:
-        for chunk in _chunks(filesystem, source):
-            digest.update(chunk)
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("wb") as file:
+            for chunk in _chunks(filesystem, source):
+                digest.update(chunk)
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        # A disk that is full, as may be why, shall have its room back.
+        temporary.unlink(missing_ok=True)
+        raise
     found = digest.hexdigest()
     if found == row.sha256:
         temporary.replace(tar)

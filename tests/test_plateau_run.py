@@ -35,6 +35,13 @@ class InterruptedRunError(Exception):
     """Stands for a kill."""
 
 
+class NoCluster:
+    """Stands for who watches the cluster for a wish to stop."""
+
+    def news(self) -> tuple[None, None]:
+        return None, None
+
+
 class Keeper(Reporter):
     """Tells the trackers as in any run, but keeps the newest checkpoint in a folder, without Ray Train."""
 
@@ -72,10 +79,24 @@ def train(data: Path, folder: Path, die_in: int | None = None) -> Trainer:
     folder.mkdir(exist_ok=True)
     if (folder / checkpoint.STATE_FILE).exists():
         checkpoint.restore(folder, trainer, identity)
-    assignment = Assignment(str(data), None, str(folder), None, RECIPE, 4, 1, "float32", 20, 0, None)
+    assignment = Assignment(
+        data=str(data),
+        stage=None,
+        stage_as="jpeg",
+        run=str(folder),
+        tracker=None,
+        recipe=RECIPE,
+        micro_batch=4,
+        threads=1,
+        precision="float32",
+        log_every=20,
+        checkpoint_every=0,
+        skips=None,
+        checkpoint_seconds=None,
+    )
     start = trainer.progress.epoch * loaded.steps
     trackers = make_trackers(None, Tracked(str(folder), {}, "this machine", start))
-    trainer.fit(loaded, Keeper(folder, die_in, assignment, identity, CPU, loaded.steps, trackers))
+    trainer.fit(loaded, Keeper(folder, die_in, assignment, identity, CPU, loaded.steps, start, trackers))
     return trainer
 
 
@@ -85,7 +106,10 @@ def learnt(progress: Progress) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_plateau_run_ends_itself_the_same_when_it_was_interrupted(tiny_set: Path, tmp_path: Path) -> None:
+def test_a_plateau_run_ends_itself_the_same_when_it_was_interrupted(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.worker.Lookout", NoCluster)
     whole = train(tiny_set, tmp_path / "whole")
     decisions = [row["epoch"] for row in whole.progress.history if row["reason"]]
     assert whole.progress.schedule.stopped

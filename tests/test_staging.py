@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import resource
 import shutil
+import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
@@ -79,6 +82,61 @@ def test_a_full_disk_is_foreseen(shard_set: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(DatasetError, match="--stage"):
         stage_quietly(shard_set, tmp_path)
     assert not list(tmp_path.rglob("*.tar"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of two megabytes."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"mounting a small disk needs root: {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_fills_up_while_staging(shard_set: Path, small_disk: Path) -> None:
+    """Something else takes the room after it was found to be enough: a real ENOSPC."""
+    filler = small_disk / "filler"
+
+    def fill(line: str) -> None:
+        if line.startswith("staging "):
+            filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 100_000))
+
+    with pytest.raises(
+        DatasetError, match=r"^staging .* failed: \[Errno 28\] No space left on device.* goes on"
+    ) as found:
+        stage(str(shard_set), small_disk, fill)
+    assert "\n" not in str(found.value)
+    assert not list(small_disk.rglob("dataset.json"))
+    assert not list(small_disk.rglob("*.tmp"))
+    filler.unlink()
+    staged, _ = stage_quietly(shard_set, small_disk)
+    assert tree(staged) == tree(shard_set)
+
+
+def test_a_disk_that_takes_no_large_file(shard_set: Path, tmp_path: Path) -> None:
+    """A real error of the kernel that needs no root; files written before it are kept."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max(p.stat().st_size for p in shard_set.rglob("*.tar")) - 1, hard))
+    try:
+        with pytest.raises(DatasetError, match=r"^staging .* failed: \[Errno 27\] File too large.* goes on"):
+            stage_quietly(shard_set, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.rglob("dataset.json"))
+    assert not list(tmp_path.rglob("*.tmp"))
+    staged, _ = stage_quietly(shard_set, tmp_path)
+    assert tree(staged) == tree(shard_set)
+
+
+def test_a_folder_that_cannot_be_made(shard_set: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DatasetError, match=r"^staging .* failed: \[Errno 20\] Not a directory"):
+        stage_quietly(shard_set, tmp_path / "file" / "folder")
 
 
 def test_a_second_process_waits_and_says_so(shard_set: Path, tmp_path: Path) -> None:

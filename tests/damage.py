@@ -1,0 +1,72 @@
+"""Damage done to shards on purpose, at places found with `tarfile` and not with the project's index."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where one sample's parts lie."""
+
+    tar: Path
+    key: str
+    image: int
+    """Offset of the JPEG in the tar."""
+    size: int
+    """Of the JPEG."""
+    label: int
+    """Offset of the label's digits."""
+
+    @property
+    def shard(self) -> str:
+        return self.tar.stem
+
+
+def places(root: Path, split: str) -> list[Place]:
+    """All samples of a split, in the tars' order."""
+    found = []
+    for path in sorted((root / split).glob("*.tar")):
+        with tarfile.open(path) as tar:
+            parts = {member.name: member for member in tar.getmembers()}
+        for name, image in parts.items():
+            key, _, extension = name.rpartition(".")
+            if extension == "jpg":
+                found.append(Place(path, key, image.offset_data, image.size, parts[f"{key}.cls"].offset_data))
+    return found
+
+
+def own_copy(shard_set: Path, folder: Path) -> Path:
+    """A set that may be damaged."""
+    return Path(shutil.copytree(shard_set, folder))
+
+
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    """Writes into a file where it lies, keeping its size and its inode."""
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        assert os.pwrite(descriptor, data, offset) == len(data)
+    finally:
+        os.close(descriptor)
+
+
+def flip_bit(path: Path, offset: int, bit: int = 0) -> None:
+    """What a failing disk or memory does."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+    overwrite(path, offset, bytes([byte ^ 1 << bit]))
+
+
+def flip_in_the_middle(place: Place) -> None:
+    """A bit of the JPEG's compressed pixels: it decodes, to other pixels."""
+    flip_bit(place.tar, place.image + place.size // 2)
+
+
+def flip_in_the_header(place: Place) -> None:
+    """A bit of the JPEG's first marker: nothing decodes it."""
+    flip_bit(place.tar, place.image + 1)
