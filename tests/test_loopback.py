@@ -35,7 +35,7 @@ def loop():
 
 with connected(2):
     run = RunConfig(name="run", storage_path=str(storage))
-    TorchTrainer(loop, torch_config=NodeTorchConfig(), scaling_config=ScalingConfig(2), run_config=run).fit()
+    TorchTrainer(loop, torch_config=NodeTorchConfig(), scaling_config=ScalingConfig(num_workers=2), run_config=run).fit()
 """
 
 
