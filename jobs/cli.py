@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import tyro
 
@@ -13,6 +13,24 @@ if TYPE_CHECKING:
     from pipeline.pixel_stage import PixelReader
 
 Config = TypeVar("Config")
+Switch = Annotated[
+    bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="(default: as the cluster has)")
+]
+
+
+def choose_gpus(gpus: Switch = False, no_gpus: Switch = False) -> bool | None:
+    """Two flags for three answers, the third being to look what the cluster has.
+
+    Args:
+        gpus: Train on GPUs.
+        no_gpus: Train on CPU, though there be GPUs.
+    """
+    if gpus and no_gpus:
+        raise ValueError("--gpus and --no-gpus exclude each other: give one")
+    return gpus if gpus or no_gpus else None
+
+
+GpuChoice = Annotated[bool | None, tyro.conf.arg(name="", constructor=choose_gpus)]
 
 
 def run(config: type[Config], main: Callable[[Config], None]) -> NoReturn:

@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from jobs import checks
 from jobs.checks import Finding, finding
-from jobs.cli import one_line, run
+from jobs.cli import GpuChoice, one_line, run
 from jobs.cluster import connected
 from jobs.inspector import Facts, Inspector, Rank, bus_bandwidth
 from jobs.nodes import NoAnswer, Node, alive_nodes, collect, on
@@ -55,7 +55,7 @@ class DoctorConfig:
     """The folder on each node's own disk that the set will be copied to."""
     workers: int | None = None
     """How many processes will train: one per GPU of the cluster, or one per node on CPU."""
-    gpus: bool | None = None
+    gpus: GpuChoice = None
     """Train on GPUs; None: if the cluster has any."""
     wait: int = 60
     """Seconds that the cluster is given to grow to the workers' size; booting nodes take fifteen minutes."""

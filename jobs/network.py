@@ -61,11 +61,11 @@ def interface_of(address: str, found: dict[str, ipaddress.IPv4Interface]) -> str
 
 def use_node_interface() -> None:
     """Has Gloo and NCCL, in this process, use the node's own interface, unless the environment names one."""
-    if os.environ.get(GLOO) and os.environ.get(NCCL):
-        return
-    name = interface_of(ray.util.get_node_ip_address(), interfaces())
-    os.environ.setdefault(GLOO, name)
-    os.environ.setdefault(NCCL, f"={name}")  # Without the sign, NCCL takes it for the beginning of a name.
+    unnamed = [variable for variable in (GLOO, NCCL) if not os.environ.get(variable)]
+    if unnamed:
+        name = interface_of(ray.util.get_node_ip_address(), interfaces())
+        # Without the sign, NCCL takes it for the beginning of a name.
+        os.environ.update({variable: f"={name}" if variable == NCCL else name for variable in unnamed})
 
 
 def open_meeting() -> tuple[str, int]:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import ray
-import tyro
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
@@ -21,7 +20,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from jobs import checkpoint
 from jobs.backend import NodeTorchConfig
 from jobs.checkpoint import Identity
-from jobs.cli import run
+from jobs.cli import GpuChoice, run
 from jobs.cluster import connected
 from jobs.interrupt import SigtermInWorkers, sigterm_stops
 from jobs.keeping import Keeper, StorageError, mend_list, storage_error
@@ -38,23 +37,6 @@ from pipeline.storage import is_url, join, open_location
 
 HANG_SECONDS = "120"
 MOST_CORES = 12  # Of a GPU worker by default: decoding 256 x 256 JPEGs for one GPU's AlexNet gains little beyond.
-
-
-Switch = Annotated[
-    bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="(default: as the cluster has)")
-]
-
-
-def choose_gpus(gpus: Switch = False, no_gpus: Switch = False) -> bool | None:
-    """Two flags for three answers, the third being to look what the cluster has.
-
-    Args:
-        gpus: Train on GPUs.
-        no_gpus: Train on CPU, though there be GPUs.
-    """
-    if gpus and no_gpus:
-        raise ValueError("--gpus and --no-gpus exclude each other: give one")
-    return gpus if gpus or no_gpus else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +59,7 @@ class TrainConfig:
     LARS, for thousands of images a step; batchnorm: batch normalisation for LRN. model/recipe.py has each in full."""
     workers: int | None = None
     """How many processes train: one per GPU of the cluster, or one on CPU."""
-    gpus: Annotated[bool | None, tyro.conf.arg(name="", constructor=choose_gpus)] = None
+    gpus: GpuChoice = None
     """Train on GPUs, or on CPU; None: on GPUs if the cluster has any."""
     batch_size: int | None = None
     """Images per step over all workers."""
