@@ -106,7 +106,7 @@ def test_a_half_written_list_of_checkpoints_is_mended(tmp_path: Path) -> None:
     assert mend_list(run) is None
     whole = '{"checkpoint_results": []}'
     (tmp_path / RUN_FILE).write_text(whole)
-    Keeper(run, 3).after_report(object(), [], object())  # type: ignore[arg-type]
+    Keeper(run, 3).after_report(object(), [], object())
     assert mend_list(run) is None
     (tmp_path / RUN_FILE).write_text(whole[:7])
     assert "taking the one before" in str(mend_list(run))
