@@ -20,7 +20,7 @@ from typing import Any
 import ray
 import torch
 from ray.experimental import internal_kv
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.callback import WorkerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.context import get_train_context
 from torch import distributed
 
@@ -77,17 +77,24 @@ def sigterm_stops() -> Iterator[None]:
         seen.set()
 
 
-class SigtermInWorkers(WorkerGroupCallback):
+_dismissed = threading.Event()
+"""In a worker: Ray Train is about to end this process, for which Ray uses SIGTERM, too."""
+
+
+class SigtermInWorkers(WorkerGroupCallback, WorkerCallback):
     """Lets SIGTERM to a worker ask all of them to stop, instead of ending that one."""
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         worker_group.execute(_ask_on_sigterm)
 
+    def before_worker_shutdown(self) -> None:
+        _dismissed.set()
+
 
 def _ask_on_sigterm() -> None:
     def handle(signum: int, frame: object) -> None:
         # At the end of a drain Ray ends the node's workers so; the run goes on without them.
-        if draining() is None:
+        if not _dismissed.is_set() and draining() is None:
             where = f"rank {ray.train.get_context().get_world_rank()} on {socket.gethostname()}"
             threading.Thread(target=ask_to_stop, args=(f"SIGTERM to {where}",), daemon=True).start()
 

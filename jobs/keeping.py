@@ -95,6 +95,7 @@ class Keeper(UserCallback):
     run: str
     max_failures: int
     failures: int = 0
+    taken: str = ""
 
     def after_report(self, run_context: object, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         if checkpoint is not None and not is_url(self.run):
@@ -108,14 +109,25 @@ class Keeper(UserCallback):
             if isinstance(error, StorageError):
                 # An error of the controller's is not retried: to train the same steps again would not mend a disk.
                 raise ControllerError(error)
-        self.failures += 1
         lost = "; ".join(f"rank {rank}: {_first_line(error)}" for rank, error in sorted(worker_exceptions.items()))
+        if any(getattr(_cause(error), "preempted", False) for error in worker_exceptions.values()):
+            # Ray Train counts these apart, and asks again and again until the node's time is over.
+            if lost != self.taken:
+                print(f"a node was taken: {lost}; starting again from the last checkpoint", flush=True)
+            self.taken = lost
+            return
+        self.failures += 1
         then = "starting again from the last checkpoint" if self.failures <= self.max_failures else "giving up"
         print(f"failure {self.failures} of at most {self.max_failures + 1}: {lost}; {then}", flush=True)
 
 
+def _cause(error: BaseException) -> BaseException:
+    """What Ray Train found when it asked a worker how it was, or the worker's own error."""
+    return getattr(error, "health_check_failure", None) or error
+
+
 def _first_line(error: BaseException) -> str:
-    cause = getattr(error, "health_check_failure", None) or error
+    cause = _cause(error)
     lines = str(cause).strip().splitlines() or [""]
     return f"{type(cause).__name__}: {' '.join(lines[0].split())}"
 

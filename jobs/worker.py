@@ -241,6 +241,8 @@ def _train(assignment: Assignment) -> dict[str, Any]:
     # Ray Train logs every report of every worker through a logger that is none of "ray.train", so LoggingConfig, which
     # the driver sets, does not reach it.
     logging.getLogger().setLevel(logging.WARNING)
+    # An upload that failed is told by the driver in one line.
+    logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.CRITICAL)
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, getattr(torch, assignment.precision))

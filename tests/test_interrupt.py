@@ -119,6 +119,19 @@ def test_a_list_that_was_never_whole_is_put_aside(tmp_path: Path) -> None:
     assert not (tmp_path / RUN_FILE).exists()
 
 
+def test_a_node_that_is_taken_is_said_once_and_is_no_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Taken(Exception):
+        preempted = True
+
+    keeper = Keeper(str(tmp_path), 0)
+    for _ in range(3):
+        keeper.after_exception(object(), {1: Taken("the actor died")})
+    line = "a node was taken: rank 1: Taken: the actor died; starting again from the last checkpoint"
+    assert capsys.readouterr().out.splitlines() == [line]
+
+
 def test_a_storage_that_fails_is_not_tried_again_and_a_lost_worker_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
