@@ -1,0 +1,122 @@
+"""The command line of jobs/train.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from jobs.cli import GpuChoice
+from model.recipe import RECIPES, Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Settings whose default is None follow from the recipe or from the machine; the run prints what they became."""
+
+    data: str
+    """The shard set, made by jobs/shard_imagenet.py: a folder (on a cluster, one that every node sees) or a URL."""
+    storage: str
+    """Where runs are kept: a folder, or a URL that every node can write (s3://, gs://)."""
+    name: str
+    """The run's name: its checkpoints and events are in STORAGE/NAME."""
+    stage: str | None = None
+    """A folder on each node's own disk to copy the set to, once per node: for a URL or a slow mount."""
+    stage_as: Literal["jpeg", "pixels"] = "jpeg"
+    """What to keep there: the JPEGs, or their pixels, decoded once, so that an epoch only cuts, mirrors and
+    shifts. Pixels take 196,608 bytes an image, 252 GB for ImageNet: for memory or fast disks that hold so much."""
+    recipe: Literal["default", "paper", "large-batch", "batchnorm"] = "default"
+    """paper: to the letter; default: but for an initial hidden bias of 0.1, with which it learns reliably; large-batch:
+    LARS, for thousands of images a step; batchnorm: batch normalisation for LRN. model/recipe.py has each in full."""
+    workers: int | None = None
+    """How many processes train: one per GPU of the cluster, or one on CPU."""
+    gpus: GpuChoice = None
+    """Train on GPUs, or on CPU; None: on GPUs if the cluster has any."""
+    batch_size: int | None = None
+    """Images per step over all workers."""
+    epochs: int | None = None
+    """Stop after so many, if the schedule has not stopped before."""
+    lr: float | None = None
+    """Learning rate at the start."""
+    weight_decay: float | None = None
+    """Of the weights, and by `biases` of the biases."""
+    biases: Literal["paper", "caffe"] | None = None
+    """paper: as the weights; caffe: twice their rate and no decay."""
+    optimizer: Literal["sgd", "lars"] | None = None
+    """sgd: the paper's update; lars: with a rate scaled for each layer."""
+    schedule: Literal["plateau", "poly"] | None = None
+    """plateau: a tenth of the rate when validation stops improving; poly: falling over all epochs."""
+    warm_up_epochs: int | None = None
+    """Epochs over which the rate rises linearly at the start."""
+    normalisation: Literal["lrn", "caffe", "caffenet", "batch"] | None = None
+    """lrn: the paper's; caffe, caffenet: as the two networks of Caffe; batch: batch normalisation instead."""
+    dropout: float | None = None
+    """On the outputs of fc6 and fc7."""
+    hidden_bias: float | None = None
+    """Initial bias of conv2, conv4, conv5, fc6 and fc7."""
+    groups: Literal[1, 2] | None = None
+    """1: one tower; 2: the paper's two."""
+    colour: Literal["eigenvalue", "std", "none"] | None = None
+    """Scale of the colour shift: by the paper's eigenvalues, or by the 2012 source's standard deviations."""
+    plateau_metric: Literal["top1_error", "loss"] | None = None
+    """What must improve on the validation set, or the rate drops."""
+    patience: int | None = None
+    """Epochs without an improvement before the rate drops."""
+    seed: int | None = None
+    """Of weights, plan and dropout."""
+    micro_batch: int = 1024
+    """At most this many images per worker are in the network at once; a larger part is accumulated."""
+    cpus_per_worker: int | None = None
+    """Cores of each worker: the cluster's, shared evenly."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast on GPU, float32 on CPU."""
+    tracker: Literal["mlflow", "wandb"] | None = None
+    """Send metrics to MLflow (at MLFLOW_TRACKING_URI) or Weights & Biases (by WANDB_API_KEY) as well as to
+    TensorBoard's events."""
+    log_every: int = 20
+    """Steps between progress lines."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints within an epoch, besides the one at its end."""
+    checkpoint_minutes: float | None = None
+    """Minutes between checkpoints within an epoch, besides the others."""
+    keep: int = 2
+    """How many checkpoints to keep besides the newest: those with the lowest validation error."""
+    skip_corrupt: bool = False
+    """Take the next image of the epoch for one that is corrupt, and list it in STORAGE/NAME/skipped; else stop."""
+    max_failures: int = 3
+    """How often to start again from the last checkpoint after losing a worker or a node."""
+
+    def __post_init__(self) -> None:
+        for field in ("workers", "micro_batch", "cpus_per_worker", "log_every", "keep"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"--{field.replace('_', '-')} is {value}; it must be at least 1")
+        for field in ("checkpoint_every", "max_failures"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"--{field.replace('_', '-')} is {getattr(self, field)}; it must not be below 0")
+        if self.stage_as == "pixels" and self.stage is None:
+            raise ValueError("--stage-as pixels needs --stage, a folder on each node's own disk")
+        if self.stage_as == "pixels" and self.skip_corrupt:
+            raise ValueError("--skip-corrupt is for JPEGs; leave it out: --stage-as pixels decodes each image first")
+        if self.checkpoint_minutes is not None and not self.checkpoint_minutes > 0:
+            raise ValueError(f"--checkpoint-minutes is {self.checkpoint_minutes}; it must be above 0")
+        if not self.name or self.name.startswith(".") or "/" in self.name:
+            raise ValueError(f"--name is {self.name!r}; it names a folder in --storage, so it must be a plain word")
+
+    def make_recipe(self) -> Recipe:
+        """The named recipe with what the command line changes.
+
+        Raises:
+            ValueError: if it changes what the recipe's schedule does not ask.
+        """
+        recipe = dataclasses.replace(RECIPES[self.recipe], **self.changes())
+        if recipe.schedule != "plateau":
+            idle = [name for name in ("plateau_metric", "patience") if getattr(self, name) is not None]
+            if idle:
+                flag = f"--{idle[0].replace('_', '-')}"
+                raise ValueError(f"{flag} does nothing under the {recipe.schedule} schedule: leave it out")
+        return recipe
+
+    def changes(self) -> dict[str, Any]:
+        """The fields of the recipe that the command line sets."""
+        given = {f.name: getattr(self, f.name, None) for f in dataclasses.fields(Recipe)}
+        return {name: value for name, value in given.items() if value is not None}
