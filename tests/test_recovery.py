@@ -150,7 +150,7 @@ def test_a_killed_worker_a_stopped_driver_and_a_hanging_worker_change_nothing(
     first.wait_for("epoch 1/2 step 3/5")
     os.kill(first.worker(), signal.SIGKILL)
     first.wait_for("failure 1 of at most 4: rank ")
-    first.wait_for("starting again from the last checkpoint")
+    assert "starting again from the last checkpoint" in first.lines[-1]
     first.wait_for("epoch 2/2 step 1/5")
     first.process.terminate()
     assert first.end() == 1, first.text
