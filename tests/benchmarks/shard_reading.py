@@ -3,9 +3,9 @@
     python -m tests.benchmarks.shard_reading --data SHARDS
 
 Each way feeds the loader that training uses: one core, one decoder thread, the same images in the same order, turn and
-turn about. Counted is the CPU time of the whole process, so that what else the machine does matters less; reading alone,
-without the loader, is timed too, as its differences are smaller than the decoder's noise. Ways by memory map are here to
-compare with only: a mapped file that is cut kills the process by SIGBUS.
+turn about. Counted is the CPU time of the whole process, so that what else the machine does matters less; reading
+alone, without the loader, is timed too, as its differences are smaller than the decoder's noise. Ways by memory map are
+here to compare with only: a mapped file that is cut kills the process by SIGBUS.
 """
 
 from __future__ import annotations
@@ -154,9 +154,10 @@ def main(config: ShardReadingConfig) -> None:
     print(f"{platform.processor() or platform.machine()}, one core; CPU time an image, medians of {config.rounds}:")
     for name, values in found.items():
         ratios = [value / limit for value, limit in zip(values, found[LIMIT], strict=True)]
+        spread = f"{min(ratios) - 1:+.1%} to {max(ratios) - 1:+.1%}"
         print(
-            f"  {name:40s} loader {statistics.median(values):6.1f} us, {statistics.median(ratios) - 1:+6.1%} against the "
-            f"first ({min(ratios) - 1:+.1%} to {max(ratios) - 1:+.1%}); reading alone {statistics.median(alone[name]):5.1f} us"
+            f"  {name:40s} loader {statistics.median(values):6.1f} us, {statistics.median(ratios) - 1:+6.1%} against "
+            f"the first ({spread}); reading alone {statistics.median(alone[name]):5.1f} us"
         )
     if config.json is not None:
         write_json(config.json, {"loader": found, "reading": alone})
