@@ -2,9 +2,8 @@
 
     python -m tests.benchmarks.loader_peers --name ours --data SHARDS --work FOLDER --cores 1
 
-All give batches of 128, float32 [128, 3, 227, 227]: a random window, mirrored or not, less the mean. The colour shift is
-drawn by ours and by DALI; torchvision and ffcv have none. What each reads is made once, and holds every image four times
-where its loader stops at the end of an epoch: starts are not what is timed.
+All give batches of 128, float32 [128, 3, 227, 227]: a random window, mirrored or not, less the mean. Ours and DALI's
+also draw the colour shift, which torchvision and ffcv have not.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import functools
 import importlib.util
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,11 +32,12 @@ from torchvision.transforms import v2
 from jobs.cli import run
 from pipeline.dataset import SplitReader, read_dataset
 from pipeline.loader import PREFETCH, Loader
-from pipeline.pixel_stage import PixelReader, stage_pixels
+from pipeline.pixel_stage import PixelReader
 from pipeline.plan import COLOUR_STD, CROP_SIZE, Plan, Views, colour_matrix
+from tests.benchmarks import loader_sets
+from tests.benchmarks.loader_sets import REPEATS, open_train
 
 BATCH = 128
-REPEATS = 4
 WARM_UP = 4  # Batches; a DataLoader's workers have then begun their third each.
 SHAPE = (BATCH, 3, CROP_SIZE, CROP_SIZE)
 
@@ -66,7 +65,7 @@ class PeerConfig:
 
     @functools.cached_property
     def reader(self) -> SplitReader:
-        return SplitReader(self.data, read_dataset(self.data), "train")
+        return open_train(self.data)
 
     @functools.cached_property
     def mean(self) -> list[float]:
@@ -114,12 +113,6 @@ def _ours(config: PeerConfig, reader: SplitReader | PixelReader) -> Batches:
     loader = Loader(reader, read_dataset(config.data).rgb, BATCH, torch.device("cpu"), config.cores)
     for batch in loader.run(config.endless()):
         yield batch.images
-
-
-def make_pixels(config: PeerConfig, target: Path) -> None:
-    stage_pixels(str(config.data), target, print, os.cpu_count() or 1)
-    for lock in target.glob(".*.lock"):
-        lock.unlink()
 
 
 def bare_copy(config: PeerConfig, made: Path) -> Batches:
@@ -187,26 +180,12 @@ def decode_and_augment(transform: Callable[[Any], Tensor], data: bytes) -> Tenso
     return transform(decode_jpeg(encoded, mode=ImageReadMode.RGB))
 
 
-def make_folder(config: PeerConfig, target: Path) -> None:
-    for i in range(len(config.reader)):
-        path = target / f"{config.reader.labels[i]:04d}" / f"{config.reader.key(i)}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(config.reader.image(i).tobytes())
-
-
 def torchvision_folder(config: PeerConfig, made: Path) -> Batches:
     """ImageFolder, decoded by torchvision rather than Pillow, v2 transforms, DataLoader."""
     images = ImageFolder(str(made), augment(config), loader=decode_image)
     sampler = RandomSampler(images, num_samples=REPEATS * len(images))
     for batch, _ in DataLoader(images, BATCH, sampler=sampler, num_workers=config.cores, drop_last=True):
         yield batch
-
-
-def make_links(config: PeerConfig, target: Path) -> None:
-    target.mkdir()
-    tars = sorted((config.data / "train").glob("*.tar")) * REPEATS
-    for number, tar in enumerate(tars):
-        (target / f"train-{number:06d}.tar").symlink_to(tar.resolve())
 
 
 def webdataset(config: PeerConfig, made: Path) -> Batches:
@@ -235,23 +214,6 @@ def timm(config: PeerConfig, made: Path) -> Batches:
         yield batch
 
 
-def _samples(config: PeerConfig) -> list[dict[str, Any]]:
-    reader = config.reader
-    one = [{"jpg": reader.image(i).tobytes(), "cls": int(reader.labels[i])} for i in range(len(reader))]
-    return one * REPEATS
-
-
-def make_litdata(config: PeerConfig, target: Path) -> None:
-    from litdata import optimize
-
-    options = {"chunk_bytes": "64MB", "num_workers": 1, "start_method": "fork"}
-    optimize(fn=_itself, inputs=_samples(config), output_dir=str(target), **options)
-
-
-def _itself(sample: dict[str, Any]) -> dict[str, Any]:
-    return sample
-
-
 def litdata(config: PeerConfig, made: Path) -> Batches:
     """litdata's StreamingDataset of JPEGs, decoded by torchvision, v2 transforms."""
     from litdata import StreamingDataLoader, StreamingDataset
@@ -271,44 +233,12 @@ def _decoding(dataset: type, config: PeerConfig) -> Any:
     return Decoding
 
 
-def make_mds(config: PeerConfig, target: Path) -> None:
-    from streaming import MDSWriter
-
-    with MDSWriter(columns={"jpg": "bytes", "cls": "int"}, out=str(target)) as writer:
-        for sample in _samples(config):
-            writer.write(sample)
-
-
 def streaming(config: PeerConfig, made: Path) -> Batches:
     """MosaicML streaming's StreamingDataset of JPEGs, decoded by torchvision, v2 transforms."""
     from streaming import StreamingDataset
 
     images = _decoding(StreamingDataset, config)(local=str(made), shuffle=True, batch_size=BATCH)
     yield from DataLoader(images, BATCH, num_workers=config.cores, drop_last=True)
-
-
-@dataclasses.dataclass
-class _Decoded:
-    """What ffcv's writer asks for: pixels, which it encodes again in its JPEG mode."""
-
-    reader: SplitReader
-
-    def __len__(self) -> int:
-        return REPEATS * len(self.reader)
-
-    def __getitem__(self, i: int) -> tuple[NDArray[np.uint8], int]:
-        i %= len(self.reader)
-        image = decode_jpeg(torch.from_numpy(self.reader.image(i).copy()), mode=ImageReadMode.RGB)
-        return image.permute(1, 2, 0).contiguous().numpy(), int(self.reader.labels[i])
-
-
-def make_ffcv(mode: str, config: PeerConfig, target: Path) -> None:
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.writer import DatasetWriter
-
-    fields = {"image": RGBImageField(write_mode=mode, jpeg_quality=90), "label": IntField()}
-    writer = DatasetWriter(str(target), fields, num_workers=1)
-    writer.from_indexed_dataset(_Decoded(config.reader), chunksize=50)
 
 
 def ffcv(config: PeerConfig, made: Path) -> Batches:
@@ -336,8 +266,8 @@ class Peer:
     """(configuration, what was made) -> one pass or an endless one."""
     made: str = ""
     """Name in the work folder of what it reads; "" reads the shard set."""
-    make: Callable[[PeerConfig, Path], None] | None = None
-    """Makes that."""
+    make: Callable[[Path, Path], None] | None = None
+    """(shard set, target): makes that."""
     package: str | None = None
     """What it needs beyond this project's packages."""
 
@@ -346,15 +276,15 @@ PEERS = {
     "libjpeg-turbo, whole, no more": Peer(limit),
     "ours": Peer(ours),
     "DALI readers.webdataset": Peer(dali),
-    "torchvision ImageFolder": Peer(torchvision_folder, "folder", make_folder),
-    "webdataset": Peer(webdataset, "tars", make_links),
-    "timm wds": Peer(timm, "tars", make_links, "timm"),
-    "litdata": Peer(litdata, "litdata", make_litdata, "litdata"),
-    "streaming": Peer(streaming, "mds", make_mds, "streaming"),
-    "ffcv, jpg": Peer(ffcv, "jpg.beton", functools.partial(make_ffcv, "jpg"), "ffcv"),
-    "bare copy of pixels": Peer(bare_copy, "pixels", make_pixels),
-    "ours, pixels": Peer(ours_from_pixels, "pixels", make_pixels),
-    "ffcv, raw": Peer(ffcv, "raw.beton", functools.partial(make_ffcv, "raw"), "ffcv"),
+    "torchvision ImageFolder": Peer(torchvision_folder, "folder", loader_sets.make_folder),
+    "webdataset": Peer(webdataset, "tars", loader_sets.make_links),
+    "timm wds": Peer(timm, "tars", loader_sets.make_links, "timm"),
+    "litdata": Peer(litdata, "litdata", loader_sets.make_litdata, "litdata"),
+    "streaming": Peer(streaming, "mds", loader_sets.make_mds, "streaming"),
+    "ffcv, jpg": Peer(ffcv, "jpg.beton", functools.partial(loader_sets.make_ffcv, "jpg"), "ffcv"),
+    "bare copy of pixels": Peer(bare_copy, "pixels", loader_sets.make_pixels),
+    "ours, pixels": Peer(ours_from_pixels, "pixels", loader_sets.make_pixels),
+    "ffcv, raw": Peer(ffcv, "raw.beton", functools.partial(loader_sets.make_ffcv, "raw"), "ffcv"),
 }
 
 
@@ -395,7 +325,7 @@ def main(config: PeerConfig) -> None:
     if config.prepare:
         if peer.make is not None and not made.exists():
             part = config.work / f"part-{peer.made}"
-            peer.make(config, part)
+            peer.make(config.data, part)
             part.rename(made)
         return
     torch.set_num_threads(1)
