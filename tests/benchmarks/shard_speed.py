@@ -7,7 +7,7 @@ FOLDER holds one folder of photographs a class. They are first brought to ImageN
 of its own, turn and turn about, on one core and on two; medians and ratios of one call are what counts. A writer that
 fails, or takes longer than ten minutes, is left out and named. The other writers:
 
-    pip install opencv-python-headless img2dataset litdata mosaicml-streaming ffcv
+    pip install -e .[bench]
 """
 
 from __future__ import annotations
