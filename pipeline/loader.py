@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import io
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -133,8 +134,16 @@ class Loader:
         self._in_flight: collections.deque[tuple[Views, tuple[Any, ...]]] = collections.deque()
         self._running = False
         on_gpu = device.type == "cuda"
+        this = weakref.ref(self)
+
+        def source() -> Any:
+            # A pipeline that held its loader would keep it, and DALI's threads, until Python next looks for cycles.
+            loader = this()
+            assert loader is not None
+            return loader._next()
+
         self._pipeline = define(
-            self._next,
+            source,
             batch_size,
             threads,
             "gpu" if on_gpu else "cpu",

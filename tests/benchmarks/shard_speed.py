@@ -5,9 +5,11 @@
 FOLDER holds one folder of photographs a class. They are first brought to ImageNet's usual size (0.1875 megapixels,
 500 x 375, 4:2:0) and repeated under other names up to --images. Then every writer that is installed runs in a process
 of its own, turn and turn about, on one core and on two; medians and ratios of one call are what counts. A writer that
-fails, or takes longer than ten minutes, is left out and named. The other writers:
+fails, or takes longer than ten minutes, is left out and named. The other writers,
+best in an environment of their own:
 
-    pip install opencv-python-headless img2dataset litdata mosaicml-streaming ffcv
+    pip install -e .[bench]
+    pip install --no-deps img2dataset 'albumentations<2' albucore  # img2dataset asks for webdataset below 0.3
 """
 
 from __future__ import annotations
