@@ -155,7 +155,7 @@ def test_a_dropped_loader_leaves_no_thread_and_no_memory(shard_set: Path, reader
     finally:
         gc.enable()
     assert threads <= before
-    # Had each left a batch behind, it would be 247 MB; 12 MB blocks that malloc keeps for the next are allowed.
+    # Had each that ran left a batch behind, it would be 161 MB; blocks that malloc keeps are allowed.
     assert grown - memory < 100e6
 
 

@@ -5,8 +5,7 @@
 Every loader that is installed runs in a process of its own, turn and turn about, on one core and on two, with as many
 threads or worker processes; what each reads is made first, once. Rates are of the steady state, and ratios are to
 libjpeg-turbo decoding the same JPEGs whole. A loader that fails, or takes longer than three minutes, is left out and
-named. The other loaders,
-best in an environment of their own:
+named. The other loaders, best in an environment of their own:
 
     pip install -e .[bench]
 """
