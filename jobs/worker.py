@@ -37,6 +37,8 @@ from pipeline.plan import Plan, centre_views, colour_matrix, share
 from pipeline.staging import stage
 from pipeline.substitutes import Substitutes
 
+WORST_ERROR = 2.0  # Of a checkpoint within an epoch, which has none yet
+
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
@@ -200,7 +202,8 @@ class Reporter:
 
     def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
         progress = trainer.progress
-        metrics = {"epoch": progress.epoch, "step": progress.step, **(row or {})}
+        # Ray Train would keep a checkpoint without a score before all others, as the best.
+        metrics = {"epoch": progress.epoch, "step": progress.step, "top1_error": WORST_ERROR, **(row or {})}
         try:
             self._ledger.flush(progress.epoch, progress.step)
             if self._outbox is None:
