@@ -27,6 +27,10 @@ look: .venv/.installed
 test: .venv/.installed
 	$(BIN)/python -m pytest
 
+# Faults in the midst of whole training runs: five minutes more.
+test-long: .venv/.installed
+	$(BIN)/python -m pytest -m long
+
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -68,8 +68,11 @@ class _LocalResponse(torch.autograd.Function):
 
 def _parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """Each tensor cut into pieces of its batch: on a CPU, single images, whose intermediate results stay in its cache
-    (measured to halve the time); on a GPU whole, since each piece costs launches."""
-    return [tensor.split(1 if tensor.device.type == "cpu" else max(len(tensor), 1)) for tensor in tensors]
+    (measured to halve the time); on a GPU whole, since each piece costs launches, and while a graph is exported, which
+    must hold for any batch."""
+    if tensors[0].device.type == "cpu" and not torch.compiler.is_exporting():
+        return [tensor.split(1) for tensor in tensors]
+    return [(tensor,) for tensor in tensors]
 
 
 class LocalResponseNorm(nn.Module):

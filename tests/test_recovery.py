@@ -142,7 +142,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_worker_a_stopped_driver_and_a_hanging_worker_change_nothing(
     pair: Path, shard_set: Path, tmp_path: Path
 ) -> None:
@@ -195,7 +195,7 @@ def test_a_full_disk_is_one_line_and_then_a_killed_driver_changes_nothing(
         assert_alike(alone, str(disk / "run"), shard_set, 1, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_on_s3_is_stopped_resumed_finished_and_known_again(
     alone: Path, shard_set: Path, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
