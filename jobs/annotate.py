@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import ray
-import ray.exceptions
-
-from jobs.cluster import connected, in_parallel
+from jobs.cli import say
+from jobs.cluster import RETRIES, LostError, connected, in_parallel
 from jobs.progress import Progress
 from pipeline.annotate import AnnotatedShard, annotate_shard
 from pipeline.annotated_set import (
@@ -28,8 +25,6 @@ from pipeline.set_lock import JobLock
 from pipeline.shard_samples import Fault
 from pipeline.shard_set import ShardSetError
 
-TASK_RETRIES = 3
-
 
 def annotate_set(root: Path, classes: Path | None, workers: int | None) -> DatasetInfo:
     """Annotates the set in ROOT, prints what is wrong with it or what its classes are called, and finishes it.
@@ -44,7 +39,7 @@ def annotate_set(root: Path, classes: Path | None, workers: int | None) -> Datas
     """
     given = None if classes is None else read_label_names(classes)
     shards = find_shards(root)
-    with JobLock(root, _say):
+    with JobLock(root, say):
         return _annotate(root, shards, given, workers)
 
 
@@ -71,23 +66,18 @@ def _annotate_all(
     root: Path, shards: Sequence[tuple[str, str]], classes: int | None, workers: int | None, progress: Progress
 ) -> list[AnnotatedShard]:
     """Each shard's outcome, in the set's order."""
-    task = ray.remote(annotate_shard).options(
-        num_cpus=1, max_retries=TASK_RETRIES, retry_exceptions=[OSError], name="annotate_shard"
-    )
     done: dict[int, AnnotatedShard] = {}
     wrong = 0
-    for number, reference in in_parallel(task, ((root, *shard, classes) for shard in shards), workers):
-        try:
-            done[number] = ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from error
-        except ray.exceptions.RayError as error:
-            raise ShardError(
-                f"Ray gave a shard up after {TASK_RETRIES} retries ({type(error).__name__}): look for what ended the "
-                "worker, as a lack of memory would, give fewer --workers, and run the same command again to continue"
-            ) from error
-        wrong += bool(done[number].faults)
-        progress.advance(1, worked=not done[number].kept, note=f"{wrong:,} with faults")
+    try:
+        for number, shard in in_parallel(annotate_shard, ((root, *shard, classes) for shard in shards), workers):
+            done[number] = shard
+            wrong += bool(shard.faults)
+            progress.advance(1, worked=not shard.kept, note=f"{wrong:,} with faults")
+    except LostError as error:
+        raise ShardError(
+            f"Ray gave a shard up after {RETRIES} retries ({error.reason}): look for what ended the "
+            "worker, as a lack of memory would, give fewer --workers, and run the same command again to continue"
+        ) from error
     return [done[number] for number in range(len(shards))]
 
 
@@ -100,7 +90,3 @@ def _refuse(root: Path, faults: Sequence[Fault]) -> None:
     raise ShardSetError(
         f"{root} has {len(faults):,} faults in {count:,} shards, see above: mend them, or {reshard_advice(root)}"
     )
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 from jobs.progress import Progress
 from model.alexnet import AlexNet
-from pipeline.dataset import DatasetInfo, SplitReader
+from pipeline.dataset import DatasetInfo
 from pipeline.loader import Batch, Loader
 from pipeline.plan import centre_views
 from pipeline.rgb_stats import RgbStatistics
+from pipeline.split_reader import SplitReader
 
 TOP = 5
 NEAREST = 6  # The paper's figure 4 (right)

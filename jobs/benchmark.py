@@ -33,9 +33,10 @@ from jobs.stages import Chains, Findings, Rates, Stages
 from jobs.worker import make_network
 from model.recipe import RECIPES
 from model.training import Trainer, Worker
-from pipeline.dataset import SplitReader, read_dataset, write_json
+from pipeline.dataset import read_dataset, write_json
 from pipeline.loader import Loader
 from pipeline.plan import CROP_OFFSETS, CROP_SIZE, Plan, Views, colour_matrix
+from pipeline.split_reader import SplitReader
 
 
 @dataclasses.dataclass(frozen=True)

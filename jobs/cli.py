@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 import tyro
 
 if TYPE_CHECKING:
-    from pipeline.dataset import SplitReader
     from pipeline.pixel_stage import PixelReader
+    from pipeline.split_reader import SplitReader
 
 Config = TypeVar("Config")
 Switch = Annotated[
@@ -48,6 +48,11 @@ def run(config: type[Config], main: Callable[[Config], None]) -> NoReturn:
         print("error: interrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
+
+
+def say(line: str) -> None:
+    """Tells a person, beside what the command prints as its result."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def say_unchecked(reader: SplitReader | PixelReader) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import ray
 import ray.exceptions
 from ray._private import ray_constants
+
+RETRIES = 3
 
 # Ray's own switch for "this machine is all of the cluster": with it every part of Ray listens on 127.0.0.1 alone. It
 # reads the variable when it is imported, so the constant is set as well.
@@ -47,16 +49,24 @@ def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
 
 
 def in_parallel(
-    task: Any, calls: Iterable[tuple[Any, ...]], workers: int | None = None
-) -> Iterator[tuple[int, ray.ObjectRef]]:
-    """Runs a task once for each tuple of arguments, and yields each call's number and result as they end.
+    function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], workers: int | None = None
+) -> Iterator[tuple[int, Any]]:
+    """Runs a function once for each tuple of arguments, and yields each call's number and result as they end.
 
-    No more run, or wait at Ray, than there are workers, so that a million calls take no more memory than a few.
+    No more run, or wait at Ray, than there are workers, so that a million calls take no more memory than a few. A call
+    whose worker dies, or that raises OSError, is made again, RETRIES times.
 
     Args:
-        task: a remote function with its options.
+        function: what to call; its name is what Ray shows.
         workers: how many at a time; None for one a CPU, counted anew as nodes come and go.
+
+    Raises:
+        LostError: if Ray gave a call up.
+        BaseException: the function's own error, without Ray's wrapping.
     """
+    task = ray.remote(function).options(
+        num_cpus=1, max_retries=RETRIES, retry_exceptions=[OSError], name=function.__name__
+    )
     waiting = enumerate(calls)
     running: dict[ray.ObjectRef, int] = {}
     left = True
@@ -69,7 +79,14 @@ def in_parallel(
         if running:
             ready, _ = ray.wait(list(running), num_returns=1)
             for reference in ready:
-                yield running.pop(reference), reference
+                number = running.pop(reference)
+                try:
+                    result = ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from error
+                except ray.exceptions.RayError as error:
+                    raise LostError(number, RETRIES + 1, type(error).__name__) from error
+                yield number, result
 
 
 class LostError(ValueError):

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jobs.answers import Answers, confusions
-from pipeline.dataset import DatasetInfo, SplitReader
+from pipeline.dataset import DatasetInfo
+from pipeline.split_reader import SplitReader
 
 THUMBNAIL = 144  # Pixels a side: twice what is shown, for screens that have them.
 WORST = 20  # Classes in the table

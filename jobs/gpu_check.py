@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.dataset import SplitReader, read_dataset
+from pipeline.dataset import read_dataset
 from pipeline.loader import Batch, Loader
 from pipeline.plan import Plan, Views, centre_views, colour_matrix, ten_crop_views
+from pipeline.split_reader import SplitReader
 
 MAX_LEVELS = 5.0  # A value further off than two correct decoders can be...
 MAX_BEYOND = 0.001  # ...which this share of an image's values may be, for what lies at the window's edge.

@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jobs.cli import run
-from pipeline.dataset import IMAGE_SIZE, DatasetInfo, SplitReader, read_dataset, write_atomically
+from pipeline.dataset import IMAGE_SIZE, DatasetInfo, read_dataset, write_atomically
 from pipeline.loader import Loader
 from pipeline.plan import CROP_SIZE, Plan, Views, colour_matrix
 from pipeline.rgb_stats import MAX_LEVEL
+from pipeline.split_reader import SplitReader
 
 ROW_INCHES = 2.55
 WIDTH_INCHES = 11.5

@@ -25,13 +25,12 @@ import contextlib
 import dataclasses
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
 from jobs.annotate import annotate_set
 from jobs.build import build_all
-from jobs.cli import run
+from jobs.cli import run, say
 from jobs.cluster import connected
 from jobs.progress import Progress
 from pipeline.dataset import DatasetInfo
@@ -145,7 +144,7 @@ def main(config: ShardConfig) -> None:
     shards = plan_shards(listing, config.seed, config.samples_per_shard)
     plan = SetPlan(listing, encoder_settings(config.quality), config.seed, config.samples_per_shard, tuple(shards))
     if config.only:
-        with JobLock(output, _say) if output.is_dir() else contextlib.nullcontext():
+        with JobLock(output, say) if output.is_dir() else contextlib.nullcontext():
             for name in config.only:
                 annotation = rebuild(output, plan, name, config.on_bad_image == "set-aside")
                 print(f"{name} was built again: {annotation.samples:,} images, {annotation.bytes:,} bytes", flush=True)
@@ -153,7 +152,7 @@ def main(config: ShardConfig) -> None:
     info, rate = find_finished(output, plan), None
     if info is None or is_left_over(output):
         make_folder(output)
-        with JobLock(output, _say) as lock:
+        with JobLock(output, say) as lock:
             if info is None:
                 info, rate = _make(output, plan, config, lock)
             else:
@@ -172,10 +171,6 @@ def _make(output: Path, plan: SetPlan, config: ShardConfig, lock: JobLock) -> tu
         rate = progress.rate
     lock.shut_out_workers()
     return finish(output, plan, annotations, config.max_bad_fraction), rate
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _print_summary(output: Path, info: DatasetInfo, rate: float | None) -> None:

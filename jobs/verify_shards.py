@@ -16,17 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import ray
-import ray.exceptions
 
 from jobs.cli import run
-from jobs.cluster import connected, in_parallel
+from jobs.cluster import RETRIES, LostError, connected, in_parallel
 from jobs.progress import Progress
 from pipeline.dataset import DATASET_FILE, DatasetInfo, read_dataset, rebuild_advice
 from pipeline.shard_samples import Fault
 from pipeline.verify import ShardReport, check_set, check_shard
 
 FAULTS_SHOWN = 20  # Of one shard: a cut one may have thousands.
-TASK_RETRIES = 3
 
 
 class VerifyError(ValueError):
@@ -89,25 +87,20 @@ def main(config: VerifyConfig) -> None:
 def _check_all(root: Path, info: DatasetInfo, config: VerifyConfig, progress: Progress) -> list[ShardReport]:
     """A report of each shard, in the set's order."""
     work = [(split, row) for split, part in info.splits.items() for row in part.shards]
-    task = ray.remote(check_shard).options(
-        num_cpus=1, max_retries=TASK_RETRIES, retry_exceptions=[OSError], name="check_shard"
-    )
     shared = ray.put(info)
     found = 0
     reports: dict[int, ShardReport] = {}
     calls = ((root, split, row, shared, config.decode) for split, row in work)
-    for number, reference in in_parallel(task, calls, config.workers):
-        try:
-            reports[number] = ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from error
-        except ray.exceptions.RayError as error:
-            raise VerifyError(
-                f"Ray gave a shard up after {TASK_RETRIES} retries ({type(error).__name__}): look for what ended the "
-                "worker, as a lack of memory would, and give fewer --workers"
-            ) from error
-        found += len(reports[number].faults)
-        progress.advance(work[number][1].samples, note=f"{found:,} faults")
+    try:
+        for number, report in in_parallel(check_shard, calls, config.workers):
+            reports[number] = report
+            found += len(report.faults)
+            progress.advance(work[number][1].samples, note=f"{found:,} faults")
+    except LostError as error:
+        raise VerifyError(
+            f"Ray gave a shard up after {RETRIES} retries ({error.reason}): look for what ended the "
+            "worker, as a lack of memory would, and give fewer --workers"
+        ) from error
     return [reports[number] for number in range(len(work))]
 
 

@@ -30,10 +30,11 @@ from model.guards import DivergedError
 from model.metrics import LabelledImages, Score
 from model.recipe import Recipe
 from model.training import Due, StoppedError, Trainer, Worker
-from pipeline.dataset import DatasetError, SplitReader, read_dataset
+from pipeline.dataset import DatasetError, read_dataset
 from pipeline.loader import Batch, Loader
 from pipeline.pixel_stage import open_split, stage_pixels
 from pipeline.plan import Plan, centre_views, colour_matrix, share
+from pipeline.split_reader import SplitReader
 from pipeline.staging import stage
 from pipeline.substitutes import Substitutes
 

@@ -40,7 +40,7 @@ from pipeline.shard_set import REJECTS_FILE, UNFINISHED_FILE, ShardSetError
 from pipeline.source_files import SourceError
 from pipeline.tar_source import whole
 from pipeline.verify import repeated_keys
-from pipeline.webdataset_source import shards_by_split
+from pipeline.webdataset_source import prefix, shards_by_split
 
 IMAGE_SETTINGS = {"size": IMAGE_SIZE, "format": "JPEG"}  # All that is known of images encoded elsewhere.
 
@@ -88,9 +88,7 @@ def _layout_advice(root: Path) -> str:
         return advice
     if set(groups) != set(SPLITS):
         return advice
-    # As `shards_by_split` groups them.
-    prefixes = {split: Path(next(iter(tars))).stem.rstrip("0123456789").rstrip("-_.") for split, tars in groups.items()}
-    moves = " && ".join(f"mv {shlex.quote(prefix)}*.tar {split}/" for split, prefix in prefixes.items())
+    moves = " && ".join(f"mv {shlex.quote(prefix(next(iter(tars))))}*.tar {split}/" for split, tars in groups.items())
     return f"{advice}: cd {shlex.quote(str(root))} && mkdir -p train val && {moves}"
 
 

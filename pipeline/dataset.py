@@ -1,7 +1,6 @@
-"""The shard set on disk: what `dataset.json` says, and every image's bytes one read away.
+"""The shard set on disk, by its own account: `dataset.json`, the shards' indexes, and what to do about damage.
 
-A set is finished when its `dataset.json` exists: it is written last. Opening one opens every shard and reads its index,
-labels and checksums; an image is read, and checked, when a decoder asks for it.
+A set is finished when its `dataset.json` exists: it is written last.
 """
 
 from __future__ import annotations
@@ -14,13 +13,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from pipeline.annotation import ShardError
-from pipeline.keys import may_be_of
 from pipeline.rgb_stats import RgbStatistics
-from pipeline.shard_file import ChangedError, DamagedError, ShardFile, read_checksums
 
 SCHEMA_VERSION = 1
 DATASET_FILE = "dataset.json"
@@ -31,6 +24,11 @@ INDEX_VERSION = "v1.2"
 IMAGE_COMPONENTS = ("jpg", "jpeg")  # Extensions of a sample's image; this program writes the first.
 LABEL_COMPONENT = "cls"
 TEMPORARY_SUFFIX = ".tmp"  # Of files being written aside; no reader looks at them.
+
+Component = tuple[int, int, str]
+"""Offset, size and file name of a part of a sample, in its tar."""
+Components = dict[str, Component]
+"""A sample's parts by extension, in lower case."""
 
 
 class DatasetError(ValueError):
@@ -197,23 +195,38 @@ def parse_dataset(text: str, where: str) -> DatasetInfo:
         raise DatasetError(f"{where} cannot be used: {error}") from error
 
 
-def read_index(path: Path) -> list[dict[str, tuple[int, int, str]]]:
-    """Reads a DALI webdataset index: for each sample, its components' (offset, size, file name) by extension, in lower
-    case.
+def read_index(path: Path) -> list[Components]:
+    """Reads a shard's index.
 
     Raises:
         DatasetError: if it is not a "v1.2" index or its count does not match its lines.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    return parse_index(path.read_text(encoding="utf-8"), str(path))
+
+
+def parse_index(text: str, where: str) -> list[Components]:
+    """Parses the contents of a DALI webdataset index.
+
+    Raises:
+        DatasetError: naming `where`, as `read_index`.
+    """
+    lines = text.splitlines()
     header = lines[0].split() if lines else []
     if len(header) != 2 or header[0] != INDEX_VERSION or header[1] != str(len(lines) - 1):
-        raise DatasetError(f"{path} is no whole {INDEX_VERSION} index: its first line is {lines[:1]}")
+        raise DatasetError(f"{where} is no whole {INDEX_VERSION} index: its first line is {lines[:1]}")
     samples = []
     for line in lines[1:]:
         fields = line.split(" ")
         groups = zip(fields[0::4], fields[1::4], fields[2::4], fields[3::4], strict=True)
         samples.append({extension.lower(): (int(offset), int(size), name) for extension, offset, size, name in groups})
     return samples
+
+
+def image_and_label(components: Components) -> tuple[Component, Component] | None:
+    """Where a sample's image and its label lie; None where it lacks one."""
+    image = next((components[extension] for extension in IMAGE_COMPONENTS if extension in components), None)
+    label = components.get(LABEL_COMPONENT)
+    return None if image is None or label is None else (image, label)
 
 
 def rebuild_advice(root: Path, shard: str, settings: str = "", annotated: bool = False) -> str:
@@ -244,108 +257,6 @@ def mend_advice(root: Path, split: str, shard: str, annotated: bool) -> str:
         f"this is a staged copy, so delete {root / split / shard}.tar and run the same command again, which copies it "
         f"from {origin}; if it is damaged there too, {rebuild_advice(Path('SET'), shard, annotated=annotated)}"
     )
-
-
-class SplitReader:
-    """One split's images, its shards open.
-
-    `labels` is int64 [samples]; `image(i)` is the JPEG bytes of sample i; `unchecked` counts the shards whose images
-    cannot be checked, as their annotations are missing or have no checksums.
-
-    Raises:
-        DatasetError: if a shard is missing or its size, index, labels or annotation do not match `dataset.json`.
-        OSError: if more shards are to be opened than the system lets a process open.
-    """
-
-    def __init__(self, root: Path, info: DatasetInfo, split: str) -> None:
-        if split not in info.splits:
-            raise DatasetError(f"the shard set {root} has no {split} split")
-        self.split = split
-        self._root, self._annotated = root, info.annotated
-        self._rows = info.splits[split].shards
-        opened = [_open_shard(root / split, row, info) for row in self._rows]
-        self._files, self._checksums = [file for file, _, _ in opened], [checksums for _, _, checksums in opened]
-        self._shard = np.repeat(np.arange(len(opened), dtype=np.int32), [row.samples for row in self._rows])
-        samples = [sample for _, samples, _ in opened for sample in samples]
-        numbers = np.array([numbers for *numbers, _ in samples], np.int64).reshape(-1, 3)
-        self.labels, self._offsets, self._sizes = np.ascontiguousarray(numbers.T)
-        self._names = [name for *_, name in samples]
-        self._first = np.cumsum([0, *(row.samples for row in self._rows)])
-        self.unchecked = sum(checksums is None for checksums in self._checksums)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def image(self, sample: int) -> NDArray[np.uint8]:
-        """The JPEG bytes of one sample, uint8 [size], checked against its annotation.
-
-        Raises:
-            ImageError: if these bytes cannot be read, or are not those that were written.
-            DatasetError: if its shard was cut or written to since it was opened.
-        """
-        number = self._shard[sample]
-        checksums = self._checksums[number]
-        crc32 = None if checksums is None else int(checksums[sample - self._first[number]])
-        try:
-            data = self._files[number].read(int(self._offsets[sample]), int(self._sizes[sample]), crc32)
-        except ChangedError as error:
-            raise DatasetError(self.describe(sample, f"the shard {error}")) from error
-        except DamagedError as error:
-            shard, key = self._rows[number].name, self.key(sample)
-            raise ImageError(self.describe(sample, f"it {error}"), int(sample), shard, key, str(error)) from error
-        return np.frombuffer(data, np.uint8)
-
-    def key(self, sample: int) -> str:
-        """A sample's file name in its shard, less its extension."""
-        return self._names[sample].rpartition(".")[0]
-
-    def describe(self, sample: int, what: str) -> str:
-        """One line on what is wrong with a sample (a clause), where it is, and what to do."""
-        shard = self._rows[self._shard[sample]].name
-        advice = mend_advice(self._root, self.split, shard, self._annotated)
-        return f"{self.split} image {self.key(sample)} of {shard}: {what}; {advice}"
-
-
-def _open_shard(
-    folder: Path, row: ShardRow, info: DatasetInfo
-) -> tuple[ShardFile, list[tuple[int, int, int, str]], NDArray[np.uint32] | None]:
-    """One shard, its samples as (label, offset, size, file name), and their checksums."""
-    path = folder / f"{row.name}.tar"
-    advice = mend_advice(folder.parent, folder.name, row.name, info.annotated)
-    try:
-        file = ShardFile(path)
-        if file.size != row.bytes:
-            raise DatasetError(f"{path} has {file.size} bytes, dataset.json says {row.bytes}")
-        index = read_index(path.with_suffix(".idx"))
-        if len(index) != row.samples:
-            raise DatasetError(
-                f"{path.with_suffix('.idx')} lists {len(index)} samples, dataset.json says {row.samples}"
-            )
-        checksums = read_checksums(path.with_suffix(".json"), row.sha256, row.samples)
-    except FileNotFoundError as error:
-        raise DatasetError(f"{error.filename} is missing: {advice}") from None
-    except (DatasetError, ShardError) as error:
-        raise DatasetError(f"{error}: {advice}") from error
-    samples = []
-    for components in index:
-        image = next((components[extension] for extension in IMAGE_COMPONENTS if extension in components), None)
-        if image is None or LABEL_COMPONENT not in components:
-            raise DatasetError(f"{path}: a sample has {sorted(components)}, not jpg and cls: {advice}")
-        offset, length, name = image
-        at, digits, _ = components[LABEL_COMPONENT]
-        if max(offset + length, at + digits) > file.size:
-            raise DatasetError(f"{path}: sample {name} lies beyond the end of the file: {advice}")
-        try:
-            text = file.read(at, digits).strip()
-        except (DamagedError, ChangedError) as error:
-            raise DatasetError(f"{path}: the label of sample {name} {error}: {advice}") from error
-        if not text.isdigit() or int(text) >= len(info.classes):
-            raise DatasetError(f"{path}: sample {name} has the label {text!r} of {len(info.classes)} classes: {advice}")
-        # One bit makes a digit another digit, but keys begin with their class.
-        if not info.annotated and not may_be_of(info.classes[int(text)].wnid, name):
-            raise DatasetError(f"{path}: sample {name} has the label {int(text)}, which is of another class: {advice}")
-        samples.append((int(text), offset, length, name))
-    return file, samples, checksums
 
 
 def write_atomically(path: Path, data: bytes) -> None:

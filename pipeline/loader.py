@@ -22,10 +22,11 @@ from nvidia.dali import Pipeline, fn, types
 from PIL import Image
 from torch import Tensor
 
-from pipeline.dataset import DatasetError, ImageError, SplitReader
+from pipeline.dataset import DatasetError, ImageError
 from pipeline.pixel_stage import PixelReader
 from pipeline.plan import CROP_OFFSETS, CROP_SIZE, Views
 from pipeline.rgb_stats import MAX_LEVEL, RgbStatistics
+from pipeline.split_reader import SplitReader
 
 PREFETCH = 2  # Batches that DALI keeps ready; two hide the decoder behind the step, more only take memory.
 

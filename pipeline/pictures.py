@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.dataset import DatasetInfo, Split, SplitReader, write_atomically
+from pipeline.dataset import DatasetInfo, Split, write_atomically
 from pipeline.rgb_stats import MAX_LEVEL, RgbMoments, RgbStatistics
+from pipeline.split_reader import SplitReader
 
 SHEET_FILE = "contact_sheet.jpg"
 PCA_FILE = "rgb_pca.png"

@@ -12,31 +12,30 @@ import hashlib
 import json
 import mmap
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from pyarrow import fs
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipeline.dataset import (
     DATASET_FILE,
-    IMAGE_COMPONENTS,
     IMAGE_SIZE,
+    Component,
     DatasetError,
     DatasetInfo,
     ShardRow,
-    SplitReader,
-    read_index,
+    image_and_label,
+    parse_index,
     write_atomically,
     write_json,
 )
-from pipeline.staging import read_remote_dataset
+from pipeline.split_reader import SplitReader
+from pipeline.staging import alone_at, read_remote_dataset
 from pipeline.storage import open_location, read_text
 
 KIND_FILE = "pixels.json"
@@ -66,18 +65,9 @@ def stage_pixels(location: str, folder: Path, report: Callable[[str], None], thr
     info = read_remote_dataset(location)
     # Another name than the JPEG stage's: neither ever looks into the other's folder.
     target = folder / f"{info.fingerprint[:16]}-pixels"
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f".{target.name}.lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        report(f"waiting for another process of this node to decode {location}")
-        lock.acquire()
-    try:
+    with alone_at(target, report, f"decode {location}"):
         if not (target / DATASET_FILE).exists():
             _decode_set(location, info, target, report, threads)
-    finally:
-        lock.release()
     return target
 
 
@@ -107,9 +97,10 @@ def _decode_set(location: str, info: DatasetInfo, target: Path, report: Callable
 def _is_whole(folder: Path, row: ShardRow) -> bool:
     """Whether a shard's JSON, which is written after its pixels, is there and of this shard."""
     try:
-        return bool(_read_description(folder, row)["source_sha256"] == row.sha256)
+        _read_description(folder, row)
     except DatasetError:
         return False
+    return True
 
 
 def _decode_shard(
@@ -124,13 +115,13 @@ def _decode_shard(
             f"{source}.tar is not the shard that {DATASET_FILE} describes (its sha256 is {digest[:12]}..., not "
             f"{row.sha256[:12]}...): copy it there again"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        index = Path(folder) / "index"
-        index.write_text(read_text(filesystem, f"{source}.idx"), encoding="utf-8")
-        samples = read_index(index)
+    parts = [image_and_label(s) for s in parse_index(read_text(filesystem, f"{source}.idx"), f"{source}.idx")]
+    samples = [both for both in parts if both is not None]
+    if len(samples) != row.samples:
+        raise DatasetError(f"{source}.idx lists {len(samples)} images with a label, {DATASET_FILE} says {row.samples}")
 
-    def decode(components: dict[str, tuple[int, int, str]]) -> NDArray[np.uint8]:
-        offset, size, name = next(components[extension] for extension in IMAGE_COMPONENTS if extension in components)
+    def decode(sample: tuple[Component, Component]) -> NDArray[np.uint8]:
+        (offset, size, name), _ = sample
         try:
             image = decode_jpeg(torch.from_numpy(tar[offset : offset + size].copy()), mode=ImageReadMode.RGB)
         except RuntimeError as error:
@@ -141,7 +132,7 @@ def _decode_shard(
         return pixels
 
     pixels = np.stack(list(pool.map(decode, samples))) if samples else np.zeros((0, *IMAGE_SHAPE), np.uint8)
-    labels = [int(tar[at : at + digits].tobytes()) for at, digits, _ in (s["cls"] for s in samples)]
+    labels = [int(tar[at : at + digits].tobytes()) for at, digits, _ in (label for _, label in samples)]
     write_atomically(target / split / f"{row.name}.rgb", pixels.tobytes())
     write_json(
         target / split / f"{row.name}.json",
@@ -150,7 +141,7 @@ def _decode_shard(
             "bytes": pixels.nbytes,
             "sha256": hashlib.sha256(pixels.data).hexdigest(),
             "labels": labels,
-            "keys": [s["jpg"][2].rpartition(".")[0] for s in samples],
+            "keys": [name.rpartition(".")[0] for (_, _, name), _ in samples],
         },
     )
 

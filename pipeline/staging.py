@@ -7,6 +7,7 @@ shard's name is whole: an interrupted staging goes on where it stopped. `dataset
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import os
@@ -70,23 +71,36 @@ def stage(location: str, folder: Path, report: Report) -> Path:
     info = read_remote_dataset(location, report)
     target = folder / info.fingerprint[:16]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f".{target.name}.lock")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            report(f"waiting for another process of this node to stage {location}")
-            lock.acquire()
-        try:
+        with alone_at(target, report, f"stage {location}"):
             _copy(location, info, target, report)
-        finally:
-            lock.release()
     except OSError as error:
         raise DatasetError(
             f"staging {location} to {target} failed: {error}; the same command goes on with what is missing, "
             "once the source can be read and the disk written"
         ) from error
     return target
+
+
+@contextlib.contextmanager
+def alone_at(target: Path, report: Report, task: str) -> Iterator[None]:
+    """One process of this node at a time works on a folder; the others wait and say so.
+
+    Args:
+        target: the folder; the one that it lies in is made.
+        report: told what is waited for.
+        task: what the other does, as in "stage s3://BUCKET/SET".
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(target.parent / f".{target.name}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        report(f"waiting for another process of this node to {task}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _copy(location: str, info: DatasetInfo, target: Path, report: Report) -> None:

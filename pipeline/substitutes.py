@@ -14,8 +14,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.dataset import DatasetError, ImageError, SplitReader
+from pipeline.dataset import DatasetError, ImageError
 from pipeline.plan import Plan
+from pipeline.split_reader import SplitReader
 
 # Of a random order, so many damaged images in a row are no few bad sectors: a fifth of the set damaged would have it
 # once in ten million draws.

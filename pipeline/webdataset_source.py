@@ -51,6 +51,11 @@ def contents_of(tar: str) -> tuple[Literal["samples", "images", "others"], str]:
     return "samples" if samples else "others", parts[0].name
 
 
+def prefix(name: str) -> str:
+    """A shard's file name without its number: train for train-000123.tar."""
+    return os.path.splitext(name)[0].rstrip("0123456789").rstrip("-_.")
+
+
 def shards_by_split(folder: str, shards: Tars) -> dict[str, Tars]:
     """The shards that lie in one folder, by split, as their names without numbers tell: all are train's where only one
     name is used, or those with "train" and those with "val" in their name.
@@ -60,7 +65,7 @@ def shards_by_split(folder: str, shards: Tars) -> dict[str, Tars]:
     """
     groups: dict[str, dict[str, str]] = collections.defaultdict(dict)
     for name, location in shards.items():
-        groups[os.path.splitext(name)[0].rstrip("0123456789").rstrip("-_.")][name] = location
+        groups[prefix(name)][name] = location
     if len(groups) == 1:
         return {"train": shards}
     train = [name for name in groups if "train" in name]

@@ -18,10 +18,11 @@ from nvidia.dali import fn, pipeline_def
 from pipeline.annotate import annotate_shard
 from pipeline.annotated_set import begin, find_shards
 from pipeline.annotation import read_annotation
-from pipeline.dataset import DatasetError, DatasetInfo, SplitReader, read_dataset
+from pipeline.dataset import DatasetError, DatasetInfo, read_dataset
 from pipeline.label_names import CONFLICT, name_labels
 from pipeline.loader import Loader
 from pipeline.plan import centre_views
+from pipeline.split_reader import SplitReader
 from pipeline.verify import check_set, check_shard
 from tests.foreign_shards import (
     WNIDS,

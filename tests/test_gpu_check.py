@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from jobs.gpu_check import GpuCheckError, check, compare
-from pipeline.dataset import SplitReader, read_dataset
+from pipeline.dataset import read_dataset
 from pipeline.loader import Batch, Loader
 from pipeline.plan import Plan, Views, colour_matrix
+from pipeline.split_reader import SplitReader
 
 CPU = torch.device("cpu")
 

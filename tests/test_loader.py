@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from pipeline.dataset import SplitReader, read_dataset
+from pipeline.dataset import read_dataset
 from pipeline.loader import Loader, LoaderError
 from pipeline.plan import Plan, Views, centre_views, colour_matrix, ten_crop_views
+from pipeline.split_reader import SplitReader
 
 CPU = torch.device("cpu")
 

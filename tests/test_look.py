@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from jobs.look import LookConfig, Seen, look, main
-from pipeline.dataset import SplitReader, read_dataset
+from pipeline.dataset import read_dataset
+from pipeline.split_reader import SplitReader
 
 ROOT = Path(__file__).resolve().parent.parent
 

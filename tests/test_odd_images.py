@@ -19,12 +19,13 @@ import torchvision
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from pipeline.dataset import SplitReader, read_dataset
+from pipeline.dataset import read_dataset
 from pipeline.decode import MAX_PIXELS, ImageError
 from pipeline.resize import convert, encoder_settings
 from pipeline.shard_set import SetPlan, claim_folder, finish
 from pipeline.shards import build_shard, plan_shards
 from pipeline.sources import read_source
+from pipeline.split_reader import SplitReader
 from tests.photographs import encoded, photograph
 from tests.reference_resize import central_square
 

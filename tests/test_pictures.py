@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline.annotate import annotate_shard
 from pipeline.annotated_set import find_shards
-from pipeline.dataset import DatasetError, DatasetInfo, SplitReader, read_dataset
+from pipeline.dataset import DatasetError, DatasetInfo, read_dataset
 from pipeline.pictures import (
     IMAGENET_EIGENVALUES,
     IMAGENET_EIGENVECTORS,
@@ -29,6 +29,7 @@ from pipeline.pictures import (
     pca_figure,
     write_pictures,
 )
+from pipeline.split_reader import SplitReader
 from tests.foreign_shards import described, sample, stored, write_set, write_shards
 
 ROOT = Path(__file__).resolve().parents[1]

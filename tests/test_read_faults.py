@@ -18,9 +18,10 @@ from jobs.worker import WorkerData
 from model.recipe import Recipe
 from model.training import Worker
 from pipeline.annotation import read_annotation
-from pipeline.dataset import DatasetError, ImageError, SplitReader, read_dataset, write_json
+from pipeline.dataset import DatasetError, ImageError, read_dataset, write_json
 from pipeline.loader import Loader, LoaderError
 from pipeline.plan import centre_views
+from pipeline.split_reader import SplitReader
 from pipeline.staging import stage
 from tests.damage import Place, flip_in_the_header, flip_in_the_middle, overwrite, own_copy, places
 

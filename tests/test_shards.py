@@ -18,9 +18,10 @@ from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
 from pipeline.annotation import ShardAnnotation, ShardError, read_annotation
-from pipeline.dataset import DatasetError, SplitReader, read_dataset
+from pipeline.dataset import DatasetError, read_dataset
 from pipeline.shard_set import ShardSetError, claim_folder, find_finished, finish
 from pipeline.shards import build_shard, pack
+from pipeline.split_reader import SplitReader
 from tests.photographs import encoded, photograph, write_source
 from tests.shard_sets import build_all, contents, make, planned, tars
 

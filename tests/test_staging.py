@@ -15,7 +15,8 @@ import boto3
 import pytest
 from filelock import FileLock
 
-from pipeline.dataset import DatasetError, SplitReader, read_dataset
+from pipeline.dataset import DatasetError, read_dataset
+from pipeline.split_reader import SplitReader
 from pipeline.staging import stage
 from tests.faulty_proxy import FAULTS, faulty_proxy
 

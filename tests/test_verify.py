@@ -16,13 +16,14 @@ import pytest
 from PIL import Image
 
 from pipeline.annotation import ShardAnnotation, read_annotation
-from pipeline.dataset import DatasetError, SplitReader, read_dataset, read_index, write_json
+from pipeline.dataset import DatasetError, read_dataset, read_index, write_json
 from pipeline.repair import rebuild
 from pipeline.resize import encoder_settings
 from pipeline.rgb_stats import RgbMoments
 from pipeline.shard_set import SetPlan, ShardSetError, claim_folder, finish
 from pipeline.shards import build_shard, index_of, pack, plan_shards
 from pipeline.sources import read_source
+from pipeline.split_reader import SplitReader
 from pipeline.verify import ShardReport, check_set, check_shard
 from tests.photographs import encoded, photograph, write_source
 

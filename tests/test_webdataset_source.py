@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataset import SplitReader, read_dataset
+from pipeline.dataset import read_dataset
 from pipeline.source_files import SourceError, read_bytes
 from pipeline.sources import Listing, read_source
+from pipeline.split_reader import SplitReader
 from tests.test_tar_sources import tar_of
 
 
