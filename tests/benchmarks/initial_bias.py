@@ -24,9 +24,10 @@ from jobs.cli import run
 from model.alexnet import AlexNet
 from model.optimizer import make_optimizer
 from model.recipe import Recipe
-from pipeline.dataset import SplitReader, read_dataset, write_json
+from pipeline.dataset import read_dataset, write_json
 from pipeline.loader import Loader
 from pipeline.plan import Plan, colour_matrix
+from pipeline.split_reader import SplitReader
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7")
 WINDOW = 20  # Steps over which the loss is averaged.

@@ -30,10 +30,11 @@ from torchvision.io import ImageReadMode, decode_image, decode_jpeg
 from torchvision.transforms import v2
 
 from jobs.cli import run
-from pipeline.dataset import SplitReader, read_dataset
+from pipeline.dataset import read_dataset
 from pipeline.loader import PREFETCH, Loader
 from pipeline.pixel_stage import PixelReader
 from pipeline.plan import COLOUR_STD, CROP_SIZE, Plan, Views, colour_matrix
+from pipeline.split_reader import SplitReader
 from tests.benchmarks import loader_sets
 from tests.benchmarks.loader_sets import REPEATS, open_train
 

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from pipeline.dataset import SplitReader, read_dataset
+from pipeline.dataset import read_dataset
 from pipeline.pixel_stage import stage_pixels
+from pipeline.split_reader import SplitReader
 
 REPEATS = 4
 

@@ -12,20 +12,16 @@ named. The other loaders, best in an environment of their own:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import json
-import os
 import platform
 import shutil
-import signal
-import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 from jobs.cli import run
 from pipeline.dataset import read_dataset, write_json
+from tests.benchmarks.contest import check_cores, present, run_pinned, table, take_turns
 from tests.benchmarks.loader_peers import PEERS, installed
 
 LIMIT = next(iter(PEERS))
@@ -62,28 +58,9 @@ def call(name: str, config: SpeedConfig, cores: int, *options: str) -> list[str]
     Raises:
         ValueError: if it fails or does not end.
     """
-    allowed = ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))
-    command = ["taskset", "-c", allowed, sys.executable, "-m", "tests.benchmarks.loader_peers", "--name", name]
-    process = subprocess.Popen(
-        [*command, "--data", str(config.data), "--work", str(config.work), "--cores", str(cores), *options],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
-    try:
-        printed, errors = process.communicate(timeout=TIME_OUT_S)
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"{name} did not end within {TIME_OUT_S} s") from None
-    finally:
-        # Its worker processes too.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    if process.returncode:
-        raise ValueError(f"{name} failed: {(errors.strip().splitlines() or ['nothing said'])[-1]}")
-    return printed.splitlines()
+    arguments = ["-m", "tests.benchmarks.loader_peers", "--name", name, "--data", str(config.data)]
+    arguments += ["--work", str(config.work), "--cores", str(cores), *options]
+    return run_pinned(name, arguments, cores, TIME_OUT_S)
 
 
 def prepare(name: str, config: SpeedConfig) -> None:
@@ -93,55 +70,32 @@ def prepare(name: str, config: SpeedConfig) -> None:
     call(name, config, max(config.cores), "--prepare")
 
 
+def rate(config: SpeedConfig, name: str, cores: int) -> float:
+    """Images per second of one run of one loader, in the steady state."""
+    printed = call(name, config, cores, "--seconds", str(config.seconds))
+    return float(json.loads(printed[-1])["images_per_s"])
+
+
 def main(config: SpeedConfig) -> None:
-    if len(os.sched_getaffinity(0)) < max(config.cores):
-        raise ValueError(f"--cores {max(config.cores)}: this process may use {len(os.sched_getaffinity(0))}")
+    check_cores(config.cores)
     config = dataclasses.replace(config, data=config.data.resolve(), work=config.work.resolve())
     split = read_dataset(config.data).splits["train"]
     config.work.mkdir(parents=True, exist_ok=True)
-    loaders = [name for name in config.loaders if installed(name)]
-    if missing := [name for name in config.loaders if name not in loaders]:
-        print(f"not installed: {', '.join(missing)}", flush=True)
-    found: dict[str, dict[int, list[float]]] = {}
-    for name in loaders:
+    ready = []
+    for name in present(config.loaders, installed):
         try:
             prepare(name, config)
         except ValueError as error:
             print(f"left out, nothing to read: {error}", flush=True)
         else:
-            found[name] = {cores: [] for cores in config.cores}
-    for number in range(config.rounds):
-        for cores in config.cores:
-            for name in list(found):
-                try:
-                    printed = call(name, config, cores, "--seconds", str(config.seconds))
-                except ValueError as error:
-                    print(f"left out: {error}", flush=True)
-                    del found[name]
-                    continue
-                rate = float(json.loads(printed[-1])["images_per_s"])
-                found[name][cores].append(rate)
-                print(f"round {number + 1}, {cores} core(s), {name}: {rate:,.0f} images/s", flush=True)
-    rates = {name: {c: statistics.median(values) for c, values in by.items()} for name, by in found.items()}
+            ready.append(name)
+    rates = take_turns(ready, config.cores, config.rounds, functools.partial(rate, config))
     size = split.bytes / split.samples / 1000
     print(f"\n{platform.machine()}, {split.samples} images of {size:.0f} KB, medians of {config.rounds}")
-    for row in table(rates, config.cores):
+    for row in table(rates, config.cores, "loader", LIMIT, "limit"):
         print(row)
     if config.json is not None:
         write_json(config.json, rates)
-
-
-def table(rates: dict[str, dict[int, float]], cores: tuple[int, ...]) -> list[str]:
-    """Markdown: images/s and the ratio to the limit, for each number of cores."""
-    rows = ["| loader | " + " | ".join(f"{c} core(s): images/s | of the limit" for c in cores) + " |"]
-    rows.append("| --- " * (2 * len(cores) + 1) + "|")
-    for name, by in rates.items():
-        cells = []
-        for c in cores:
-            limit = rates.get(LIMIT, {}).get(c)
-            cells += [f"{by[c]:,.0f}", f"{by[c] / limit:.2f}" if limit else ""]
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    return rows
 
 
 if __name__ == "__main__":

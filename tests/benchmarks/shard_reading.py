@@ -25,10 +25,11 @@ import numpy as np
 import torch
 
 from jobs.cli import run
-from pipeline.dataset import SplitReader, read_dataset, write_json
+from pipeline.dataset import read_dataset, write_json
 from pipeline.loader import PREFETCH, Loader
 from pipeline.plan import Plan, colour_matrix
 from pipeline.shard_file import ShardFile
+from pipeline.split_reader import SplitReader
 
 LIMIT = "memory map, unchecked"
 OURS = "pread, CRC-32 (this program's)"

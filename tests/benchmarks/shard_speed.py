@@ -14,23 +14,19 @@ best in an environment of their own:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import io
 import json
-import os
 import platform
 import shutil
-import signal
-import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 from PIL import Image
 
 from jobs.cli import run
 from pipeline.dataset import write_json
+from tests.benchmarks.contest import check_cores, present, run_pinned, table, take_turns
 from tests.benchmarks.shard_writers import WRITERS, installed, photographs
 
 LIMIT = "bare loop, area"
@@ -94,8 +90,8 @@ def _variant(data: bytes, megapixels: float) -> bytes:
     return buffer.getvalue()
 
 
-def seconds(name: str, source: Path, work: Path, cores: int) -> float:
-    """One run of one writer, pinned to so many cores.
+def rate(config: SpeedConfig, source: Path, work: Path, name: str, cores: int) -> float:
+    """Images per second of one run of one writer.
 
     Raises:
         ValueError: if it fails or does not end.
@@ -103,69 +99,25 @@ def seconds(name: str, source: Path, work: Path, cores: int) -> float:
     output = work / "written"
     for left in (output, output.with_suffix(".beton"), output.with_suffix(".csv")):
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-    allowed = ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))
-    command = ["taskset", "-c", allowed, sys.executable, "-m", "tests.benchmarks.shard_writers", "--name", name]
-    process = subprocess.Popen(
-        [*command, "--source", str(source), "--output", str(output), "--cores", str(cores)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"},
-        start_new_session=True,
-    )
-    try:
-        printed, errors = process.communicate(timeout=TIME_OUT_S)
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"{name} did not end within {TIME_OUT_S} s") from None
-    finally:
-        # Its worker processes too.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    if process.returncode:
-        raise ValueError(f"{name} failed: {(errors.strip().splitlines() or ['nothing said'])[-1]}")
-    return float(json.loads(printed.splitlines()[-1])["seconds"])
+    arguments = ["-m", "tests.benchmarks.shard_writers", "--name", name, "--source", str(source)]
+    arguments += ["--output", str(output), "--cores", str(cores)]
+    printed = run_pinned(name, arguments, cores, TIME_OUT_S, NO_ALBUMENTATIONS_UPDATE="1")
+    return config.images / float(json.loads(printed[-1])["seconds"])
 
 
 def main(config: SpeedConfig) -> None:
-    if len(os.sched_getaffinity(0)) < max(config.cores):
-        raise ValueError(f"--cores {max(config.cores)}: this process may use {len(os.sched_getaffinity(0))}")
+    check_cores(config.cores)
     work = config.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     source = make_variants(dataclasses.replace(config, work=work))
     size = sum(Path(path).stat().st_size for path, _ in photographs(source)) / config.images
-    writers = [name for name in config.writers if installed(name)]
-    if missing := [name for name in config.writers if name not in writers]:
-        print(f"not installed: {', '.join(missing)}")
-    found: dict[str, dict[int, list[float]]] = {name: {cores: [] for cores in config.cores} for name in writers}
-    for number in range(config.rounds):
-        for cores in config.cores:
-            for name in list(found):
-                try:
-                    found[name][cores].append(config.images / seconds(name, source, work, cores))
-                except ValueError as error:
-                    print(f"left out: {error}", flush=True)
-                    del found[name]
-                    continue
-                print(f"round {number + 1}, {cores} core(s), {name}: {found[name][cores][-1]:.1f} images/s", flush=True)
-    rates = {name: {c: statistics.median(values) for c, values in by.items()} for name, by in found.items()}
+    writers = present(config.writers, installed)
+    rates = take_turns(writers, config.cores, config.rounds, functools.partial(rate, config, source, work))
     print(f"\n{platform.machine()}, {config.images} photographs of {size / 1000:.0f} KB, medians of {config.rounds}")
-    for row in table(rates, config.cores):
+    for row in table(rates, config.cores, "writer", LIMIT, "bare loop"):
         print(row)
     if config.json is not None:
         write_json(config.json, rates)
-
-
-def table(rates: dict[str, dict[int, float]], cores: tuple[int, ...]) -> list[str]:
-    """Markdown: images/s and the ratio to the bare loop, for each number of cores, and what the last core adds."""
-    rows = ["| writer | " + " | ".join(f"{c} core(s): images/s | of the bare loop" for c in cores) + " | more cores |"]
-    rows.append("| --- " * (2 * len(cores) + 2) + "|")
-    for name, by in rates.items():
-        cells = []
-        for c in cores:
-            limit = rates.get(LIMIT, {}).get(c)
-            cells += [f"{by[c]:,.0f}", f"{by[c] / limit:.2f}" if limit else ""]
-        rows.append(f"| {name} | {' | '.join(cells)} | {by[cores[-1]] / by[cores[0]]:.2f} x |")
-    return rows
 
 
 if __name__ == "__main__":

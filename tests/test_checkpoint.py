@@ -1,0 +1,68 @@
+"""A run's checkpoint: data alone, of one run alone, whole or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from jobs import checkpoint
+from jobs.checkpoint import CheckpointError
+from tests.test_training import IDENTITY, RECIPE, Recorder, SmallData, Stopped, make_trainer
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    record = Recorder(tmp_path, stop_after=3)
+    with pytest.raises(Stopped):
+        make_trainer().fit(SmallData(), record)
+    return record.saved[-1]
+
+
+def test_a_checkpoint_holds_no_code(saved: Path) -> None:
+    assert sorted(path.name for path in saved.iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+
+
+def test_another_runs_checkpoint_is_refused_by_name(saved: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, lr=0.1, groups=2)
+    with pytest.raises(CheckpointError, match=r"lr is 0\.1, was 0\.05; groups is 2, was 1\. Use another --name"):
+        checkpoint.restore(saved, make_trainer(recipe), dataclasses.replace(IDENTITY, recipe=recipe))
+    with pytest.raises(CheckpointError, match="the shard set is other, was fingerprint"):
+        checkpoint.restore(saved, make_trainer(), dataclasses.replace(IDENTITY, dataset="other"))
+
+
+def test_a_longer_run_may_continue_a_finished_one(tmp_path: Path) -> None:
+    record = Recorder(tmp_path / "a")
+    make_trainer().fit(SmallData(), record)
+    longer = dataclasses.replace(RECIPE, epochs=5)
+    trainer, rest = make_trainer(longer), Recorder(tmp_path / "b")
+    checkpoint.restore(record.saved[-1], trainer, dataclasses.replace(IDENTITY, recipe=longer))
+    trainer.fit(SmallData(), rest)
+    assert [row["epoch"] for row in rest.rows] == [5]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_refused(saved: Path, name: str) -> None:
+    path = saved / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=name):
+        checkpoint.restore(saved, make_trainer(), IDENTITY)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=name):
+        checkpoint.restore(saved, make_trainer(), IDENTITY)
+
+
+def test_another_networks_weights_are_refused(saved: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 4))
+    with pytest.raises(CheckpointError, match=r"does not fit this network: 4\.weight, 4\.bias"):
+        checkpoint.load_network(saved, network)
+
+
+def test_a_state_survives_json(saved: Path) -> None:
+    progress = checkpoint.read_state(saved).progress
+    assert (progress.epoch, progress.step) == (1, 0)
+    assert math.isfinite(progress.history[0]["val_loss"])
+    assert checkpoint.read_state(saved).identity == IDENTITY
