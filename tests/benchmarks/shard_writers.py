@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import simplejpeg
@@ -30,14 +30,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jobs.cli import run
+from pipeline.annotation import ShardAnnotation
 from pipeline.dataset import IMAGE_SIZE
 from pipeline.resize import encoder_settings, resize
 from pipeline.shard_set import SetPlan, claim_folder, finish
-from pipeline.shards import build_shard, plan_shards
+from pipeline.shards import ShardPlan, build_shard, plan_shards
 from pipeline.sources import read_source
 
 QUALITY = 90
 SAMPLES_PER_SHARD = 250  # Small, so that two workers end together on a few thousand photographs.
+
+Result = TypeVar("Result")
 
 Photographs = Sequence[tuple[str, int]]
 """Path and class of each."""
@@ -52,13 +55,11 @@ def shards_of(images: Photographs) -> list[Photographs]:
     return [images[start : start + SAMPLES_PER_SHARD] for start in range(0, len(images), SAMPLES_PER_SHARD)]
 
 
-def in_processes(work: Callable[[Any], object], items: Sequence[Any], cores: int) -> None:
+def in_processes(work: Callable[[Any], Result], items: Sequence[Any], cores: int) -> list[Result]:
     if cores == 1:
-        for item in items:
-            work(item)
-        return
+        return [work(item) for item in items]
     with multiprocessing.get_context("fork").Pool(cores) as pool:
-        pool.map(work, items, chunksize=1)
+        return pool.map(work, items, chunksize=1)
 
 
 def _bare(resizing: Callable[[NDArray[np.uint8]], NDArray[np.uint8]], images: Photographs) -> None:
@@ -95,13 +96,11 @@ def ours(source: Path, output: Path, cores: int) -> None:
     plan = SetPlan(listing, encoder_settings(QUALITY), 0, SAMPLES_PER_SHARD, tuple(shards))
     claim_folder(output, plan)
     build = functools.partial(_build, output, plan)
-    in_processes(build, shards, cores)
-    annotations = [build_shard(output, shard, plan.image, True).annotation for shard in shards]
-    finish(output, plan, annotations, 0.0)
+    finish(output, plan, in_processes(build, shards, cores), 0.0)
 
 
-def _build(output: Path, plan: SetPlan, shard: Any) -> None:
-    build_shard(output, shard, plan.image, True)
+def _build(output: Path, plan: SetPlan, shard: ShardPlan) -> ShardAnnotation:
+    return build_shard(output, shard, plan.image, True).annotation
 
 
 def by_pillow(path: str) -> bytes:
