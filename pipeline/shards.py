@@ -103,20 +103,29 @@ def inputs_digest(plan: ShardPlan, image: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def pack(samples: Sequence[tuple[str, int, bytes]]) -> bytes:
-    """A tar of (key, label, JPEG) samples: KEY.cls, then KEY.jpg, in the order given.
+def pack(samples: Sequence[tuple[str, int, bytes]]) -> tuple[bytes, str]:
+    """A tar of (key, label, JPEG) samples, KEY.cls then KEY.jpg in the order given, and its index (see `index_of`).
 
     USTAR with no times and owners: equal samples give equal bytes, and no member needs a second header.
     """
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, label, jpeg in samples:
-            for name, data in ((f"{key}.cls", str(label).encode()), (f"{key}.jpg", jpeg)):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                member.mode = 0o644
-                tar.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
+    parts: list[bytes] = []
+    lines = [f"{INDEX_VERSION} {len(samples)}"]
+    end = 0
+    for key, label, jpeg in samples:
+        line = []
+        for extension, data in (("cls", str(label).encode()), ("jpg", jpeg)):
+            member = tarfile.TarInfo(f"{key}.{extension}")
+            member.size = len(data)
+            member.mode = 0o644
+            padding = bytes(-len(data) % tarfile.BLOCKSIZE)
+            # Not addfile, whose copies of each member cost a tenth of the whole conversion.
+            parts += (member.tobuf(tarfile.USTAR_FORMAT), data, padding)
+            line.append(f"{extension} {end + tarfile.BLOCKSIZE} {len(data)} {member.name}")
+            end += tarfile.BLOCKSIZE + len(data) + len(padding)
+        lines.append(" ".join(line))
+    zeros = 2 * tarfile.BLOCKSIZE
+    parts.append(bytes(zeros + -(end + zeros) % tarfile.RECORDSIZE))
+    return b"".join(parts), "\n".join(lines) + "\n"
 
 
 def index_of(file: BinaryIO) -> str:
@@ -211,10 +220,10 @@ def _write_shard(
     path.parent.mkdir(parents=True, exist_ok=True)
     # An older annotation must not vouch for a tar that is about to change.
     path.unlink(missing_ok=True)
-    tar = pack(samples) if samples else b""
+    tar, index = pack(samples) if samples else (b"", "")
     if samples:
         write_atomically(path.with_suffix(".tar"), tar)
-        write_atomically(path.with_suffix(".idx"), index_of(io.BytesIO(tar)).encode())
+        write_atomically(path.with_suffix(".idx"), index.encode())
     else:
         path.with_suffix(".tar").unlink(missing_ok=True)
         path.with_suffix(".idx").unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from PIL import Image
 from pipeline.annotation import ShardAnnotation, ShardError, read_annotation
 from pipeline.dataset import DatasetError, read_dataset
 from pipeline.shard_set import ShardSetError, claim_folder, find_finished, finish
-from pipeline.shards import build_shard, pack
+from pipeline.shards import build_shard, index_of, pack
 from pipeline.split_reader import SplitReader
 from tests.photographs import encoded, photograph, write_source
 from tests.shard_sets import build_all, contents, make, planned, tars
@@ -159,11 +159,19 @@ def test_rows_match_the_files(shard_set: Path) -> None:
     ]
 
 
-def test_pack_gives_equal_bytes_and_holds_long_keys() -> None:
-    samples = [("k" * 90, 999, b"jpeg"), ("a", 0, b"")]
-    assert pack(samples) == pack(samples)
-    with tarfile.open(fileobj=io.BytesIO(pack(samples))) as tar:
-        assert tar.getnames() == ["k" * 90 + ".cls", "k" * 90 + ".jpg", "a.cls", "a.jpg"]
+# So many bytes that what ends a tar, two blocks of zeros and what fills its record of 20 blocks, is every way long.
+@pytest.mark.parametrize("last", [10_000, 2_560, 3_072, 3_584, 4_096, 4_608])
+def test_a_tar_and_its_index_are_those_of_tarfile(last: int) -> None:
+    samples = [("k" * 90, 999, b"jpeg"), ("a", 0, b""), ("b", 7, bytes(512)), ("c", 12, bytes(last))]
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, label, jpeg in samples:
+            for name, data in ((f"{key}.cls", str(label).encode()), (f"{key}.jpg", jpeg)):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    buffer.seek(0)
+    assert pack(samples) == (buffer.getvalue(), index_of(buffer))
 
 
 # Going on, and what must not be mixed in.

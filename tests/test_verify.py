@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import shutil
 import tarfile
@@ -21,7 +20,7 @@ from pipeline.repair import rebuild
 from pipeline.resize import encoder_settings
 from pipeline.rgb_stats import RgbMoments
 from pipeline.shard_set import SetPlan, ShardSetError, claim_folder, finish
-from pipeline.shards import build_shard, index_of, pack, plan_shards
+from pipeline.shards import build_shard, pack, plan_shards
 from pipeline.sources import read_source
 from pipeline.split_reader import SplitReader
 from pipeline.verify import ShardReport, check_set, check_shard
@@ -103,9 +102,9 @@ def repack(root: Path, alter: Callable[[list[tuple[str, int, bytes]]], None]) ->
         keys = [name.removesuffix(".cls") for name in archive.getnames()[0::2]]
     samples = [(key, int(label), jpeg) for key, label, jpeg in zip(keys, read[0::2], read[1::2], strict=True)]
     alter(samples)
-    data = pack(samples)
+    data, index = pack(samples)
     tar(root).write_bytes(data)
-    tar(root).with_suffix(".idx").write_text(index_of(io.BytesIO(data)))
+    tar(root).with_suffix(".idx").write_text(index)
     value = info.to_json()
     row = next(row for row in value["splits"]["train"]["shards"] if row["name"] == NAME)
     value["splits"]["train"]["bytes"] += len(data) - row["bytes"]
