@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import ray
 import ray.exceptions
+from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants
 
 RETRIES = 3
+CONNECT_SECONDS = 10
 
 # Ray's own switch for "this machine is all of the cluster": with it every part of Ray listens on 127.0.0.1 alone. It
 # reads the variable when it is imported, so the constant is set as well.
@@ -31,9 +34,33 @@ def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
     Args:
         cpus: what a locally started Ray shall offer; None for all of the machine's.
         options: more of ray.init's, for either.
+
+    Raises:
+        ConnectionError: if Ray cannot be joined or does not start.
     """
     options = {"logging_level": logging.WARNING, **options}
-    if os.environ.get("RAY_ADDRESS"):
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _refuse_unreachable(address)
+    try:
+        _start(address, cpus, options)
+    # Ray raises what the failing part of its start leads it to, plain Exception among it.
+    except Exception as error:
+        what = f"the cluster at RAY_ADDRESS={address} cannot be joined" if address else "Ray does not start here"
+        cure = (
+            "see `ray status` on that machine, and that both have the same versions of Ray and Python"
+            if address
+            else f"see the logs below {get_default_ray_temp_dir()}, and the room there and in /dev/shm"
+        )
+        raise ConnectionError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())}): {cure}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(address: str | None, cpus: int | None, options: dict[str, Any]) -> None:
+    if address:
         ray.init(**options)
     else:
         ray_constants.ENABLE_RAY_CLUSTER = False
@@ -42,10 +69,24 @@ def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
         # "local", because a bare init would join any Ray that happens to run on this machine.
         # Its dashboard is a dozen more processes and 4 s more to wait for.
         ray.init("local", num_cpus=cpus, include_dashboard=False, **options)
+
+
+def _refuse_unreachable(address: str) -> None:
+    """Ray itself would try for minutes, and may abort the process.
+
+    Raises:
+        ConnectionError: if nothing listens at the address.
+    """
+    if address == "auto":
+        return
+    cure = "see `ray status` on the head; run this as a job: ray job submit --working-dir . -- python jobs/..."
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "://" in address:
+        raise ConnectionError(f"RAY_ADDRESS is {address}, and a driver needs HOST:PORT of Ray itself: {cure}")
     try:
-        yield
-    finally:
-        ray.shutdown()
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(f"no Ray can be reached at RAY_ADDRESS {address} ({error}): {cure}") from error
 
 
 def in_parallel(

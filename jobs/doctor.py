@@ -14,7 +14,6 @@ import logging
 import os
 import random
 import secrets
-import socket
 import sys
 import threading
 import time
@@ -29,14 +28,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from jobs import checks
 from jobs.checks import Finding, finding
 from jobs.cli import GpuChoice, one_line, run
-from jobs.cluster import connected
+from jobs.cluster import CONNECT_SECONDS, connected
 from jobs.inspector import Facts, Inspector, Rank, bus_bandwidth
 from jobs.nodes import NoAnswer, Node, alive_nodes, collect, on
 from pipeline.dataset import DatasetInfo, read_dataset, write_json
 from pipeline.staging import read_remote_dataset
 from pipeline.storage import is_url
 
-CONNECT_SECONDS = 10
 SAMPLE_SHARDS = 2  # Of each split, hashed on each node.
 STEP_SECONDS = 120.0  # For what reads data or sums gradients.
 PING_ROUNDS = 3
@@ -79,7 +77,6 @@ def main(config: DoctorConfig) -> None:
     watchdog = threading.Timer(limit, _give_up, [limit])
     watchdog.daemon = True
     watchdog.start()
-    refuse_unreachable(os.environ.get("RAY_ADDRESS"))
     with connected(config.workers, logging_level=logging.ERROR, log_to_driver=False):
         found = list(examine(config))
     watchdog.cancel()
@@ -89,24 +86,6 @@ def main(config: DoctorConfig) -> None:
         write_json(config.json, {"failed": failed, "findings": [dataclasses.asdict(one) for one in found]})
     if failed:
         raise ValueError(f"{len(failed)} of {len(found)} checks failed ({', '.join(failed)}): the table has the cures")
-
-
-def refuse_unreachable(address: str | None) -> None:
-    """Ray itself would try for minutes, and may abort the process.
-
-    Raises:
-        ValueError: if nothing listens at the address.
-    """
-    if not address or address == "auto":
-        return
-    cure = "see `ray status` on the head; run this as a job: ray job submit --working-dir . -- python jobs/doctor.py"
-    host, _, port = address.rpartition(":")
-    if not port.isdigit() or "://" in address:
-        raise ValueError(f"RAY_ADDRESS is {address}, and a driver needs HOST:PORT of Ray itself: {cure}")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-    except OSError as error:
-        raise ValueError(f"no Ray can be reached at RAY_ADDRESS {address} ({error}): {cure}") from error
 
 
 def examine(config: DoctorConfig) -> Iterator[Finding]:

@@ -95,13 +95,6 @@ def doctor(*arguments: object, **environment: str) -> subprocess.CompletedProces
     )
 
 
-def test_a_cluster_that_is_not_there_is_told_at_once() -> None:
-    done = doctor(RAY_ADDRESS="127.0.0.1:9")
-    assert (done.returncode, "no Ray can be reached" in done.stderr) == (1, True)
-    done = doctor(RAY_ADDRESS="http://localhost:8265")
-    assert (done.returncode, "ray job submit" in done.stderr) == (1, True)
-
-
 @pytest.mark.slow
 def test_a_healthy_machine_passes_and_a_bad_storage_and_a_damaged_shard_are_named(
     shard_set: Path, tmp_path: Path

@@ -1,12 +1,14 @@
-"""What `stream` hands to Ray, and when: a stand-in for Ray counts what is in flight at every moment."""
+"""What `stream` hands to Ray, and when: a stand-in for Ray counts what is in flight at every moment. And no Ray."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from ray._private import ray_constants
 
 from jobs import cluster
 
@@ -103,3 +105,22 @@ def test_without_a_number_there_is_one_a_cpu_as_nodes_come_and_go(monkeypatch: p
     # Those that a lost node leaves over are not replaced before there is room.
     assert max(lead[before + 1 :], default=0) == 0
     assert ray.sent == list(range(60))
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"RAY_ADDRESS": "127.0.0.1:9"}, "no Ray can be reached at RAY_ADDRESS 127.0.0.1:9"),
+        ({"RAY_ADDRESS": "http://localhost:8265"}, "ray job submit"),
+        ({"RAY_TMPDIR": __file__}, "Ray does not start here .*Not a directory"),
+    ],
+)
+def test_a_ray_that_is_not_to_be_had_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], told: str
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # What a start sets goes back to what it was.
+    monkeypatch.setattr(os, "environ", {**os.environ, **environment})
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", ray_constants.ENABLE_RAY_CLUSTER)
+    with pytest.raises(ConnectionError, match=told), cluster.connected(1):
+        pass
