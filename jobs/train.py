@@ -260,7 +260,8 @@ def print_result(data: str, run: str, history: list[dict[str, float]], plan: Pla
         # With substitutes, an epoch is another than the plan's on purpose.
         print(ledger_line(run, plan))
     print(f"best checkpoint: {join(run, str(checkpoint.best(checkpoint.committed(run))))}")
-    print(f"next: python jobs/evaluate.py --data {data} --checkpoint {run} --ten-crop")
+    # A URL may have options, whose & a shell would take for its own.
+    print(f"next: python jobs/evaluate.py --data {quote(data)} --checkpoint {quote(run)} --ten-crop")
 
 
 if __name__ == "__main__":

@@ -62,13 +62,19 @@ def size(url: str) -> int:
 
 
 def scan(url: str) -> list[Item]:
-    """What a folder holds; for an object store one request a thousand names."""
+    """What a folder holds; for S3 one request a thousand names, for Google's store a thousand of all that is below."""
     filesystem, path = open_location(url)
-    infos = _try(url, lambda: filesystem.get_file_info(fs.FileSelector(path)))
-    return [
-        Item(info.base_name, info.type == fs.FileType.Directory, info.size if info.type == fs.FileType.File else None)
-        for info in infos
-    ]
+    # There a folder that nobody made an object for is not listed, only what is in it.
+    below = filesystem.type_name == "gcs"
+    infos = _try(url, lambda: filesystem.get_file_info(fs.FileSelector(path, recursive=below)))
+    found: dict[str, Item] = {}
+    for info in infos:
+        name, deeper, _ = info.path.removeprefix(f"{path}/").partition("/")
+        if deeper or info.type == fs.FileType.Directory:
+            found[name] = Item(name, True, None)
+        else:
+            found[name] = Item(name, False, info.size if info.type == fs.FileType.File else None)
+    return list(found.values())
 
 
 def read(url: str) -> bytes:

@@ -6,11 +6,16 @@ import errno
 import json
 import pickle
 import shutil
+import socket
+import subprocess
+import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import pytest
+from pyarrow import fs
 
 from pipeline import remote
 from pipeline.listing import Listing
@@ -88,6 +93,26 @@ def bucket(forms: Path, s3: str) -> str:
     return f"?region=us-east-1&scheme=http&endpoint_override={s3}"
 
 
+@pytest.fixture
+def google(forms: Path) -> Iterator[str]:
+    """All forms in a bucket of Google's, without an object for any folder, as its own tools leave it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # A process of its own: this one may wait for it with the interpreter's lock held.
+    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--host=127.0.0.1", f"--port={port}"]
+    server = subprocess.Popen([*command, "--in-memory", "--default-bucket=bucket"], stderr=subprocess.DEVNULL)
+    options = f"?scheme=http&endpoint_override=127.0.0.1:{port}"
+    filesystem, _ = fs.FileSystem.from_uri(f"gs://anonymous@bucket/{options}")
+    for path in forms.rglob("*.*"):
+        if path.is_file():
+            with filesystem.open_output_stream(f"bucket/{path.relative_to(forms)}") as stream:
+                stream.write(path.read_bytes())
+    yield options
+    server.kill()
+    server.wait()
+
+
 # The same bytes.
 
 
@@ -133,6 +158,18 @@ def test_s3_gives_the_bytes_that_a_disk_gives(
     assert made(listing, tmp_path / "out") == expected
     assert listing.roots[0].startswith(f"s3://bucket/{source}")
     assert "endpoint" not in "".join(listing.roots) + "".join(entry.where for entry in listing.splits["train"])
+
+
+@pytest.mark.parametrize(("source", "labels"), [("folders", None), ("class_tars", "class_tars/wnids.txt")])
+def test_googles_store_gives_the_bytes_that_a_disk_gives(
+    expected: dict[str, bytes], google: str, tmp_path: Path, source: str, labels: str | None
+) -> None:
+    def at(path: str) -> str:
+        return f"gs://anonymous@bucket/{path}{google}"
+
+    listing = listed(at(source), labels=None if labels is None else at(labels))
+    assert made(listing, tmp_path / "out") == expected
+    assert listing.roots[0].startswith(f"gs://bucket/{source}")
 
 
 def test_shards_give_the_same_bytes_from_a_disk_s3_and_http(forms: Path, bucket: str, tmp_path: Path) -> None:
