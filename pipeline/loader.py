@@ -1,9 +1,8 @@
-"""The DALI pipeline that executes a plan: JPEG bytes or pixels and the plan's numbers in, batches on the device out.
+"""What executes a plan: JPEG bytes or pixels and the plan's numbers in, batches on the device out.
 
-DALI draws nothing and shuffles nothing. `external_source` hands it each image's bytes, window, mirror flag and mean;
-the decoder takes just the window; `crop_mirror_normalize` mirrors it and subtracts the mean, into which the colour
-shift is folded. Of images that are decoded already, `crop_mirror_normalize` cuts the window too. CPU and GPU run the
-same definition.
+DALI draws nothing and shuffles nothing. `external_source` hands it each image's bytes and window; the decoder takes
+just the window, and `crop` cuts it from images that are decoded already. What comes out is uint8 on the device, where
+`finish.py` mirrors it and subtracts the mean, into which the colour shift is folded. CPU and GPU run the same code.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.dataset import DatasetError, ImageError
+from pipeline.finish import Finisher
 from pipeline.pixel_stage import PixelReader
 from pipeline.plan import CROP_OFFSETS, CROP_SIZE, Views
 from pipeline.rgb_stats import MAX_LEVEL, RgbStatistics
@@ -65,8 +65,8 @@ def define(
     """The pipeline for batches of up to `batch_size` images, unbuilt.
 
     Args:
-        source: called once a batch; returns its images, crop_x, crop_y, mirror flags and means, or raises StopIteration
-            at the end. What it returns must stay as it is until the batch is out.
+        source: called once a batch; returns its images, crop_x and crop_y, or raises StopIteration at the end. What it
+            returns must stay as it is until the batch is out.
         batch_size: the largest batch.
         threads: decoder threads on the host.
         device: "cpu" or "gpu"; the operators' only difference.
@@ -76,19 +76,19 @@ def define(
     on_gpu = device == "gpu"
     pipeline = Pipeline(batch_size, threads, device_id, prefetch_queue_depth=PREFETCH)
     with pipeline:
-        images, crop_x, crop_y, mirror, mean = fn.external_source(
+        images, crop_x, crop_y = fn.external_source(
             source=source,
-            num_outputs=5,
-            dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32, types.FLOAT],
-            ndim=[3 if pixels else 1, 0, 0, 0, 1],
-            layout=["HWC" if pixels else "", "", "", "", ""],
+            num_outputs=3,
+            dtype=[types.UINT8, types.FLOAT, types.FLOAT],
+            ndim=[3 if pixels else 1, 0, 0],
+            layout=["HWC" if pixels else "", "", ""],
             no_copy=True,
         )
         window = {"crop": (CROP_SIZE, CROP_SIZE), "crop_pos_x": crop_x, "crop_pos_y": crop_y}
-        if pixels and on_gpu:
-            images = images.gpu()
-        elif not pixels:
-            images = fn.decoders.image_crop(
+        if pixels:
+            windows = fn.crop(images.gpu() if on_gpu else images, device=device, **window)
+        else:
+            windows = fn.decoders.image_crop(
                 images,
                 device="mixed" if on_gpu else "cpu",
                 output_type=types.RGB,
@@ -98,17 +98,7 @@ def define(
                 adjust_orientation=False,
                 **window,
             )
-        # HWC seen through permute(0, 3, 1, 2) is torch's channels_last, so no transposition is ever done.
-        output = fn.crop_mirror_normalize(
-            images,
-            device=device,
-            dtype=types.FLOAT,
-            output_layout="HWC",
-            mirror=mirror,
-            mean=mean,
-            **(window if pixels else {}),
-        )
-        pipeline.set_outputs(output)
+        pipeline.set_outputs(windows)
     return pipeline
 
 
@@ -151,15 +141,14 @@ class Loader:
             (device.index or 0) if on_gpu else None,
             isinstance(reader, PixelReader),
         )
-        self._copy_stream = torch.cuda.Stream(device) if on_gpu else None
+        self._finisher = Finisher(device)
         self._pipeline.build()
 
-    def _next(self) -> tuple[list[NDArray[np.uint8]], NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+    def _next(self) -> tuple[list[NDArray[np.uint8]], NDArray[np.float32], NDArray[np.float32]]:
         views, images = self._read(next(self._views))
         # DALI takes a window's position as a fraction of the room it has: offset / 29.
         y, x = np.ascontiguousarray(views.crops.T / (CROP_OFFSETS - 1), dtype=np.float32)
-        mean = (self._mean - views.shifts).astype(np.float32)
-        given = images, x, y, views.flips.astype(np.int32), mean
+        given = images, x, y
         self._in_flight.append((views, given))
         return given
 
@@ -199,23 +188,12 @@ class Loader:
             except RuntimeError as error:
                 raise LoaderError(self._diagnose(error)) from error
             done, _ = self._in_flight.popleft()
-            images = self._owned(torch.from_dlpack(output.as_tensor())).permute(0, 3, 1, 2)
+            windows = torch.from_dlpack(output.as_tensor())
+            images = self._finisher.finish(windows, done.flips, (self._mean - done.shifts).astype(np.float32))
+            # DALI takes its buffer back with the last reference.
+            del output, windows
             labels = torch.from_numpy(self._reader.labels[done.samples]).to(self._device)
             yield Batch(images, labels, done.samples)
-
-    def _owned(self, images: Tensor) -> Tensor:
-        """DALI's output as memory that is the caller's for as long as the tensor lives."""
-        if self._copy_stream is None:
-            # DALI's executor gives each batch a buffer of its own and takes it back when the last reference goes: a
-            # copy would cost more than half of the decoding, most of it in faults on fresh pages.
-            return images
-        # DALI would take a buffer back while kernels that torch has queued still read it: hence a copy on GPU.
-        # On a stream of its own, since waiting on the current one would wait for the training step that runs there.
-        with torch.cuda.stream(self._copy_stream):
-            copy = images.clone()
-        self._copy_stream.synchronize()
-        copy.record_stream(torch.cuda.current_stream(self._device))
-        return copy
 
     def _drain(self) -> None:
         """Lets DALI finish what an earlier `run`, not read to its end, had already handed to it."""
