@@ -128,7 +128,7 @@ def measure(config: BenchmarkConfig) -> Findings:
     decoder.run()
     first = next(plan.epoch(0))
     finisher, means = Finisher(device), np.tile(np.array(info.rgb.mean, np.float32), (len(first), 1))
-    windows = torch.zeros(len(first), CROP_SIZE, CROP_SIZE, 3, dtype=torch.uint8, device=device)
+    windows = torch.zeros(len(first), CROP_SIZE, CROP_SIZE, 3, dtype=torch.uint8, device=device).unbind()
     settle = torch.cuda.synchronize if config.gpu else _nothing
     many = 4 * config.steps
     encoded = [torch.from_numpy(reader.image(i % len(reader)).copy()) for i in range(many * config.batch_size)]

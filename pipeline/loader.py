@@ -1,7 +1,7 @@
 """What executes a plan: JPEG bytes or pixels and the plan's numbers in, batches on the device out.
 
-DALI draws nothing and shuffles nothing. `external_source` hands it each image's bytes and window; the decoder takes
-just the window, and `crop` cuts it from images that are decoded already. What comes out is uint8 on the device, where
+DALI draws nothing and shuffles nothing. `external_source` hands it each image's bytes and window, and the decoder takes
+just the window; images that are decoded already come as they are. What comes out is uint8 on the device, where
 `finish.py` mirrors it and subtracts the mean, into which the colour shift is folded. CPU and GPU run the same code.
 """
 
@@ -12,7 +12,7 @@ import dataclasses
 import io
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,8 +69,8 @@ def define(
     """The pipeline for batches of up to `batch_size` images, unbuilt.
 
     Args:
-        source: called once a batch; returns its images, crop_x and crop_y, or raises StopIteration at the end. What it
-            returns must stay as it is until the batch is out.
+        source: called once a batch; returns its images, crop_x and crop_y (of pixels, the images alone), or raises
+            StopIteration at the end. What it returns must stay as it is until the batch is out.
         batch_size: the largest batch.
         threads: decoder threads on the host.
         device: "cpu" or "gpu"; the operators' only difference.
@@ -80,29 +80,31 @@ def define(
     on_gpu = device == "gpu"
     pipeline = Pipeline(batch_size, threads, device_id, prefetch_queue_depth=PREFETCH)
     with pipeline:
-        images, crop_x, crop_y = fn.external_source(
-            source=source,
-            num_outputs=3,
-            dtype=[types.UINT8, types.FLOAT, types.FLOAT],
-            ndim=[3 if pixels else 1, 0, 0],
-            layout=["HWC" if pixels else "", "", ""],
-            no_copy=True,
-        )
-        window = {"crop": (CROP_SIZE, CROP_SIZE), "crop_pos_x": crop_x, "crop_pos_y": crop_y}
         if pixels:
-            windows = fn.crop(images.gpu() if on_gpu else images, device=device, **window)
+            # Brought by DALI's threads, from a mapped file that may be on a disk; DALI's `crop` takes longer than this.
+            (images,) = fn.external_source(source=source, num_outputs=1, dtype=types.UINT8, ndim=3, no_copy=True)
+            output = images.gpu() if on_gpu else fn.copy(images)
         else:
-            windows = fn.decoders.image_crop(
-                images,
+            encoded, crop_x, crop_y = fn.external_source(
+                source=source,
+                num_outputs=3,
+                dtype=[types.UINT8, types.FLOAT, types.FLOAT],
+                ndim=[1, 0, 0],
+                no_copy=True,
+            )
+            output = fn.decoders.image_crop(
+                encoded,
                 device="mixed" if on_gpu else "cpu",
                 output_type=types.RGB,
                 # libjpeg-turbo, which decodes on the CPU, interpolates chroma; nvJPEG does so only when asked.
                 jpeg_fancy_upsampling=True,
                 # The stored pixels are what is counted, verified and read by others; DALI would turn them by EXIF.
                 adjust_orientation=False,
-                **window,
+                crop=(CROP_SIZE, CROP_SIZE),
+                crop_pos_x=crop_x,
+                crop_pos_y=crop_y,
             )
-        pipeline.set_outputs(windows)
+        pipeline.set_outputs(output)
     return pipeline
 
 
@@ -121,6 +123,7 @@ class Loader:
         self, reader: SplitReader | PixelReader, rgb: RgbStatistics, batch_size: int, device: torch.device, threads: int
     ) -> None:
         self._reader = reader
+        self._pixels = isinstance(reader, PixelReader)
         self._mean = np.array(rgb.mean) * MAX_LEVEL
         self._device = device
         self._views: Iterator[Views] = iter(())
@@ -143,16 +146,18 @@ class Loader:
             threads,
             "gpu" if on_gpu else "cpu",
             (device.index or 0) if on_gpu else None,
-            isinstance(reader, PixelReader),
+            self._pixels,
         )
         self._finisher = Finisher(device)
         self._pipeline.build()
 
-    def _next(self) -> tuple[list[NDArray[np.uint8]], NDArray[np.float32], NDArray[np.float32]]:
+    def _next(self) -> tuple[Any, ...]:
         views, images = self._read(next(self._views))
-        # DALI takes a window's position as a fraction of the room it has: offset / 29.
-        y, x = np.ascontiguousarray(views.crops.T / (CROP_OFFSETS - 1), dtype=np.float32)
-        given = images, x, y
+        given: tuple[Any, ...] = (images,)
+        if not self._pixels:
+            # DALI takes a window's position as a fraction of the room it has: offset / 29.
+            y, x = np.ascontiguousarray(views.crops.T / (CROP_OFFSETS - 1), dtype=np.float32)
+            given = images, x, y
         self._in_flight.append((views, given))
         return given
 
@@ -192,12 +197,21 @@ class Loader:
             except RuntimeError as error:
                 raise LoaderError(self._diagnose(error)) from error
             done, _ = self._in_flight.popleft()
-            windows = torch.from_dlpack(output.as_tensor())
+            windows = self._windows(torch.from_dlpack(output.as_tensor()), done)
             images = self._finisher.finish(windows, done.flips, (self._mean - done.shifts).astype(np.float32))
             # DALI takes its buffer back with the last reference.
             del output, windows
             labels = torch.from_numpy(self._reader.labels[done.samples]).to(self._device)
             yield Batch(images, labels, done.samples)
+
+    def _windows(self, images: Tensor, views: Views) -> Sequence[Tensor]:
+        """Each image's window, of DALI's output: a view, not a copy."""
+        if not self._pixels:
+            return images.unbind()
+        return [
+            image[top : top + CROP_SIZE, left : left + CROP_SIZE]
+            for image, (top, left) in zip(images, views.crops.tolist(), strict=True)
+        ]
 
     def _drain(self) -> None:
         """Lets DALI finish what an earlier `run`, not read to its end, had already handed to it."""

@@ -24,7 +24,11 @@ def test_each_image_is_mirrored_and_shifted_by_its_own_numbers(n: int) -> None:
     expected = windows.astype(np.float64)
     expected[flips] = expected[flips][:, :, ::-1]
     expected = (expected - means[:, None, None, :]).transpose(0, 3, 1, 2)
-    got = Finisher(CPU).finish(torch.from_numpy(windows), flips, means)
+    got = Finisher(CPU).finish(torch.from_numpy(windows).unbind(), flips, means)
+    # Of larger images, as views.
+    wide = np.pad(windows, ((0, 0), (1, 2), (3, 4), (0, 0)))
+    views = [torch.from_numpy(image)[1:-2, 3:-4] for image in wide]
+    assert torch.equal(Finisher(CPU).finish(views, flips, means), got)
     assert got.dtype == torch.float32
     assert got.is_contiguous(memory_format=torch.channels_last)
     # Half of float32's last place at 256.
@@ -36,7 +40,7 @@ def test_memory_is_a_batchs_own_for_as_long_as_any_view_of_it_lives() -> None:
     kept, copies, places = [], [], set()
     for seed in range(2 * SPARE + 4):
         windows, flips, means = draw(PIECE + seed % 2, seed)
-        batch = finisher.finish(torch.from_numpy(windows), flips, means)
+        batch = finisher.finish(torch.from_numpy(windows).unbind(), flips, means)
         places.add(batch.data_ptr())
         if seed % 2:
             kept.append(batch[1:3, 0].flip(1) if seed == 1 else batch[1:3, 0])
@@ -52,12 +56,12 @@ def test_memory_is_a_batchs_own_for_as_long_as_any_view_of_it_lives() -> None:
 
 def test_no_more_memory_is_kept_than_a_loop_needs() -> None:
     finisher = Finisher(CPU)
-    held = [finisher.finish(torch.from_numpy(windows), f, m) for windows, f, m in (draw(3, s) for s in range(9))]
+    held = [finisher.finish(torch.from_numpy(w).unbind(), f, m) for w, f, m in (draw(3, s) for s in range(9))]
     places = {batch.data_ptr() for batch in held}
     assert len(places) == 9
     held.clear()
     windows, flips, means = draw(3, 0)
-    again = [finisher.finish(torch.from_numpy(windows), flips, means) for _ in range(9)]
+    again = [finisher.finish(torch.from_numpy(windows).unbind(), flips, means) for _ in range(9)]
     assert len(places & {batch.data_ptr() for batch in again}) >= SPARE
     assert len(finisher._spare) == 0
     again.clear()
