@@ -57,7 +57,7 @@ class Chains:
     window: float
     """Reading and decoding each image's window with DALI, and nothing else."""
     augment: float
-    """Mirroring the windows of a batch, where they lie, and subtracting the means."""
+    """Mirroring a batch's windows, where they lie, and subtracting the means."""
     forward: float
     """The network's forward pass and loss."""
     gradients: float
