@@ -81,9 +81,9 @@ def define(
     pipeline = Pipeline(batch_size, threads, device_id, prefetch_queue_depth=PREFETCH)
     with pipeline:
         if pixels:
-            # Brought by DALI's threads, from a mapped file that may be on a disk; DALI's `crop` takes longer than this.
             (images,) = fn.external_source(source=source, num_outputs=1, dtype=types.UINT8, ndim=3, no_copy=True)
-            output = images.gpu() if on_gpu else fn.copy(images)
+            # By DALI's threads, from a mapped file that may be on a disk. `crop` would take longer than whole copies.
+            output = fn.copy(images.gpu() if on_gpu else images, device=device)
         else:
             encoded, crop_x, crop_y = fn.external_source(
                 source=source,

@@ -136,7 +136,7 @@ def bare_copy(config: PeerConfig, made: Path) -> Batches:
 
 
 def dali(config: PeerConfig, made: Path) -> Batches:
-    """DALI's own reader of WebDataset shards, the same augmentation drawn and done by DALI, its memory pooled as here."""
+    """DALI's own reader of WebDataset shards, the same augmentation drawn and done by DALI, memory pooled as here."""
     tars = sorted(map(str, (config.data / "train").glob("*.tar")))
     matrix = COLOUR_STD * config.plan.colour
     pipeline = Pipeline(BATCH, config.cores, None, prefetch_queue_depth=PREFETCH, seed=0)
