@@ -34,6 +34,7 @@ from jobs.worker import make_network
 from model.recipe import RECIPES
 from model.training import Trainer, Worker
 from pipeline.dataset import read_dataset, write_json
+from pipeline.finish import Finisher
 from pipeline.loader import Loader
 from pipeline.plan import CROP_OFFSETS, CROP_SIZE, Plan, Views, colour_matrix
 from pipeline.split_reader import SplitReader
@@ -125,6 +126,9 @@ def measure(config: BenchmarkConfig) -> Findings:
     trainer.step([resident])
     decoder = window_decoder(reader, endless(plan), config.batch_size, config.threads, config.gpu)
     decoder.run()
+    first = next(plan.epoch(0))
+    finisher, means = Finisher(device), np.tile(np.array(info.rgb.mean, np.float32), (len(first), 1))
+    windows = torch.zeros(len(first), CROP_SIZE, CROP_SIZE, 3, dtype=torch.uint8, device=device).unbind()
     settle = torch.cuda.synchronize if config.gpu else _nothing
     many = 4 * config.steps
     encoded = [torch.from_numpy(reader.image(i % len(reader)).copy()) for i in range(many * config.batch_size)]
@@ -149,9 +153,9 @@ def measure(config: BenchmarkConfig) -> Findings:
         for _ in itertools.islice(batches, many):
             pass
 
-    def copy() -> None:
+    def augment() -> None:
         for _ in range(many):
-            resident.images.clone()
+            finisher.finish(windows, first.flips, means)
 
     def train() -> None:
         for _ in range(config.steps):
@@ -177,7 +181,7 @@ def measure(config: BenchmarkConfig) -> Findings:
             trainer.step([resident])
 
     jobs = {
-        **dict.fromkeys((decode, read, window, load, copy), many),
+        **dict.fromkeys((decode, read, window, load, augment), many),
         **dict.fromkeys((train, compute, forward, gradients), config.steps),
     }
     found: dict[str, list[float]] = {job.__name__: [] for job in jobs}
@@ -189,7 +193,7 @@ def measure(config: BenchmarkConfig) -> Findings:
     middle = {name: statistics.median(values) for name, values in found.items()}
     seconds = config.steps * config.batch_size * config.rounds / middle["train"]
     rates = Rates(middle["decode"], middle["load"], middle["compute"], middle["train"], sum(waits) / seconds)
-    chains = Chains(*(middle[name] for name in ("read", "window", "copy", "forward", "gradients")))
+    chains = Chains(*(middle[name] for name in ("read", "window", "augment", "forward", "gradients")))
     gradient_bytes = sum(4 * parameter.numel() for parameter in network.parameters())
     parts = Stages.of(rates, chains, config.batch_size, all_reduce_ms(config, gradient_bytes))
     return Findings(rates, parts, config.threads, config.batch_size, config.machines)

@@ -27,7 +27,7 @@ ADVICE = {
     "read": "keep the set on a faster disk or in memory (/dev/shm)",
     "decode": "give each worker more cores (--threads here, --cpus-per-worker when training)",
     "augment": "give each worker more cores, and leave it memory bandwidth: most of this is writing pixels",
-    "hand_over": "use fewer and larger micro-batches; this stage copies finished batches",
+    "hand_over": "use larger micro-batches, and more cores: this process and its decoder threads wait for each other",
     "forward": "more workers, or a faster device; the loader need not change",
     "backward": "more workers, or a faster device; the loader need not change",
     "update": "a larger batch for each worker, since an update costs the same for any batch",
@@ -56,8 +56,8 @@ class Chains:
     """Copying the bytes of the plan's images out of the mapped shards."""
     window: float
     """Reading and decoding each image's window with DALI, and nothing else."""
-    copy: float
-    """Copying a finished batch on its device."""
+    augment: float
+    """Mirroring a batch's windows, where they lie, and subtracting the means."""
     forward: float
     """The network's forward pass and loss."""
     gradients: float
@@ -71,8 +71,9 @@ class Stages:
     read: float
     decode: float
     augment: float
-    """Mirror, colour, mean and conversion: what the loader takes beyond the others."""
+    """Mirror, colour, mean and conversion."""
     hand_over: float
+    """What the loader takes beyond the others: plan, labels, waiting for DALI and for each other."""
     forward: float
     backward: float
     update: float
@@ -82,18 +83,18 @@ class Stages:
     @classmethod
     def of(cls, rates: Rates, chains: Chains, batch_size: int, all_reduce: float | None) -> Stages:
         """Differences of chains, none below 0 (a chain may be measured a little faster than a part of it)."""
-        read, window, copy, forward, gradients, load, compute = (
+        read, window, augment, forward, gradients, load, compute = (
             1e3 * batch_size / rate
             for rate in (
-                *(chains.read, chains.window, chains.copy, chains.forward, chains.gradients),
+                *(chains.read, chains.window, chains.augment, chains.forward, chains.gradients),
                 *(rates.loader_images_per_s, rates.network_images_per_s),
             )
         )
         return cls(
             read=read,
             decode=max(0.0, window - read),
-            augment=max(0.0, load - window - copy),
-            hand_over=copy,
+            augment=augment,
+            hand_over=max(0.0, load - window - augment),
             forward=forward,
             backward=max(0.0, gradients - forward),
             update=max(0.0, compute - gradients),

@@ -1,9 +1,8 @@
-"""The DALI pipeline that executes a plan: JPEG bytes or pixels and the plan's numbers in, batches on the device out.
+"""What executes a plan: JPEG bytes or pixels and the plan's numbers in, batches on the device out.
 
-DALI draws nothing and shuffles nothing. `external_source` hands it each image's bytes, window, mirror flag and mean;
-the decoder takes just the window; `crop_mirror_normalize` mirrors it and subtracts the mean, into which the colour
-shift is folded. Of images that are decoded already, `crop_mirror_normalize` cuts the window too. CPU and GPU run the
-same definition.
+DALI draws nothing and shuffles nothing. `external_source` hands it each image's bytes and window, and the decoder takes
+just the window; images that are decoded already come as they are. What comes out is uint8 on the device, where
+`finish.py` mirrors it and subtracts the mean, into which the colour shift is folded. CPU and GPU run the same code.
 """
 
 from __future__ import annotations
@@ -11,8 +10,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import io
+import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,15 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.dataset import DatasetError, ImageError
+from pipeline.finish import Finisher
 from pipeline.pixel_stage import PixelReader
 from pipeline.plan import CROP_OFFSETS, CROP_SIZE, Views
 from pipeline.rgb_stats import MAX_LEVEL, RgbStatistics
 from pipeline.split_reader import SplitReader
 
+# DALI leaves host memory of less than 32 MB to malloc, which gives the windows of a batch back to the system each time:
+# faults on new pages then cost a quarter of the decoding. DALI reads this at its first allocation.
+os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "256k")
 PREFETCH = 2  # Batches that DALI keeps ready; two hide the decoder behind the step, more only take memory.
 
 
@@ -65,8 +69,8 @@ def define(
     """The pipeline for batches of up to `batch_size` images, unbuilt.
 
     Args:
-        source: called once a batch; returns its images, crop_x, crop_y, mirror flags and means, or raises StopIteration
-            at the end. What it returns must stay as it is until the batch is out.
+        source: called once a batch; returns its images, crop_x and crop_y (of pixels, the images alone), or raises
+            StopIteration at the end. What it returns must stay as it is until the batch is out.
         batch_size: the largest batch.
         threads: decoder threads on the host.
         device: "cpu" or "gpu"; the operators' only difference.
@@ -76,38 +80,30 @@ def define(
     on_gpu = device == "gpu"
     pipeline = Pipeline(batch_size, threads, device_id, prefetch_queue_depth=PREFETCH)
     with pipeline:
-        images, crop_x, crop_y, mirror, mean = fn.external_source(
-            source=source,
-            num_outputs=5,
-            dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32, types.FLOAT],
-            ndim=[3 if pixels else 1, 0, 0, 0, 1],
-            layout=["HWC" if pixels else "", "", "", "", ""],
-            no_copy=True,
-        )
-        window = {"crop": (CROP_SIZE, CROP_SIZE), "crop_pos_x": crop_x, "crop_pos_y": crop_y}
-        if pixels and on_gpu:
-            images = images.gpu()
-        elif not pixels:
-            images = fn.decoders.image_crop(
-                images,
+        if pixels:
+            (images,) = fn.external_source(source=source, num_outputs=1, dtype=types.UINT8, ndim=3, no_copy=True)
+            # By DALI's threads, from a mapped file that may be on a disk. `crop` would take longer than whole copies.
+            output = fn.copy(images.gpu() if on_gpu else images, device=device)
+        else:
+            encoded, crop_x, crop_y = fn.external_source(
+                source=source,
+                num_outputs=3,
+                dtype=[types.UINT8, types.FLOAT, types.FLOAT],
+                ndim=[1, 0, 0],
+                no_copy=True,
+            )
+            output = fn.decoders.image_crop(
+                encoded,
                 device="mixed" if on_gpu else "cpu",
                 output_type=types.RGB,
                 # libjpeg-turbo, which decodes on the CPU, interpolates chroma; nvJPEG does so only when asked.
                 jpeg_fancy_upsampling=True,
                 # The stored pixels are what is counted, verified and read by others; DALI would turn them by EXIF.
                 adjust_orientation=False,
-                **window,
+                crop=(CROP_SIZE, CROP_SIZE),
+                crop_pos_x=crop_x,
+                crop_pos_y=crop_y,
             )
-        # HWC seen through permute(0, 3, 1, 2) is torch's channels_last, so no transposition is ever done.
-        output = fn.crop_mirror_normalize(
-            images,
-            device=device,
-            dtype=types.FLOAT,
-            output_layout="HWC",
-            mirror=mirror,
-            mean=mean,
-            **(window if pixels else {}),
-        )
         pipeline.set_outputs(output)
     return pipeline
 
@@ -127,6 +123,7 @@ class Loader:
         self, reader: SplitReader | PixelReader, rgb: RgbStatistics, batch_size: int, device: torch.device, threads: int
     ) -> None:
         self._reader = reader
+        self._pixels = isinstance(reader, PixelReader)
         self._mean = np.array(rgb.mean) * MAX_LEVEL
         self._device = device
         self._views: Iterator[Views] = iter(())
@@ -149,17 +146,18 @@ class Loader:
             threads,
             "gpu" if on_gpu else "cpu",
             (device.index or 0) if on_gpu else None,
-            isinstance(reader, PixelReader),
+            self._pixels,
         )
-        self._copy_stream = torch.cuda.Stream(device) if on_gpu else None
+        self._finisher = Finisher(device)
         self._pipeline.build()
 
-    def _next(self) -> tuple[list[NDArray[np.uint8]], NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+    def _next(self) -> tuple[Any, ...]:
         views, images = self._read(next(self._views))
-        # DALI takes a window's position as a fraction of the room it has: offset / 29.
-        y, x = np.ascontiguousarray(views.crops.T / (CROP_OFFSETS - 1), dtype=np.float32)
-        mean = (self._mean - views.shifts).astype(np.float32)
-        given = images, x, y, views.flips.astype(np.int32), mean
+        given: tuple[Any, ...] = (images,)
+        if not self._pixels:
+            # DALI takes a window's position as a fraction of the room it has: offset / 29.
+            y, x = np.ascontiguousarray(views.crops.T / (CROP_OFFSETS - 1), dtype=np.float32)
+            given = images, x, y
         self._in_flight.append((views, given))
         return given
 
@@ -199,23 +197,21 @@ class Loader:
             except RuntimeError as error:
                 raise LoaderError(self._diagnose(error)) from error
             done, _ = self._in_flight.popleft()
-            images = self._owned(torch.from_dlpack(output.as_tensor())).permute(0, 3, 1, 2)
+            windows = self._windows(torch.from_dlpack(output.as_tensor()), done)
+            images = self._finisher.finish(windows, done.flips, (self._mean - done.shifts).astype(np.float32))
+            # DALI takes its buffer back with the last reference.
+            del output, windows
             labels = torch.from_numpy(self._reader.labels[done.samples]).to(self._device)
             yield Batch(images, labels, done.samples)
 
-    def _owned(self, images: Tensor) -> Tensor:
-        """DALI's output as memory that is the caller's for as long as the tensor lives."""
-        if self._copy_stream is None:
-            # DALI's executor gives each batch a buffer of its own and takes it back when the last reference goes: a
-            # copy would cost more than half of the decoding, most of it in faults on fresh pages.
-            return images
-        # DALI would take a buffer back while kernels that torch has queued still read it: hence a copy on GPU.
-        # On a stream of its own, since waiting on the current one would wait for the training step that runs there.
-        with torch.cuda.stream(self._copy_stream):
-            copy = images.clone()
-        self._copy_stream.synchronize()
-        copy.record_stream(torch.cuda.current_stream(self._device))
-        return copy
+    def _windows(self, images: Tensor, views: Views) -> Sequence[Tensor]:
+        """Each image's window, of DALI's output: a view, not a copy."""
+        if not self._pixels:
+            return images.unbind()
+        return [
+            image[top : top + CROP_SIZE, left : left + CROP_SIZE]
+            for image, (top, left) in zip(images, views.crops.tolist(), strict=True)
+        ]
 
     def _drain(self) -> None:
         """Lets DALI finish what an earlier `run`, not read to its end, had already handed to it."""

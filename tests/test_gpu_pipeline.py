@@ -61,9 +61,9 @@ def operator(message: bytes) -> Operator:
     )
 
 
-def serialised(device: str) -> tuple[list[Operator], dict[str, str]]:
+def serialised(device: str, pixels: bool = False) -> tuple[list[Operator], dict[str, str]]:
     """The operators in order, and the pipeline's outputs with their devices."""
-    message = list(fields(define(nothing, 8, 2, device, None).serialize()))
+    message = list(fields(define(nothing, 8, 2, device, None, pixels).serialize()))
     operators = [operator(value) for key, value in message if key == PIPELINE_OP]
     return operators, dict(edge(value) for key, value in message if key == PIPELINE_OUTPUT)
 
@@ -76,12 +76,18 @@ def test_on_a_gpu_only_bytes_and_numbers_come_from_the_host() -> None:
     operators, outputs = serialised("gpu")
     sources = [op for op in operators if op.name == "ExternalSource"]
     (decoder,) = [op for op in operators if op.name == DECODER]
-    rest = [op for op in operators if op not in sources and op is not decoder]
     assert {op.device for op in sources} == {"cpu"}
     assert decoder.device == "mixed"
     assert set(decoder.inputs.values()) == {"cpu"}
     assert list(decoder.outputs.values()) == ["gpu"]
-    assert {(op.name, op.device) for op in rest} == {("CropMirrorNormalize", "gpu")}
+    assert operators == [*sources, decoder]
+    assert outputs == decoder.outputs
+
+
+def test_on_a_gpu_decoded_pixels_are_copied_there_and_no_more() -> None:
+    operators, outputs = serialised("gpu", pixels=True)
+    assert [(op.name, op.device) for op in operators] == [("ExternalSource", "cpu"), ("Copy", "gpu")]
+    assert outputs == operators[-1].outputs
     assert list(outputs.values()) == ["gpu"]
 
 

@@ -79,10 +79,9 @@ class _Decoded:
     reader: SplitReader
 
     def __len__(self) -> int:
-        return REPEATS * len(self.reader)
+        return len(self.reader)
 
     def __getitem__(self, i: int) -> tuple[NDArray[np.uint8], int]:
-        i %= len(self.reader)
         image = decode_jpeg(torch.from_numpy(self.reader.image(i).copy()), mode=ImageReadMode.RGB)
         return image.permute(1, 2, 0).contiguous().numpy(), int(self.reader.labels[i])
 

@@ -1,0 +1,84 @@
+"""The end of the input path, on the device where a batch lies: uint8 windows -> what the network sees.
+
+In torch, not in DALI: on a CPU, `crop_mirror_normalize` takes twice as long for the same.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+PIECE = 8  # Images that a CPU finishes at a time: what one operation wrote is in its cache for the next.
+SPARE = 3  # Batches' memory that waits for use: a loop holds one batch while it asks for another.
+
+
+def mirror_and_shift(windows: Sequence[Tensor], flips: NDArray[np.bool_], means: Tensor, output: Tensor) -> None:
+    """Mirrors some images and subtracts its mean from each.
+
+    Args:
+        windows: n of uint8 [h, w, 3], each dense in its rows.
+        flips: [n]: which of them are mirrored left to right.
+        means: float32 [n, 3]: what is subtracted from r, g, b.
+        output: float32 [n, h, w, 3], contiguous: takes the result.
+    """
+    # One at a time: torch's operations on some images of a uint8 batch take ten times as long on a CPU.
+    for image, window, mirrored in zip(output, windows, flips.tolist(), strict=True):
+        image.copy_(window.flip(1) if mirrored else window)
+    # As whole rows of pixels: a CPU takes a last dimension of 3 a value at a time.
+    output.flatten(2).sub_(means.repeat(1, output.shape[2])[:, None])
+
+
+class Finisher:
+    """Makes the batches of one device, each in memory that is its own for as long as any tensor of it lives."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._spare: list[NDArray[np.float32]] = []
+
+    def finish(self, windows: Sequence[Tensor], flips: NDArray[np.bool_], means: NDArray[np.float32]) -> Tensor:
+        """A batch's images, float32 [n, 3, h, w] in channels_last memory.
+
+        Args:
+            windows: n of uint8 [h, w, 3], on the device; free for others when this returns.
+            flips: [n]: which of them are mirrored left to right.
+            means: [n, 3]: what is subtracted from r, g, b.
+        """
+        shape = (len(windows), *windows[0].shape)
+        if self._stream is None:
+            output = self._take(shape)
+            for start in range(0, len(windows), PIECE):
+                rows = slice(start, start + PIECE)
+                mirror_and_shift(windows[rows], flips[rows], torch.from_numpy(means[rows]), output[rows])
+        else:
+            # On a stream of its own, since waiting on the current one would wait for the training step that runs there;
+            # and waited for, since DALI would take its buffer back while queued kernels still read it.
+            with torch.cuda.stream(self._stream):
+                output = torch.empty(shape, device=self._device)
+                mirror_and_shift(windows, flips, torch.from_numpy(means).to(self._device), output)
+            self._stream.synchronize()
+            output.record_stream(torch.cuda.current_stream(self._device))
+        # HWC seen so is torch's channels_last, so no transposition is ever done.
+        return output.permute(0, 3, 1, 2)
+
+    def _take(self, shape: tuple[int, ...]) -> Tensor:
+        """Memory of an earlier batch whose last tensor is gone: new pages would cost more than what is done here."""
+        size = math.prod(shape)
+        memory = self._spare.pop() if self._spare else np.empty(size, np.float32)
+        if memory.size < size:
+            memory = np.empty(size, np.float32)
+        lent = memory[:size].reshape(shape)
+        # The tensor's storage, which all its views share, keeps this array and nothing else does.
+        weakref.finalize(lent, _give_back, self._spare, memory).atexit = False
+        return torch.from_numpy(lent)
+
+
+def _give_back(spare: list[NDArray[np.float32]], memory: NDArray[np.float32]) -> None:
+    if len(spare) < SPARE:
+        spare.append(memory)
