@@ -17,12 +17,12 @@ with the others.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,15 +109,6 @@ class LearningConfig:
         return {"data": str(self.data), **{name: getattr(self, name) for name in names}}
 
 
-class Outcome(NamedTuple):
-    """How one run ended."""
-
-    score: Score
-    """On the validation images."""
-    seconds: float
-    """Of the steps, without the validation."""
-
-
 class Batch(NamedTuple):
     """What `evaluate` judges."""
 
@@ -153,31 +144,28 @@ def make_ours(config: LearningConfig, seed: int) -> AlexNet:
     return make_network(identity).to(memory_format=torch.channels_last)
 
 
-def train_ours(config: LearningConfig, seed: int, colour: str) -> tuple[AlexNet, Outcome]:
+def train_ours(config: LearningConfig, seed: int, colour: str) -> tuple[AlexNet, Score]:
     """The project's loop over the project's data."""
     recipe, worker = config.of_seed(seed, colour), Worker(0, 1, CPU)
     data = WorkerData(config.data, recipe, worker, recipe.batch_size, config.threads)
     network = make_ours(config, seed)
     trainer = Trainer(network, recipe, worker)
-    started = time.perf_counter()
-    try:
+    with contextlib.suppress(StoppedError):
         trainer.fit(data, Until(config.steps))
-    except StoppedError:
-        seconds = time.perf_counter() - started
-    return network, Outcome(Score.of(evaluate(network, data.validation(), CPU)), seconds)
+    return network, Score.of(evaluate(network, data.validation(), CPU))
 
 
-def ours(config: LearningConfig, seed: int) -> Outcome:
-    network, outcome = train_ours(config, seed, "eigenvalue")
+def ours(config: LearningConfig, seed: int) -> Score:
+    network, score = train_ours(config, seed, "eigenvalue")
     save_model(network, str(weights_file(config, seed)))
-    return outcome
+    return score
 
 
-def ours_without_colour(config: LearningConfig, seed: int) -> Outcome:
+def ours_without_colour(config: LearningConfig, seed: int) -> Score:
     return train_ours(config, seed, "none")[1]
 
 
-def ours_by_ten_crops(config: LearningConfig, seed: int) -> Outcome:
+def ours_by_ten_crops(config: LearningConfig, seed: int) -> Score:
     if not weights_file(config, seed).exists():
         raise ValueError(f"there are no trained weights of seed {seed}: let --contenders have 'ours' before ten crops")
     network = make_ours(config, seed)
@@ -186,7 +174,7 @@ def ours_by_ten_crops(config: LearningConfig, seed: int) -> Outcome:
     reader = open_split(config.data, info, "val")
     loader = Loader(reader, info.rgb, 10 * JUDGED_AT_ONCE, CPU, config.threads)
     views = ten_crop_views(np.arange(len(reader))).chunks(10 * JUDGED_AT_ONCE)
-    return Outcome(Score.of(evaluate(network, loader.run(views), CPU, views=10)), 0.0)
+    return Score.of(evaluate(network, loader.run(views), CPU, views=10))
 
 
 def weights_file(config: LearningConfig, seed: int) -> Path:
@@ -195,7 +183,7 @@ def weights_file(config: LearningConfig, seed: int) -> Path:
 
 def train_plain(
     config: LearningConfig, seed: int, network: nn.Module, size: int, mean: Sequence[float], std: Sequence[float]
-) -> Outcome:
+) -> Score:
     """A loop as PyTorch's own tutorials have it, with nothing of this project but the network that is handed in.
 
     Args:
@@ -216,7 +204,6 @@ def train_plain(
     batches = DataLoader(train, config.batch_size, shuffle=True, drop_last=True, num_workers=config.threads)
     optimizer = torch.optim.SGD(network.parameters(), lr=config.lr, momentum=0.9, weight_decay=0.0005, fused=True)
     network.train()
-    started = time.perf_counter()
     for step, (images, labels) in zip(range(1, config.steps + 1), endless(batches), strict=False):
         optimizer.zero_grad()
         loss = F.cross_entropy(network(images), labels)
@@ -224,9 +211,8 @@ def train_plain(
         optimizer.step()
         if step % 20 == 0:
             print(f"  {config.steps - step} steps to go: loss {loss.item():.3f}", flush=True)
-    seconds = time.perf_counter() - started
     judged = (Batch(images, labels) for images, labels in DataLoader(val, JUDGED_AT_ONCE))
-    return Outcome(Score.of(evaluate(network, judged, CPU)), seconds)
+    return Score.of(evaluate(network, judged, CPU))
 
 
 def endless(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -244,19 +230,19 @@ def unpacked(config: LearningConfig, split: str) -> Path:
     return folder
 
 
-def plain(config: LearningConfig, seed: int) -> Outcome:
+def plain(config: LearningConfig, seed: int) -> Score:
     # As ours has its pixels: grey levels less the training set's mean.
     mean = read_dataset(config.data).rgb.mean
     return train_plain(config, seed, make_ours(config, seed), INPUT_SIZE, mean, [1 / 255] * 3)
 
 
-def torchvisions(config: LearningConfig, seed: int) -> Outcome:
+def torchvisions(config: LearningConfig, seed: int) -> Score:
     torch.manual_seed(seed)
     network = torchvision.models.alexnet(num_classes=len(read_dataset(config.data).classes))
     return train_plain(config, seed, network, TORCHVISION_SIZE, TORCHVISION_MEAN, TORCHVISION_STD)
 
 
-CONTENDERS: dict[str, Callable[[LearningConfig, int], Outcome]] = {
+CONTENDERS: dict[str, Callable[[LearningConfig, int], Score]] = {
     "ours": ours,
     "plain PyTorch": plain,
     "torchvision": torchvisions,
@@ -269,7 +255,7 @@ def result_file(config: LearningConfig, contender: str, seed: int) -> Path:
     return config.work / f"{contender.replace(', ', '-').replace(' ', '-')}-{seed}.json"
 
 
-def read_result(config: LearningConfig, contender: str, seed: int) -> Outcome | None:
+def read_result(config: LearningConfig, contender: str, seed: int) -> Score | None:
     """A finished run's, if it is finished.
 
     Raises:
@@ -281,7 +267,7 @@ def read_result(config: LearningConfig, contender: str, seed: int) -> Outcome | 
     kept = json.loads(path.read_text("utf-8"))
     if kept["settings"] != config.settings():
         raise ValueError(f"{path} is of other settings, {kept['settings']}: give another --work")
-    return Outcome(Score(**kept["score"]), kept["seconds"])
+    return Score(**kept["score"])
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -290,19 +276,13 @@ def spread(values: Sequence[float], form: str) -> str:
     return f"{format(statistics.mean(values), form)} ({low} to {high})"
 
 
-def table(outcomes: dict[str, list[Outcome]], images: int) -> list[str]:
-    """Markdown: each contender's mean over the seeds, and their range.
-
-    Args:
-        outcomes: of each contender, by seed.
-        images: that each run was trained on.
-    """
-    rows = ["| | seeds | top-1 error, % | top-5 error, % | loss | images/s |", "| --- | --- | --- | --- | --- | --- |"]
-    for name, found in outcomes.items():
-        top1, top5 = ([100 * getattr(o.score, f"{kind}_error") for o in found] for kind in ("top1", "top5"))
-        rate = statistics.median(images / o.seconds if o.seconds else 0.0 for o in found)
-        cells = [spread(top1, ".1f"), spread(top5, ".1f"), spread([o.score.loss for o in found], ".3f")]
-        rows.append(f"| {name} | {len(found)} | {' | '.join(cells)} | {f'{rate:.1f}' if rate else ''} |")
+def table(scores: dict[str, list[Score]]) -> list[str]:
+    """Markdown: each contender's mean over the seeds, and their range."""
+    rows = ["| | seeds | top-1 error, % | top-5 error, % | loss |", "| --- | --- | --- | --- | --- |"]
+    for name, found in scores.items():
+        top1, top5 = ([100 * getattr(score, f"{kind}_error") for score in found] for kind in ("top1", "top5"))
+        cells = [spread(top1, ".1f"), spread(top5, ".1f"), spread([score.loss for score in found], ".3f")]
+        rows.append(f"| {name} | {len(found)} | {' | '.join(cells)} |")
     return rows
 
 
@@ -313,22 +293,20 @@ def main(config: LearningConfig) -> None:
     left = [one for one in runs if read_result(config, *one) is None]
     for number, (name, seed) in enumerate(left, start=1):
         print(f"run {len(runs) - len(left) + number} of {len(runs)}: {name}, seed {seed}", flush=True)
-        outcome = CONTENDERS[name](config, seed)
-        score = outcome.score
-        result = {"settings": config.settings(), "score": dataclasses.asdict(score), "seconds": outcome.seconds}
-        write_json(result_file(config, name, seed), result)
+        score = CONTENDERS[name](config, seed)
+        write_json(result_file(config, name, seed), {"settings": config.settings(), "score": dataclasses.asdict(score)})
         print(f"  top-1 error {score.top1_error:.1%}, top-5 {score.top5_error:.1%}, loss {score.loss:.3f}", flush=True)
         if number == config.stop_after < len(left):
             print(f"{len(left) - number} runs to go: the same command continues")
             return
-    images, info = config.batch_size * config.steps, read_dataset(config.data)
+    info = read_dataset(config.data)
     print(
-        f"{processor()}, {config.threads} thread(s): {images} images seen in {config.steps} steps of "
-        f"{config.batch_size} at rate {config.lr:g}; {len(info.classes)} classes, "
+        f"{processor()}, {config.threads} thread(s): recipe {config.recipe}, {config.batch_size * config.steps} images "
+        f"seen in {config.steps} steps of {config.batch_size} at rate {config.lr:g}; {len(info.classes)} classes, "
         f"{info.splits['val'].samples} validation images"
     )
-    outcomes = {name: [read_result(config, name, seed) for seed in config.seeds] for name in config.contenders}
-    for row in table({name: [o for o in found if o is not None] for name, found in outcomes.items()}, images):
+    scores = {name: [read_result(config, name, seed) for seed in config.seeds] for name in config.contenders}
+    for row in table({name: [score for score in found if score is not None] for name, found in scores.items()}):
         print(row)
 
 
