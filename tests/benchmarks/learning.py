@@ -74,8 +74,6 @@ class LearningConfig:
     """Updates of each run."""
     lr: float = 0.01
     """Of all contenders; the paper: 0.01."""
-    stop_after: int = 0
-    """End after so many runs, for the same command to continue; 0: when all are done."""
     threads: int = os.cpu_count() or 1
     """Threads of the network and of our decoder; the plain loop's DataLoader has as many workers."""
 
@@ -84,7 +82,7 @@ class LearningConfig:
             raise ValueError(f"--contenders {', '.join(unknown)}: must be among {', '.join(CONTENDERS)}")
         if self.recipe not in RECIPES:
             raise ValueError(f"--recipe {self.recipe}: must be among {', '.join(RECIPES)}")
-        if not self.seeds or min(self.batch_size, self.steps, self.threads) < 1 or self.stop_after < 0:
+        if not self.seeds or min(self.batch_size, self.steps, self.threads) < 1:
             raise ValueError("give --seeds, and at least 1 as --batch-size, --steps and --threads")
 
     def of_seed(self, seed: int, colour: str = "eigenvalue") -> Recipe:
@@ -296,9 +294,6 @@ def main(config: LearningConfig) -> None:
         score = CONTENDERS[name](config, seed)
         write_json(result_file(config, name, seed), {"settings": config.settings(), "score": dataclasses.asdict(score)})
         print(f"  top-1 error {score.top1_error:.1%}, top-5 {score.top5_error:.1%}, loss {score.loss:.3f}", flush=True)
-        if number == config.stop_after < len(left):
-            print(f"{len(left) - number} runs to go: the same command continues")
-            return
     info = read_dataset(config.data)
     print(
         f"{processor()}, {config.threads} thread(s): recipe {config.recipe}, {config.batch_size * config.steps} images "
