@@ -89,10 +89,10 @@ def _error(history: list[dict[str, Any]]) -> Figure:
 def _rate(history: list[dict[str, Any]], within: Mapping[str, Points]) -> Figure:
     figure, axes = _chart(history)
     # A row's rate was that of its whole epoch, but under a schedule that changes within; events know those.
-    points = within.get("train/lr") or [
-        (epoch, row["lr"]) for row in history for epoch in (row["epoch"] - 1, row["epoch"])
-    ]
-    _within(axes, points, color=TRAINING, linewidth=2)
+    points = within.get("train/lr") or [(row["epoch"], row["lr"]) for row in history]
+    # Each is the rate of the steps before it: a slope would show rates that never were.
+    points = [(0, points[0][1]), *points]
+    _within(axes, points, color=TRAINING, linewidth=2, drawstyle="steps-pre")
     if all(rate > 0 for _, rate in points):
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -137,15 +137,16 @@ def svg(figure: Figure, description: str) -> str:
 
 
 def filters(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """conv1's weights [96, 3, 11, 11] as one picture [rows, columns, 3]: the paper's figure 3.
+    """conv1's weights [96, 3, 11, 11] as one picture [rows, columns, 4], RGB and opacity: the paper's figure 3.
 
-    Each filter is scaled by its own largest weight, zero being middle grey.
+    Each filter is scaled by its own largest weight, zero being middle grey; between them the page is seen.
     """
     count, channels, height, width = weights.shape
     scaled = 127.5 + 127.5 * weights / np.abs(weights).max(axis=(1, 2, 3), keepdims=True)
-    tiles = np.pad(scaled.transpose(0, 2, 3, 1), ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=127.5)
-    rows = tiles.reshape(count // FILTER_COLUMNS, FILTER_COLUMNS, height + 1, width + 1, channels)
-    picture = rows.transpose(0, 2, 1, 3, 4).reshape(-1, FILTER_COLUMNS * (width + 1), channels)
+    opaque = np.insert(scaled.transpose(0, 2, 3, 1), channels, 255.0, axis=3)
+    tiles = np.pad(opaque, ((0, 0), (0, 1), (0, 1), (0, 0)))
+    rows = tiles.reshape(count // FILTER_COLUMNS, FILTER_COLUMNS, height + 1, width + 1, channels + 1)
+    picture = rows.transpose(0, 2, 1, 3, 4).reshape(-1, FILTER_COLUMNS * (width + 1), channels + 1)
     # Without the last line and column, the picture ends with its filters.
     return np.rint(picture[:-1, :-1]).astype(np.uint8)
 

@@ -80,11 +80,12 @@ def _neighbours(answers: Answers, val: SplitReader, train: SplitReader, names: l
 
 
 def _confusions(answers: Answers, names: list[str]) -> str:
-    lines = ["<tr><th>class</th><th>error</th><th>images</th><th>most often taken for</th></tr>"]
+    heads = "<th>class</th><th>error</th><th>images</th>"
+    lines = [f'<tr>{heads}<th class="text">most often taken for</th></tr>']
     for row in confusions(answers.val_labels, answers.predicted, len(names))[:WORST]:
         taken = f"{html.escape(names[row.mistaken_for])} ({row.as_that} of {row.images})" if row.wrong else "-"
         lines.append(
             f"<tr><td>{html.escape(names[row.label])}</td><td>{row.wrong / row.images:.1%}</td>"
-            f"<td>{row.images}</td><td>{taken}</td></tr>"
+            f'<td>{row.images}</td><td class="text">{taken}</td></tr>'
         )
     return f"<table>{''.join(lines)}</table>"

@@ -25,7 +25,7 @@ svg { width: 100%; height: auto; } svg text { fill: currentColor; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line);
          font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.text { white-space: normal; overflow-wrap: anywhere; }
+.text { white-space: normal; overflow-wrap: anywhere; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)); gap: 1rem; }
 .card { display: flex; gap: .75rem; } .card > div { flex: 1; min-width: 0; }
 .card figcaption { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; line-height: 1.3; }
@@ -50,7 +50,7 @@ def table(rows: list[tuple[str, str]]) -> str:
 
 def epochs_table(history: list[dict[str, Any]]) -> str:
     """One row an epoch, as the history has it."""
-    heads = ("epoch", "train loss", "train error", "val loss", "top-1", "top-5", "rate", "seconds", "decision")
+    heads = ("epoch", "train loss", "train error", "val loss", "top-1", "top-5", "rate", "seconds")
     lines = []
     for row in history:
         cells = (
@@ -62,7 +62,6 @@ def epochs_table(history: list[dict[str, Any]]) -> str:
             f"{row['top5_error']:.1%}",
             f"{row['lr']:g}",
             f"{row['seconds']:.0f}",
-            row["reason"],
         )
         lines.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{name}</th>" for name in heads)

@@ -28,7 +28,10 @@ lrn: the paper's (section 3.3).
 caffe: with k = 1 and alpha times the mean instead of the sum, as Caffe computes it (models/bvlc_alexnet).
 caffenet: the same, but after the pooling (models/bvlc_reference_caffenet).
 batch: none of it; every hidden layer's sums are normalised over the batch instead, without scale and shift, as in
-    cvjena/cnn-models' AlexNet. A batch is what one worker has in the network at once.
+    cvjena/cnn-models' AlexNet. A batch is what one worker has in the network at once: the literature keeps it so with
+    many workers, since statistics over all would make another loss (Goyal et al., arXiv 1706.02677, section 2.3), and
+    torch.nn.SyncBatchNorm, which exchanges them, has no CPU form. Evaluation and checkpoints take the mean of all
+    workers' running statistics.
 """
 
 INITIALISATIONS = ("gaussian", "he")

@@ -3,8 +3,9 @@
 b[c] = a[c] / (k + alpha * sum of a[j]^2 over the n maps nearest to c) ** beta
 
 The paper multiplies the *sum* by alpha; `torch.nn.LocalResponseNorm` (and Caffe) multiply the *mean*, so their alpha
-is n times ours. The sum over neighbouring maps is a product with a banded matrix of ones at each pixel, quickest in
-channels_last memory; the backward is written by hand so that it is one more such product, and only the sums are kept.
+is n times ours. The sums over neighbouring maps are, at each pixel, a product with a banded matrix of ones; on a CPU, a
+few shifted additions. Both are quickest in channels_last memory. The backward is written by hand: it is one more such
+sum, and of the forward only the roots are kept.
 """
 
 from __future__ import annotations
@@ -26,53 +27,87 @@ def neighbour_matrix(channels: int, size: int) -> Tensor:
     return ((index[:, None] - index[None, :]).abs() <= size // 2).float()
 
 
-def _power(scale: Tensor, beta: float) -> Tensor:
-    """scale ** -beta; for the paper's 3/4 by two square roots, several times cheaper than a general power."""
-    if beta == 0.75:
-        root = scale.rsqrt()
-        return root.sqrt().mul_(root)
-    return scale.pow(-beta)
+class _ShiftedSums:
+    """Sums over neighbouring maps on a CPU, a few times quicker than by a matrix.
+
+    The pixels lie in one long row, each with zeros on both sides of its channels: the row shifted by 0, 1, 2, ... and
+    added up has each map's sum, and what runs over from one pixel to the next is zeros.
+    """
+
+    def __init__(self, part: Tensor, size: int) -> None:
+        images, self._channels, height, width = part.shape
+        self._shifts = 2 * (size // 2)
+        # Sums of many roundings to bfloat16 would not be its sums.
+        dtype = torch.promote_types(part.dtype, torch.float32)
+        shape = images, height, width, self._channels + self._shifts
+        self._padded, self._sums = part.new_zeros(shape, dtype=dtype), part.new_empty(shape, dtype=dtype)
+        self._inner = self._padded.narrow(-1, size // 2, self._channels).movedim(-1, 1)
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """Of a * b, both [images, channels, height, width] as the part given first; good until the next call."""
+        torch.mul(a, b, out=self._inner)
+        row, sums = self._padded.flatten(), self._sums.flatten()
+        length = len(row) - self._shifts
+        sums[:length] = row[:length]
+        for shift in range(1, self._shifts + 1):
+            sums[:length] += row[shift : shift + length]
+        return self._sums[..., : self._channels].movedim(-1, 1)
 
 
-def _mix(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """At each pixel, the channels times a matrix: [N, C, H, W] -> the same, in channels_last memory."""
-    return F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
+class _BandedSums:
+    """The same by one product with the banded matrix: on a GPU, and in an exported graph."""
+
+    def __init__(self, band: Tensor) -> None:
+        self._band = band
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        return F.linear((a * b).movedim(1, -1), self._band).movedim(-1, 1)
+
+
+def _in_parts(x: Tensor) -> bool:
+    """Whether to go image by image: on a CPU, whose cache then holds the intermediate results (measured to halve the
+    time). On a GPU each piece costs launches, and an exported graph must hold for any batch."""
+    return x.device.type == "cpu" and not torch.compiler.is_exporting()
+
+
+def _parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Each tensor cut into images, or whole."""
+    return [tensor.split(1) if _in_parts(tensor) else (tensor,) for tensor in tensors]
+
+
+def _sums(x: Tensor, band: Tensor, size: int) -> _ShiftedSums | _BandedSums:
+    return _ShiftedSums(x[:1], size) if _in_parts(x) else _BandedSums(band)
+
+
+def _power(root: Tensor, beta: float) -> Tensor:
+    """scale ** -beta from scale ** -1/2; for the paper's 3/4 by a square root, cheaper than a general power."""
+    return root.sqrt().mul_(root) if beta == 0.75 else root.pow(2 * beta)
 
 
 class _LocalResponse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, band: Tensor, k: float, alpha: float, beta: float) -> Tensor:
-        out, scale = torch.empty_like(x), torch.empty_like(x)
-        weight, bias = band * alpha, x.new_full((x.shape[1],), k)
-        for part, to, its_scale in zip(*_parts(x, out, scale), strict=True):
-            its_scale.copy_(_mix(part * part, weight, bias))
-            torch.mul(part, _power(its_scale, beta), out=to)
-        ctx.save_for_backward(x, band, scale)
-        ctx.constants = alpha, beta  # type: ignore[attr-defined]
+    def forward(ctx: FunctionCtx, x: Tensor, band: Tensor, size: int, k: float, alpha: float, beta: float) -> Tensor:
+        out, root = torch.empty_like(x), torch.empty_like(x)
+        sums, constant = _sums(x, band, size), x.new_full((), k)
+        for part, to, its_root in zip(*_parts(x, out, root), strict=True):
+            torch.add(constant, sums(part, part), alpha=alpha, out=its_root).rsqrt_()
+            torch.mul(part, _power(its_root, beta), out=to)
+        ctx.save_for_backward(x, band, root)
+        ctx.constants = size, alpha, beta  # type: ignore[attr-defined]
         return out
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        x, band, scale = ctx.saved_tensors  # type: ignore[attr-defined]
-        alpha, beta = ctx.constants  # type: ignore[attr-defined]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        x, band, root = ctx.saved_tensors  # type: ignore[attr-defined]
+        size, alpha, beta = ctx.constants  # type: ignore[attr-defined]
         # d b[c] / d a[j] = [c = j] scale[c]^-beta - 2 alpha beta a[c] a[j] scale[c]^(-beta - 1) band[c, j],
         # and band is its own transpose.
-        out = torch.empty_like(x)
-        weight = band * (-2.0 * alpha * beta)
-        for part, its_scale, its_grad, to in zip(*_parts(x, scale, grad, out), strict=True):
-            direct = _power(its_scale, beta).mul_(its_grad)
-            shared = _mix((direct * part).div_(its_scale), weight)
-            torch.addcmul(direct, part, shared, out=to)
-        return out, None, None, None, None
-
-
-def _parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Each tensor cut into pieces of its batch: on a CPU, single images, whose intermediate results stay in its cache
-    (measured to halve the time); on a GPU whole, since each piece costs launches, and while a graph is exported, which
-    must hold for any batch."""
-    if tensors[0].device.type == "cpu" and not torch.compiler.is_exporting():
-        return [tensor.split(1) for tensor in tensors]
-    return [(tensor,) for tensor in tensors]
+        out, sums = torch.empty_like(x), _sums(x, band, size)
+        for part, its_root, its_grad, to in zip(*_parts(x, root, grad, out), strict=True):
+            direct = _power(its_root, beta).mul_(its_grad)
+            shared = sums((direct * part).mul_(its_root), its_root)
+            torch.addcmul(direct, part, shared, value=-2.0 * alpha * beta, out=to)
+        return out, None, None, None, None, None
 
 
 class LocalResponseNorm(nn.Module):
@@ -94,7 +129,7 @@ class LocalResponseNorm(nn.Module):
         self.register_buffer("band", neighbour_matrix(channels, size), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _LocalResponse.apply(x, self.band.to(x.dtype), self.k, self.alpha, self.beta)
+        return _LocalResponse.apply(x, self.band.to(x.dtype), self.size, self.k, self.alpha, self.beta)
 
     def extra_repr(self) -> str:
         return f"{self.band.shape[0]}, size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"

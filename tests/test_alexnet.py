@@ -91,7 +91,15 @@ def paper_lrn(a: NDArray[np.float64], k: float, n: int, alpha: float, beta: floa
     return b
 
 
+@pytest.fixture(params=["image by image", "whole"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LRN as on a CPU, and as on a GPU."""
+    if request.param == "whole":
+        monkeypatch.setattr("model.lrn._in_parts", lambda x: False)
+
+
 @pytest.mark.paper
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_lrn_is_the_papers_formula(layout: torch.memory_format) -> None:
     a = np.random.default_rng(0).normal(0, 50, (2, 12, 5, 7))
@@ -101,6 +109,7 @@ def test_lrn_is_the_papers_formula(layout: torch.memory_format) -> None:
     np.testing.assert_allclose(found.numpy(), paper_lrn(a, 2.0, 5, 1e-4, 0.75), rtol=2e-6)
 
 
+@pytest.mark.usefixtures("way")
 def test_torchs_lrn_agrees_when_its_alpha_is_n_times_ours() -> None:
     a = torch.randn(2, 96, 9, 9, dtype=torch.float64) * 40
     ours, theirs = a.clone().requires_grad_(), a.clone().requires_grad_()
@@ -111,7 +120,23 @@ def test_torchs_lrn_agrees_when_its_alpha_is_n_times_ours() -> None:
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("beta", [0.75, 0.5])
 def test_lrn_backward_against_differences(beta: float) -> None:
     norm = LocalResponseNorm(6, alpha=0.3, beta=beta).double()
     assert torch.autograd.gradcheck(norm, torch.randn(2, 6, 3, 2, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.usefixtures("way")
+def test_lrn_in_bfloat16_is_the_formula_but_for_rounding() -> None:
+    a = torch.randn(2, 12, 5, 7, generator=torch.Generator().manual_seed(0)).mul(300).bfloat16()
+    x = a.clone().requires_grad_()
+    found = LocalResponseNorm(12)(x)
+    found.sum().backward()
+    exact = a.double().requires_grad_()
+    expected = nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)(exact)
+    expected.sum().backward()
+    assert x.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0)
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=0, atol=0.02 * float(exact.grad.abs().max()))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from jobs import checkpoint
+from jobs import charts, checkpoint
 from jobs.answers import Asker
 from jobs.checkpoint import Identity
 from jobs.gallery import gallery
@@ -103,6 +105,30 @@ def train(data: Path, folder: Path, die_in: int | None = None) -> Trainer:
 def learnt(progress: Progress) -> list[dict[str, Any]]:
     """The history without what the clock says."""
     return [{name: value for name, value in row.items() if "seconds" not in name} for row in progress.history]
+
+
+def test_the_rate_is_drawn_as_steps_and_the_filters_apart() -> None:
+    history: list[dict[str, Any]]
+    history = [{"epoch": epoch, "lr": rate, "reason": ""} for epoch, rate in ((1, 0.1), (2, 0.1), (3, 0.01))]
+    for within in ({}, {"train/lr": [(0.5, 0.1), (1.5, 0.1), (2.5, 0.01), (3.0, 0.01)]}):
+        drawing = charts.svg(charts._rate(history, within), "rate")
+        (drawn,) = re.findall(rf'<path d="([^"]+)"[^>]*stroke: {charts.TRAINING}', drawing)
+        points = np.array(re.findall(r"[-.\d]+", drawn), np.float64).reshape(-1, 2)
+        moves = np.abs(np.diff(points, axis=0)) > 0.01
+        assert moves.any(axis=0).all()
+        assert not moves.all(axis=1).any()
+
+    weights = np.random.default_rng(0).normal(size=(96, 3, 11, 11)).astype(np.float32)
+    picture = charts.filters(weights)
+    assert picture.shape == (6 * 12 - 1, 16 * 12 - 1, 4)
+    assert np.count_nonzero(picture[..., 3]) == 96 * 11 * 11
+    for number, weight in enumerate(weights):
+        y, x = 12 * (number // 16), 12 * (number % 16)
+        shown = picture[y : y + 11, x : x + 11].astype(np.float64)
+        np.testing.assert_allclose(
+            shown[..., :3] / 127.5 - 1, weight.transpose(1, 2, 0) / np.abs(weight).max(), atol=0.005
+        )
+        assert (shown[..., 3] == 255).all()
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
@@ -51,10 +52,26 @@ def one_step(rank: int, world: int, micro_batch: int) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
 
 
+def statistics_after_a_step(rank: int, world: int) -> dict[str, Tensor]:
+    """What batch normalisation has gathered after one step of four and five rows, shared over the workers."""
+    rows = rows_to_normalise()
+    part = share(len(rows), rank, world)
+    network = nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.Linear(3, 2))
+    trainer = Trainer(network, Recipe(batch_size=len(rows)), Worker(rank, world, CPU))
+    trainer.step([Images(rows[part.start : part.stop], torch.zeros(len(part), dtype=torch.int64))])
+    trainer._share_buffers()
+    return {name: buffer for name, buffer in network.named_buffers() if buffer.is_floating_point()}
+
+
+def rows_to_normalise() -> Tensor:
+    return torch.arange(27.0).reshape(9, 3) ** 2
+
+
 def run_rank(rank: int, world: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     torch.set_num_threads(1)
     torch.save(one_step(rank, world, micro_batch=2), f"{folder}/{rank}.pt")
+    torch.save(statistics_after_a_step(rank, world), f"{folder}/statistics-{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -73,6 +90,15 @@ def test_two_workers_step_as_one_does(tmp_path: Path) -> None:
     assert float(alone["fc8.weight"].abs().max()) > 1e-3
     for rank in range(2):
         assert_close(torch.load(tmp_path / f"{rank}.pt", weights_only=True), alone)
+
+    # Batch normalisation: each worker's own statistics, of which all keep the mean. torch's momentum is a tenth.
+    rows = rows_to_normalise().double().numpy()
+    parts = [rows[share(len(rows), rank, 2).start : share(len(rows), rank, 2).stop] for rank in range(2)]
+    means, variances = [part.mean(axis=0) for part in parts], [part.var(axis=0, ddof=1) for part in parts]
+    for rank in range(2):
+        kept = torch.load(tmp_path / f"statistics-{rank}.pt", weights_only=True)
+        np.testing.assert_allclose(kept["0.running_mean"], 0.1 * np.mean(means, axis=0), rtol=1e-6)
+        np.testing.assert_allclose(kept["0.running_var"], 0.9 + 0.1 * np.mean(variances, axis=0), rtol=1e-6)
 
 
 def test_micro_batches_add_up() -> None:

@@ -32,8 +32,8 @@ def make_pixels(data: Path, target: Path) -> None:
         lock.unlink()
 
 
-def make_folder(data: Path, target: Path) -> None:
-    reader = open_train(data)
+def make_folder(data: Path, target: Path, split: str = "train") -> None:
+    reader = SplitReader(data, read_dataset(data), split)
     for i in range(len(reader)):
         path = target / f"{reader.labels[i]:04d}" / f"{reader.key(i)}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
