@@ -36,6 +36,7 @@ from pipeline.staging import read_remote_dataset
 from pipeline.storage import is_url, join, open_location
 
 HANG_SECONDS = "120"
+ROOM_SECONDS = "20"
 MOST_CORES = 12  # Of a GPU worker by default: decoding 256 x 256 JPEGs for one GPU's AlexNet gains little beyond.
 
 
@@ -170,6 +171,9 @@ def launch(
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     # A worker that does not answer for so long counts as dead; Ray's own default is 600.
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", HANG_SECONDS)
+    if workers.elastic:
+        # Ray Train learns of a lost node after up to 20 s; till then it waits for that node's room, 60 s by default.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", ROOM_SECONDS)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=assignment,
