@@ -27,44 +27,18 @@ RUN_SECONDS = 270.0  # A run that has not ended by then hangs.
 STEPS = 5  # Of an epoch: 45 images, 9 at a time
 
 
-class Run:
-    """One start of jobs/train.py, and what it prints while it goes on."""
+class Followed:
+    """A process in a session of its own, and what it prints while it goes on.
 
-    def __init__(
-        self,
-        shards: Path,
-        storage: str,
-        workers: int | str,
-        epochs: int,
-        *more: object,
-        checkpoint_every: int = 2,
-        seconds: float = RUN_SECONDS,
-        **environment: str,
-    ) -> None:
-        arguments = ["--data", shards, "--storage", storage, "--name", "run", "--workers", workers, "--epochs", epochs]
-        arguments += [
-            "--batch-size",
-            BATCH,
-            "--log-every",
-            1,
-            "--no-gpus",
-            "--checkpoint-every",
-            checkpoint_every,
-            *more,
-        ]
-        clean = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-        self.process = subprocess.Popen(
-            [sys.executable, "jobs/train.py", *map(str, arguments)],
-            cwd=ROOT,
-            env=clean | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+    Args:
+        process: with a pipe for its output, stderr included.
+        seconds: after which it is killed; what reads its lines then comes to their end.
+    """
+
+    def __init__(self, process: subprocess.Popen[str], seconds: float = RUN_SECONDS) -> None:
+        self.process = process
         self.lines: list[str] = []
-        # What reads its lines then comes to their end.
-        self._overdue = threading.Timer(seconds, os.killpg, (self.process.pid, signal.SIGKILL))
+        self._overdue = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
         self._overdue.daemon = True
         self._overdue.start()
 
@@ -87,6 +61,41 @@ class Run:
         self.lines += self.process.stdout
         self._overdue.cancel()
         return self.process.wait(60)
+
+
+def command(
+    shards: Path, storage: str, workers: int | str, epochs: int, *more: object, checkpoint_every: int = 2
+) -> list[str]:
+    """What is given to Python to train a run of the name "run"."""
+    arguments = ["--data", shards, "--storage", storage, "--name", "run", "--workers", workers, "--epochs", epochs]
+    arguments += ["--batch-size", BATCH, "--log-every", 1, "--no-gpus", "--checkpoint-every", checkpoint_every]
+    return ["jobs/train.py", *map(str, [*arguments, *more])]
+
+
+class Run(Followed):
+    """One start of jobs/train.py, and what it prints while it goes on."""
+
+    def __init__(
+        self,
+        shards: Path,
+        storage: str,
+        workers: int | str,
+        epochs: int,
+        *more: object,
+        checkpoint_every: int = 2,
+        **environment: str,
+    ) -> None:
+        clean = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        process = subprocess.Popen(
+            [sys.executable, *command(shards, storage, workers, epochs, *more, checkpoint_every=checkpoint_every)],
+            cwd=ROOT,
+            env=clean | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        super().__init__(process)
 
     def worker(self) -> int:
         """The process id of one of the run's workers."""
