@@ -20,7 +20,7 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -136,7 +136,7 @@ def missing() -> str | None:
 
 
 @contextlib.contextmanager
-def cluster(count: int, disk: Path, cpus: int = 1, **settings: str) -> Iterator[list[Host]]:
+def cluster(count: int, disk: Path, cpus: int = 1, settings: Mapping[str, str] | None = None) -> Iterator[list[Host]]:
     """Hosts with a Ray cluster that asks for a token; the first is its head.
 
     Args:
@@ -147,7 +147,7 @@ def cluster(count: int, disk: Path, cpus: int = 1, **settings: str) -> Iterator[
     """
     disk.mkdir()
     Path("/tmp/ray").mkdir(exist_ok=True)
-    environment = {**_environment(), **settings}
+    environment = {**_environment(), **(settings or {})}
     with contextlib.ExitStack() as stack:
         switch = _spawn([*_namespace("net"), "bash", "-c", "echo up; read -r"], dict(os.environ))
         stack.callback(Host("switch", "", {}, switch).kill)
