@@ -1,0 +1,173 @@
+"""What Ray Train costs beside torchrun, with the same training loop on the same cores, turn and turn about.
+
+    python -m tests.benchmarks.launch_overhead --data SHARDS --work FOLDER
+
+`jobs/train.py` with all that it does besides (exchanges between the workers, ledger, events, printing through Ray), and
+torchrun with the loop alone: both train the network with two gloo workers of one core each. Every step is timed by its
+worker. After some steps one worker is killed, and both start all workers anew, with no checkpoint to read. The goal is
+0.99 of torchrun's images/s. Few images a step make the overhead look its worst.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import platform
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from jobs.cli import run
+from pipeline.dataset import read_dataset, write_json
+from tests.processes import below
+
+ROOT = Path(__file__).resolve().parents[2]
+GOAL = 0.99
+RAY, TORCHRUN = "Ray Train", "torchrun"
+SETTLED = 3  # Steps that do not count: the first allocate.
+TURN_SECONDS = 300.0  # A turn that takes longer hangs.
+
+
+@dataclasses.dataclass(frozen=True)
+class OverheadConfig:
+    data: Path
+    """A shard set with at least as many training images as the steps take."""
+    work: Path
+    """A folder to write runs to."""
+    batch_size: int = 8
+    """Images per step over both workers."""
+    steps: int = 25
+    """Steps of a turn, the first three of which do not count."""
+    rounds: int = 3
+    """Each has so many turns."""
+    json: Path | None = None
+    """Also write every turn's figures to this file."""
+
+    def __post_init__(self) -> None:
+        if self.steps <= SETTLED or self.rounds < 1 or self.batch_size < 2:
+            raise ValueError(f"--steps must be above {SETTLED}, --rounds at least 1, --batch-size at least 2")
+
+
+class Turn(NamedTuple):
+    """What one start showed."""
+
+    images_per_s: float
+    first_step_s: float
+    """From the command to the end of the first step."""
+    recovery_s: float
+    """From a worker's death to the end of the next step."""
+
+
+def ray_command(config: OverheadConfig, number: int) -> list[str]:
+    storage = config.work / f"runs-{os.getpid()}-{number}"
+    options = ["--data", config.data, "--storage", storage, "--name", "overhead", "--batch-size", config.batch_size]
+    options += ["--workers", 2, "--cpus-per-worker", 1, "--no-gpus", "--epochs", 1, "--log-every", 1]
+    return [sys.executable, "jobs/train.py", *map(str, options)]
+
+
+def torchrun_command(config: OverheadConfig, number: int) -> list[str]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
+    rank = ["-m", "tests.benchmarks.torchrun_rank", "--data", str(config.data), "--batch-size", str(config.batch_size)]
+    return [sys.executable, *launch, *rank]
+
+
+def measure(command: list[str], is_worker: Callable[[str], bool], steps: int) -> Turn:
+    """Starts a command, lets it train, kills one of its workers, and waits for the step after.
+
+    Raises:
+        ValueError: if it ends before.
+    """
+    clean = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**clean, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    overdue = threading.Timer(TURN_SECONDS, os.killpg, (process.pid, signal.SIGKILL))
+    overdue.start()
+    try:
+        _wait(process, 1)
+        first = time.monotonic() - started
+        rates = [_wait(process, step) for step in range(2, steps + 1)][SETTLED - 1 :]
+        worker = next(pid for pid, line in below(process.pid).items() if is_worker(line))
+        os.kill(worker, signal.SIGKILL)
+        killed = time.monotonic()
+        _wait(process, 1)
+        recovery = time.monotonic() - killed
+    finally:
+        overdue.cancel()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    # All steps have the same images.
+    return Turn(statistics.harmonic_mean(rates), first, recovery)
+
+
+def _wait(process: subprocess.Popen[str], step: int) -> float:
+    """Reads to the line of a step; its images/s."""
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        found = re.search(rf" step {step}/\d+: .*?([\d.]+) images/s", line)
+        if found is not None:
+            return float(found[1])
+    raise ValueError(f"it ended before step {step}: {''.join(seen[-5:])}")
+
+
+def table(turns: dict[str, list[Turn]]) -> list[str]:
+    """Markdown: each contender's medians."""
+    rows = [
+        "| launcher | images/s | command to first step | worker's death to next step |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, values in turns.items():
+        rate, first, recovery = (statistics.median(column) for column in zip(*values, strict=True))
+        rows.append(f"| {name} | {rate:.2f} | {first:.1f} s | {recovery:.1f} s |")
+    return rows
+
+
+def main(config: OverheadConfig) -> None:
+    available = read_dataset(config.data).splits["train"].samples
+    if available < config.steps * config.batch_size:
+        raise ValueError(f"the set has {available} training images, too few for --steps {config.steps}")
+    contenders = {
+        RAY: (ray_command, lambda line: line.startswith("ray::RayTrainWorker")),
+        TORCHRUN: (torchrun_command, lambda line: "torchrun_rank" in line and "torch.distributed.run" not in line),
+    }
+    turns: dict[str, list[Turn]] = {name: [] for name in contenders}
+    for number in range(config.rounds):
+        order = list(contenders)[:: 1 if number % 2 == 0 else -1]
+        for name in order:
+            command, is_worker = contenders[name]
+            turns[name].append(measure(command(config, number), is_worker, config.steps))
+            print(f"round {number + 1}, {name}: {turns[name][-1]}", flush=True)
+    ratios = [ours.images_per_s / theirs.images_per_s for ours, theirs in zip(*turns.values(), strict=True)]
+    machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} core(s)"
+    print(f"{machine}, batch {config.batch_size}, medians of {config.rounds} rounds:")
+    for row in table(turns):
+        print(row)
+    ratio = statistics.median(ratios)
+    print(
+        f"{RAY} by {TORCHRUN}: {ratio:.3f} ({min(ratios):.3f} to {max(ratios):.3f}); the goal of {GOAL} is "
+        f"{'met' if ratio >= GOAL else 'not met'}"
+    )
+    if config.json is not None:
+        write_json(config.json, {name: [turn._asdict() for turn in values] for name, values in turns.items()})
+
+
+if __name__ == "__main__":
+    run(OverheadConfig, main)
