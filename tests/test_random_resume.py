@@ -7,7 +7,9 @@ made of new objects, after everything that draws random numbers has been set to 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import distributed, multiprocessing
 
 from jobs import checkpoint
@@ -37,8 +38,16 @@ def random_steps(seed: int, epochs: int, steps: int) -> list[tuple[int, int]]:
     return [places[number] for number in sorted(chosen)]
 
 
+def checkpoint_at(folder: Path, place: tuple[int, int]) -> Path:
+    return folder / "checkpoint_{}_{}".format(*place)
+
+
 class Stops:
-    """Writes a checkpoint at some steps, and leaves there if it shall."""
+    """Writes a checkpoint at some steps, notes its digest, and leaves there if it shall.
+
+    Args:
+        folder: holds the last checkpoint, and in `digests` a line for each.
+    """
 
     def __init__(self, folder: Path, identity: Identity, worker: Worker, wishes: dict[tuple[int, int], Due]) -> None:
         self._folder, self._identity, self._worker, self._wishes = folder, identity, worker, wishes
@@ -52,11 +61,18 @@ class Stops:
 
     def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
         place = (trainer.progress.epoch, trainer.progress.step)
-        # Those of the epochs' ends are not looked at, but for the last.
+        # Of the epochs' ends only the last is looked at.
         if self._worker.rank == 0 and (place in self._wishes or trainer.progress.finished):
-            folder = self._folder / "{}_{}".format(*place)
+            folder = checkpoint_at(self._folder, place)
             folder.mkdir(parents=True)
             checkpoint.save(folder, trainer, self._identity)
+            files = [folder / name for name in (MODEL_FILE, OPTIMIZER_FILE)]
+            digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+            # Half a gigabyte each.
+            for before in set(self._folder.glob("checkpoint_*")) - {folder}:
+                shutil.rmtree(before)
+            with (self._folder / "digests").open("a") as noted:
+                noted.write(f"{place} {' '.join(digests)}\n")
         if self._worker.world > 1:
             distributed.barrier()
 
@@ -88,7 +104,7 @@ def stretch_and_stops(rank: int, world: int, shards: Path, folder: Path, places:
     for place in places:
         with pytest.raises(StoppedError):
             train(shards, folder / "stopped", recipe, worker, {place: Due.STOP}, start)
-        start = folder / "stopped" / "{}_{}".format(*place)
+        start = checkpoint_at(folder / "stopped", place)
     train(shards, folder / "stopped", recipe, worker, {}, start)
     if world > 1:
         distributed.destroy_process_group()
@@ -102,14 +118,8 @@ def test_a_run_stopped_and_resumed_at_random_steps_has_the_same_weights(
     steps = read_dataset(shard_set).splits["train"].samples // BATCH
     places = random_steps(workers, EPOCHS, steps)
     multiprocessing.spawn(stretch_and_stops, (workers, shard_set, tmp_path, places), nprocs=workers)
-    ends = ["{}_{}".format(*place) for place in [*places, (EPOCHS, 0)]]
-    assert sorted(path.name for path in (tmp_path / "stretch").iterdir()) == sorted(ends)
-    before = None
-    for end in ends:
-        for name in (MODEL_FILE, OPTIMIZER_FILE):
-            whole, resumed = (load_file(tmp_path / kind / end / name) for kind in ("stretch", "stopped"))
-            assert whole.keys() == resumed.keys()
-            assert all(whole[key].equal(resumed[key]) for key in whole), f"{name} after {end}"
-        # The weights move, so that equal ones mean something.
-        assert before is None or not before.equal(whole["fc8.weight"])
-        before = whole["fc8.weight"]
+    stretch, stopped = ((tmp_path / kind / "digests").read_text().splitlines() for kind in ("stretch", "stopped"))
+    assert stopped == stretch
+    assert [line.partition(")")[0] + ")" for line in stretch] == [str(place) for place in [*places, (EPOCHS, 0)]]
+    # The weights move, so that equal ones mean something.
+    assert len({line.split()[2] for line in stretch}) == STOPS + 1
