@@ -180,6 +180,7 @@ def launch(
         torch_config=NodeTorchConfig(),
         scaling_config=ScalingConfig(
             num_workers=(workers.fewest, workers.most) if workers.elastic else workers.most,
+            elastic_resize_monitor_interval_s=config.resize_seconds,
             use_gpu=resources.gpus,
             resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.gpus else {})},
         ),

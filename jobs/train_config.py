@@ -92,6 +92,9 @@ class TrainConfig:
     LARS, for thousands of images a step; batchnorm: batch normalisation for LRN. model/recipe.py has each in full."""
     workers: WorkersChoice = None
     """How many processes train, or from how many to how many; None: one per GPU of the cluster, or one on CPU."""
+    resize_seconds: float = 60.0
+    """Under --workers MIN:MAX, how long to train before looking whether there is room for more, and again after that; to
+    grow costs the steps since the last checkpoint."""
     gpus: GpuChoice = None
     """Train on GPUs, or on CPU; None: on GPUs if the cluster has any."""
     batch_size: int | None = None
@@ -162,6 +165,8 @@ class TrainConfig:
             raise ValueError("--skip-corrupt is for JPEGs; leave it out: --stage-as pixels decodes each image first")
         if self.checkpoint_minutes is not None and not self.checkpoint_minutes > 0:
             raise ValueError(f"--checkpoint-minutes is {self.checkpoint_minutes}; it must be above 0")
+        if not self.resize_seconds > 0:
+            raise ValueError(f"--resize-seconds is {self.resize_seconds}; it must be above 0")
         if not self.name or self.name.startswith(".") or "/" in self.name:
             raise ValueError(f"--name is {self.name!r}; it names a folder in --storage, so it must be a plain word")
 

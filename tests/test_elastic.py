@@ -137,10 +137,10 @@ def test_a_run_grows_and_shrinks_with_its_cluster_and_learns_the_same(
 ) -> None:
     for name, value in {**LOOPBACK_SWITCH, "PYTHONPATH": str(ROOT)}.items():
         monkeypatch.setenv(name, value)
-    calm = ["--dropout", 0, "--lr", 0.001, "--cpus-per-worker", 1]
+    more = ["--dropout", 0, "--lr", 0.001, "--cpus-per-worker", 1, "--resize-seconds", 10]
     with nodes(2) as cluster:
         address = {"RAY_ADDRESS": cluster.address}
-        run = Run(shard_set, str(tmp_path), "2:3", MOST_EPOCHS, *calm, checkpoint_every=0, **address)
+        run = Run(shard_set, str(tmp_path), "2:3", MOST_EPOCHS, *more, checkpoint_every=0, **address)
         run.wait_for("2 to 3 workers on CPU with 1 core(s) each")
         run.wait_for(f"epoch 1/{MOST_EPOCHS} step 1/{STEPS}")
         third = cluster.add_node(**NODE)
@@ -150,7 +150,6 @@ def test_a_run_grows_and_shrinks_with_its_cluster_and_learns_the_same(
         lose(third)
         run.wait_for(", with 2 worker(s)")
         assert run.text.count("failure 1 of at most 4: rank ") == 1
-        run.wait_for(f"epoch {grown + 2}/{MOST_EPOCHS} step {STEPS}/{STEPS}")
         run.wait_for("step 2/")
         run.process.terminate()
         assert run.end() == 1, run.text
