@@ -93,8 +93,8 @@ class TrainConfig:
     workers: WorkersChoice = None
     """How many processes train, or from how many to how many; None: one per GPU of the cluster, or one on CPU."""
     resize_seconds: float = 60.0
-    """Under --workers MIN:MAX, how long to train before looking whether there is room for more, and again after that; to
-    grow costs the steps since the last checkpoint."""
+    """Under --workers MIN:MAX, from one look whether there is room for more to the next; to grow costs the steps since
+    the last checkpoint."""
     gpus: GpuChoice = None
     """Train on GPUs, or on CPU; None: on GPUs if the cluster has any."""
     batch_size: int | None = None
