@@ -34,6 +34,7 @@ GOAL = 0.99
 RAY, TORCHRUN = "Ray Train", "torchrun"
 SETTLED = 3  # Steps that do not count: the first allocate.
 TURN_SECONDS = 300.0  # A turn that takes longer hangs.
+RECOVERY_SECONDS = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Turn(NamedTuple):
     images_per_s: float
     first_step_s: float
     """From the command to the end of the first step."""
-    recovery_s: float
-    """From a worker's death to the end of the next step."""
+    recovery_s: float | None
+    """From a worker's death to the end of the next step; None if there was none within RECOVERY_SECONDS."""
 
 
 def ray_command(config: OverheadConfig, number: int) -> list[str]:
@@ -96,7 +97,7 @@ def measure(command: list[str], is_worker: Callable[[str], bool], steps: int) ->
         text=True,
         start_new_session=True,
     )
-    overdue = threading.Timer(TURN_SECONDS, os.killpg, (process.pid, signal.SIGKILL))
+    overdue = threading.Timer(TURN_SECONDS, _end, (process,))
     overdue.start()
     try:
         _wait(process, 1)
@@ -104,16 +105,34 @@ def measure(command: list[str], is_worker: Callable[[str], bool], steps: int) ->
         rates = [_wait(process, step) for step in range(2, steps + 1)][SETTLED - 1 :]
         worker = next(pid for pid, line in below(process.pid).items() if is_worker(line))
         os.kill(worker, signal.SIGKILL)
-        killed = time.monotonic()
-        _wait(process, 1)
-        recovery = time.monotonic() - killed
+        recovery = _recovery(process)
     finally:
         overdue.cancel()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _end(process)
         process.wait()
     # All steps have the same images.
     return Turn(statistics.harmonic_mean(rates), first, recovery)
+
+
+def _recovery(process: subprocess.Popen[str]) -> float | None:
+    """Seconds until the first step happens again; None if it does not in time."""
+    started = time.monotonic()
+    overdue = threading.Timer(RECOVERY_SECONDS, _end, (process,))
+    overdue.start()
+    try:
+        _wait(process, 1)
+    except ValueError:
+        return None
+    finally:
+        overdue.cancel()
+    return time.monotonic() - started
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Kills a process and all below it; torchrun's ranks have sessions of their own."""
+    for pid in (process.pid, *below(process.pid)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _wait(process: subprocess.Popen[str], step: int) -> float:
@@ -135,8 +154,12 @@ def table(turns: dict[str, list[Turn]]) -> list[str]:
         "| --- | --- | --- | --- |",
     ]
     for name, values in turns.items():
-        rate, first, recovery = (statistics.median(column) for column in zip(*values, strict=True))
-        rows.append(f"| {name} | {rate:.2f} | {first:.1f} s | {recovery:.1f} s |")
+        rate = statistics.median(turn.images_per_s for turn in values)
+        first = statistics.median(turn.first_step_s for turn in values)
+        back = [turn.recovery_s for turn in values if turn.recovery_s is not None]
+        recovery = f"{statistics.median(back):.1f} s" if back else "none"
+        hung = f" ({len(values) - len(back)} of {len(values)} hung)" if len(back) < len(values) else ""
+        rows.append(f"| {name} | {rate:.2f} | {first:.1f} s | {recovery}{hung} |")
     return rows
 
 
