@@ -91,7 +91,8 @@ def measure(command: list[str], is_worker: Callable[[str], bool], steps: int) ->
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**clean, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"},
+        # torchrun's own store keeps the dead ranks' addresses, and the next ones may wait for them for ever.
+        env={**clean, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
