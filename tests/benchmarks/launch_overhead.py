@@ -168,6 +168,8 @@ def main(config: OverheadConfig) -> None:
     available = read_dataset(config.data).splits["train"].samples
     if available < config.steps * config.batch_size:
         raise ValueError(f"the set has {available} training images, too few for --steps {config.steps}")
+    # So that a turn that is under way takes its processes along.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     contenders = {
         RAY: (ray_command, lambda line: line.startswith("ray::RayTrainWorker")),
         TORCHRUN: (torchrun_command, lambda line: "torchrun_rank" in line and "torch.distributed.run" not in line),
