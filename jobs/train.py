@@ -28,7 +28,7 @@ from jobs.ledger import LedgerError, prove
 from jobs.nodes import alive_nodes, refuse_unshared
 from jobs.skipped import summary
 from jobs.trackers import refuse_missing
-from jobs.train_config import TrainConfig
+from jobs.train_config import TrainConfig, Workers
 from jobs.worker import Assignment, train_worker
 from model.recipe import Recipe
 from pipeline.dataset import DATASET_FILE, DatasetError, DatasetInfo, read_dataset
@@ -37,6 +37,7 @@ from pipeline.staging import read_remote_dataset
 from pipeline.storage import is_url, join, open_location
 
 HANG_SECONDS = "120"
+ROOM_SECONDS = "20"
 MOST_CORES = 12  # Of a GPU worker by default: decoding 256 x 256 JPEGs for one GPU's AlexNet gains little beyond.
 
 
@@ -44,7 +45,7 @@ MOST_CORES = 12  # Of a GPU worker by default: decoding 256 x 256 JPEGs for one 
 class Resources:
     """What the run gets of the cluster."""
 
-    workers: int
+    workers: Workers
     gpus: bool
     cpus_per_worker: int
 
@@ -57,8 +58,10 @@ class Resources:
             cluster: Ray's cluster resources, "CPU" and "GPU".
         """
         gpus = config.gpus if config.gpus is not None else cluster.get("GPU", 0) > 0
-        workers = config.workers or (max(int(cluster.get("GPU", 0)), 1) if gpus else 1)
-        share = max(int(cluster.get("CPU", 0)) // workers, 1)
+        present = max(int(cluster.get("GPU", 0)), 1) if gpus else 1
+        workers = config.workers or Workers(present, present)
+        # Nodes that come later bring cores of their own.
+        share = max(int(cluster.get("CPU", 0)) // min(max(present, workers.fewest), workers.most), 1)
         return cls(workers, gpus, config.cpus_per_worker or (min(share, MOST_CORES) if gpus else share))
 
 
@@ -105,7 +108,7 @@ def main(config: TrainConfig) -> None:
         print(
             f"{'continuing' if done else 'starting'} run {config.name}: recipe {config.recipe}{changed}, "
             f"{len(info.classes)} classes; an epoch is {plan.steps} steps of {recipe.batch_size} and leaves out "
-            f"{plan.left_out} of {plan.samples} images; {resources.workers} worker(s) on "
+            f"{plan.left_out} of {plan.samples} images; {_counted(resources.workers)} on "
             f"{'GPU' if resources.gpus else 'CPU'} with {resources.cpus_per_worker} core(s) each; {precision}",
             flush=True,
         )
@@ -149,6 +152,7 @@ def launch(
     """
     filesystem, path = open_location(config.storage)
     run_location = join(config.storage, config.name)
+    workers = resources.workers
     assignment = Assignment(
         data=data,
         stage=config.stage,
@@ -156,7 +160,7 @@ def launch(
         run=run_location,
         tracker=config.tracker,
         recipe=recipe,
-        micro_batch=min(config.micro_batch, -(-recipe.batch_size // resources.workers)),
+        micro_batch=min(config.micro_batch, -(-recipe.batch_size // workers.fewest)),
         threads=resources.cpus_per_worker,
         precision=precision,
         log_every=config.log_every,
@@ -168,12 +172,16 @@ def launch(
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     # A worker that does not answer for so long counts as dead; Ray's own default is 600.
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", HANG_SECONDS)
+    if workers.elastic:
+        # Ray Train learns of a lost node after up to 20 s; till then it waits for that node's room, 60 s by default.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", ROOM_SECONDS)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=assignment,
         torch_config=NodeTorchConfig(),
         scaling_config=ScalingConfig(
-            num_workers=resources.workers,
+            num_workers=(workers.fewest, workers.most) if workers.elastic else workers.most,
+            elastic_resize_monitor_interval_s=config.resize_seconds,
             use_gpu=resources.gpus,
             resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.gpus else {})},
         ),
@@ -211,18 +219,18 @@ def launch(
 
 def refuse_shortage(resources: Resources, recipe: Recipe) -> None:
     """Raises ValueError for what could never start: more workers than images in a batch, or than this machine holds."""
-    if resources.workers > recipe.batch_size:
-        raise ValueError(
-            f"{resources.workers} workers cannot share a batch of {recipe.batch_size}: use fewer --workers or a larger "
-            "--batch-size"
-        )
-    have = ray.cluster_resources()
-    need = {"CPU": resources.workers * resources.cpus_per_worker, "GPU": resources.workers * resources.gpus}
+    resources.workers.refuse_more_than(recipe.batch_size)
+    have, fewest = ray.cluster_resources(), resources.workers.fewest
+    need = {"CPU": fewest * resources.cpus_per_worker, "GPU": fewest * resources.gpus}
     short = [f"{n} {kind}(s), there are {have.get(kind, 0):g}" for kind, n in need.items() if have.get(kind, 0) < n]
     if short and not os.environ.get("RAY_ADDRESS"):
         raise ValueError(f"the run needs {' and '.join(short)}: use fewer --workers, --cpus-per-worker or --no-gpus")
     if short:
         print(f"waiting for the cluster to grow: the run needs {' and '.join(short)} now", flush=True)
+
+
+def _counted(workers: Workers) -> str:
+    return f"{workers.fewest} to {workers.most} workers" if workers.elastic else f"{workers.most} worker(s)"
 
 
 def refuse_local_paths(config: TrainConfig) -> None:

@@ -3,10 +3,73 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from jobs.cli import GpuChoice
 from model.recipe import RECIPES, Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Workers:
+    """How many processes train; as many as the cluster has room for, where the two differ.
+
+    Raises:
+        ValueError: if there are none, or more at least than at most.
+    """
+
+    fewest: int
+    """Below it, training waits."""
+    most: int
+    """Beyond it, room is left to others."""
+
+    def __post_init__(self) -> None:
+        if self.fewest < 1:
+            raise ValueError(f"--workers is {self}; it must be at least 1")
+        if self.fewest > self.most:
+            raise ValueError(f"--workers is {self}; the fewest come first, as {self.most}:{self.fewest}")
+
+    @classmethod
+    def parse(cls, text: str) -> Workers:
+        """Reads "4" or "2:4"."""
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+        if match is None:
+            raise ValueError(f"--workers is {text!r}; it must be a number, or two as 2:4")
+        return cls(int(match[1]), int(match[2] or match[1]))
+
+    @property
+    def elastic(self) -> bool:
+        """Whether their number may change while they train."""
+        return self.fewest < self.most
+
+    def __str__(self) -> str:
+        return f"{self.fewest}:{self.most}" if self.fewest != self.most else str(self.fewest)
+
+    def refuse_more_than(self, batch_size: int) -> None:
+        """Raises ValueError if a worker would have no image of a global batch.
+
+        The plan's parts of a batch may differ by one image, so that any number of workers up to its size will do.
+        """
+        if self.most > batch_size:
+            raise ValueError(
+                f"{self.most} workers cannot share a batch of {batch_size}: use fewer --workers or a larger "
+                "--batch-size"
+            )
+
+
+def choose_workers(workers: Annotated[str | None, tyro.conf.arg(metavar="N|MIN:MAX")] = None) -> Workers | None:
+    """One number, or a range.
+
+    Args:
+        workers: How many processes train: one per GPU of the cluster, or one on CPU. 2:4: from two to four, as nodes
+            come and go, each time from the last checkpoint, with the same batches.
+    """
+    return None if workers is None else Workers.parse(workers)
+
+
+WorkersChoice = Annotated[Workers | None, tyro.conf.arg(name="", constructor=choose_workers)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +90,11 @@ class TrainConfig:
     recipe: Literal["default", "paper", "large-batch", "batchnorm"] = "default"
     """paper: to the letter; default: but for an initial hidden bias of 0.1, with which it learns reliably; large-batch:
     LARS, for thousands of images a step; batchnorm: batch normalisation for LRN. model/recipe.py has each in full."""
-    workers: int | None = None
-    """How many processes train: one per GPU of the cluster, or one on CPU."""
+    workers: WorkersChoice = None
+    """How many processes train, or from how many to how many; None: one per GPU of the cluster, or one on CPU."""
+    resize_seconds: float = 60.0
+    """Under --workers MIN:MAX, from one look whether there is room for more to the next; to grow costs the steps since
+    the last checkpoint."""
     gpus: GpuChoice = None
     """Train on GPUs, or on CPU; None: on GPUs if the cluster has any."""
     batch_size: int | None = None
@@ -86,7 +152,7 @@ class TrainConfig:
     """How often to start again from the last checkpoint after losing a worker or a node."""
 
     def __post_init__(self) -> None:
-        for field in ("workers", "micro_batch", "cpus_per_worker", "log_every", "keep"):
+        for field in ("micro_batch", "cpus_per_worker", "log_every", "keep"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"--{field.replace('_', '-')} is {value}; it must be at least 1")
@@ -99,6 +165,8 @@ class TrainConfig:
             raise ValueError("--skip-corrupt is for JPEGs; leave it out: --stage-as pixels decodes each image first")
         if self.checkpoint_minutes is not None and not self.checkpoint_minutes > 0:
             raise ValueError(f"--checkpoint-minutes is {self.checkpoint_minutes}; it must be above 0")
+        if not self.resize_seconds > 0:
+            raise ValueError(f"--resize-seconds is {self.resize_seconds}; it must be above 0")
         if not self.name or self.name.startswith(".") or "/" in self.name:
             raise ValueError(f"--name is {self.name!r}; it names a folder in --storage, so it must be a plain word")
 
@@ -106,7 +174,7 @@ class TrainConfig:
         """The named recipe with what the command line changes.
 
         Raises:
-            ValueError: if it changes what the recipe's schedule does not ask.
+            ValueError: if it changes what the recipe's schedule does not ask, or its batch is too small to share.
         """
         recipe = dataclasses.replace(RECIPES[self.recipe], **self.changes())
         if recipe.schedule != "plateau":
@@ -114,6 +182,8 @@ class TrainConfig:
             if idle:
                 flag = f"--{idle[0].replace('_', '-')}"
                 raise ValueError(f"{flag} does nothing under the {recipe.schedule} schedule: leave it out")
+        if self.workers is not None:
+            self.workers.refuse_more_than(recipe.batch_size)
         return recipe
 
     def changes(self) -> dict[str, Any]:

@@ -279,7 +279,8 @@ def _train(assignment: Assignment) -> dict[str, Any]:
         tracked = Tracked(assignment.run, dataclasses.asdict(assignment.recipe), machine(assignment, worker), start)
         trackers = make_trackers(assignment.tracker, tracked)
     if previous is not None and worker.rank == 0:
-        print(f"continuing after epoch {trainer.progress.epoch}, step {trainer.progress.step}", flush=True)
+        place = f"after epoch {trainer.progress.epoch}, step {trainer.progress.step}"
+        print(f"continuing {place}, with {worker.world} worker(s)", flush=True)
     reporter = Reporter(assignment, identity, worker, data.steps, start, trackers)
     error = stopped = None
     try:

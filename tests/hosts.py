@@ -20,8 +20,9 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 NETWORK = "10.77.0"
 PROGRAMS = ("ip", "unshare", "nsenter", "setpriv", "bash")
@@ -51,6 +52,10 @@ class Host:
     environment: dict[str, str]
     process: subprocess.Popen[str]
     """Its end is the end of all processes of the host."""
+    switch: int = 0
+    """The process whose network has the bridge."""
+    port: str = ""
+    """The bridge's end of the host's cable."""
 
     @property
     def pid(self) -> int:
@@ -60,13 +65,32 @@ class Host:
     def run(self, *command: object, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
         """Runs a command on the host, in this process's working directory."""
         return subprocess.run(
-            ["nsenter", f"--target={self.pid}", "--mount", "--net", "--uts", "--pid", "--wd=.", *map(str, command)],
+            self._within(*command),
             env={**self.environment, **environment},
             capture_output=True,
             text=True,
             timeout=timeout,
             check=False,
         )
+
+    def start(self, *command: object) -> subprocess.Popen[str]:
+        """Starts a command on the host, in this process's working directory."""
+        return subprocess.Popen(
+            self._within(*command),
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def _within(self, *command: object) -> list[str]:
+        namespaces = ["--mount", "--net", "--uts", "--pid"]
+        return ["nsenter", f"--target={self.pid}", *namespaces, "--wd=.", *map(str, command)]
+
+    def link(self, state: Literal["up", "down"]) -> None:
+        """Cuts or mends the host's cable: what is sent meanwhile is lost, and nobody is told."""
+        _ip(self.switch, "link", "set", self.port, state)
 
     def path(self, path: Path) -> Path:
         """Where this process finds a path of the host's."""
@@ -112,17 +136,18 @@ def missing() -> str | None:
 
 
 @contextlib.contextmanager
-def cluster(count: int, disk: Path, cpus: int = 1) -> Iterator[list[Host]]:
+def cluster(count: int, disk: Path, cpus: int = 1, settings: Mapping[str, str] | None = None) -> Iterator[list[Host]]:
     """Hosts with a Ray cluster that asks for a token; the first is its head.
 
     Args:
         count: how many hosts.
         disk: a folder to make; its contents are each host's own.
         cpus: what each host offers to Ray.
+        settings: environment variables of all hosts.
     """
     disk.mkdir()
     Path("/tmp/ray").mkdir(exist_ok=True)
-    environment = _environment()
+    environment = {**_environment(), **(settings or {})}
     with contextlib.ExitStack() as stack:
         switch = _spawn([*_namespace("net"), "bash", "-c", "echo up; read -r"], dict(os.environ))
         stack.callback(Host("switch", "", {}, switch).kill)
@@ -143,10 +168,10 @@ def cluster(count: int, disk: Path, cpus: int = 1) -> Iterator[list[Host]]:
             process = _spawn(
                 [*_namespace("net", "mount", "uts", "pid"), "bash", "-c", BOOT, name, *start], {**environment, **local}
             )
-            host = Host(name, address, environment, process)
+            port = f"port{number}"
+            host = Host(name, address, environment, process, switch.pid, port)
             stack.callback(host.kill)
             host.wait_for("booted")
-            port = f"port{number}"
             _ip(host.pid, "link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", str(switch.pid))
             _ip(host.pid, "address", "add", f"{address}/24", "dev", "eth0")
             _ip(switch.pid, "link", "set", port, "master", "br0", "up")

@@ -9,90 +9,17 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import pytest
-from pyarrow import fs as arrow_fs
 from ray.train import Checkpoint
-from safetensors.torch import load_file
 
-from jobs import checkpoint
 from jobs.keeping import Outbox, StorageError
-from jobs.ledger import Proof, prove
-from pipeline.dataset import read_dataset
-from pipeline.plan import Plan, colour_matrix
-from pipeline.storage import open_location
+from tests.runs import Run, assert_alike, last, undisturbed
 
-ROOT = Path(__file__).resolve().parent.parent
-STEPS = 5  # Of an epoch: 45 images, 9 at a time
 CHECKPOINT_BYTES = 470 * 2**20  # A network of three classes and its momentum
-
-
-class Run:
-    """One start of jobs/train.py, and what it prints while it goes on."""
-
-    def __init__(self, shards: Path, storage: str, workers: int, epochs: int, *more: str, **environment: str) -> None:
-        arguments = ["--data", shards, "--storage", storage, "--name", "run", "--workers", workers, "--epochs", epochs]
-        arguments += ["--batch-size", 9, "--log-every", 1, "--no-gpus", "--checkpoint-every", 2, *more]
-        clean = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-        self.process = subprocess.Popen(
-            [sys.executable, "jobs/train.py", *map(str, arguments)],
-            cwd=ROOT,
-            env=clean | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        self.lines: list[str] = []
-
-    @property
-    def text(self) -> str:
-        return "".join(self.lines)
-
-    def wait_for(self, part: str) -> None:
-        """Reads until a line holds `part`."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line)
-            if part in line:
-                return
-        pytest.fail(f"{part!r} was never printed:\n{self.text}")
-
-    def end(self) -> int:
-        """Reads to the end; the exit status."""
-        assert self.process.stdout is not None
-        self.lines += self.process.stdout
-        return self.process.wait(60)
-
-    def worker(self) -> int:
-        """The process id of one of the run's workers."""
-        return next(
-            pid
-            for pid in descendants(self.process.pid)
-            if Path(f"/proc/{pid}/cmdline").read_text().startswith("ray::RayTrainWorker")
-        )
-
-
-def descendants(root: int) -> list[int]:
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    found = [root]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return found
-
-
-def undisturbed(shards: Path, folder: Path, workers: int, epochs: int) -> Path:
-    run = Run(shards, str(folder), workers, epochs)
-    assert run.end() == 0, run.text
-    return folder / "run"
 
 
 @pytest.fixture(scope="module")
@@ -105,29 +32,6 @@ def alone(shard_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pair(shard_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two workers, two epochs, never disturbed."""
     return undisturbed(shard_set, tmp_path_factory.mktemp("pair"), 2, 2)
-
-
-def plan(shards: Path) -> Plan:
-    info = read_dataset(shards)
-    return Plan(info.splits["train"].samples, 9, 0, colour_matrix(info.rgb))
-
-
-def assert_alike(whole: Path, run: str, shards: Path, epochs: int, workers: int) -> None:
-    """The run at a path or URL ended as the undisturbed one did, bit for bit, and saw each image once an epoch."""
-    filesystem, path = open_location(run)
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("model.safetensors", "optimizer.safetensors"):
-            inside = f"checkpoint_{epochs:04d}_000000/{name}"
-            arrow_fs.copy_files(f"{path}/{inside}", f"{folder}/{name}", source_filesystem=filesystem)
-            a, b = load_file(whole / inside), load_file(f"{folder}/{name}")
-            assert a.keys() == b.keys()
-            assert all(a[key].equal(b[key]) for key in a)
-    assert prove(run, plan(shards)) == Proof(epochs, epochs * STEPS, (workers,))
-
-
-def last(run: str) -> tuple[int, int]:
-    progress = list(checkpoint.committed(run).values())[-1].progress
-    return progress.epoch, progress.step
 
 
 @contextlib.contextmanager

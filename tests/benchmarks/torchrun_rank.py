@@ -1,0 +1,66 @@
+"""One rank of the training loop without Ray, for tests/benchmarks/launch_overhead.py:
+
+torchrun --standalone --nproc-per-node 2 -m tests.benchmarks.torchrun_rank --data SHARDS --batch-size 8
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from jobs.checkpoint import Identity
+from jobs.cli import run
+from jobs.worker import WorkerData, make_network
+from model.metrics import LabelledImages, Score
+from model.recipe import RECIPES
+from model.training import Due, Trainer, Worker
+
+
+@dataclasses.dataclass(frozen=True)
+class RankConfig:
+    data: Path
+    """The shard set."""
+    batch_size: int
+    """Images per step over all ranks."""
+
+
+class Printer:
+    """Says each step as jobs/train.py does, and keeps nothing."""
+
+    def __init__(self, rank: int, steps: int) -> None:
+        self._rank, self._steps = rank, steps
+
+    def trained(self, trainer: Trainer, batches: Sequence[LabelledImages], own_seconds: float) -> Due:
+        return Due.NOTHING
+
+    def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
+        if self._rank == 0:
+            step = f"epoch 1/1 step {trainer.progress.step}/{self._steps}"
+            print(f"{step}: loss {score.loss:.3f}, {images_per_s:.1f} images/s", flush=True)
+
+    def completed(self, trainer: Trainer, row: dict[str, Any]) -> None: ...
+
+    def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None: ...
+
+    def warned(self, trainer: Trainer, warning: str) -> None: ...
+
+
+def main(config: RankConfig) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    worker = Worker(distributed.get_rank(), distributed.get_world_size(), torch.device("cpu"))
+    recipe = dataclasses.replace(RECIPES["default"], batch_size=config.batch_size, epochs=1)
+    data = WorkerData(config.data, recipe, worker, -(-config.batch_size // worker.world), threads=1)
+    network = make_network(Identity.of(recipe, data.info)).to(memory_format=torch.channels_last)
+    Trainer(network, recipe, worker, log_every=1).fit(data, Printer(worker.rank, data.steps))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    run(RankConfig, main)

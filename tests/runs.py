@@ -1,0 +1,146 @@
+"""Real runs of jobs/train.py as a test starts, follows and disturbs them, and what must come of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+from pyarrow import fs as arrow_fs
+from safetensors.torch import load_file
+
+from jobs import checkpoint
+from jobs.ledger import Proof, prove
+from pipeline.dataset import read_dataset
+from pipeline.plan import Plan, colour_matrix
+from pipeline.storage import open_location
+
+ROOT = Path(__file__).resolve().parent.parent
+BATCH = 9
+RUN_SECONDS = 270.0  # A run that has not ended by then hangs.
+STEPS = 5  # Of an epoch: 45 images, 9 at a time
+
+
+class Followed:
+    """A process in a session of its own, and what it prints while it goes on.
+
+    Args:
+        process: with a pipe for its output, stderr included.
+        seconds: after which it is killed; what reads its lines then comes to their end.
+    """
+
+    def __init__(self, process: subprocess.Popen[str], seconds: float = RUN_SECONDS) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self._overdue = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
+        self._overdue.daemon = True
+        self._overdue.start()
+
+    @property
+    def text(self) -> str:
+        return "".join(self.lines)
+
+    def wait_for(self, part: str) -> None:
+        """Reads until a line holds `part`."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if part in line:
+                return
+        pytest.fail(f"{part!r} was never printed:\n{self.text}")
+
+    def end(self) -> int:
+        """Reads to the end; the exit status."""
+        assert self.process.stdout is not None
+        self.lines += self.process.stdout
+        self._overdue.cancel()
+        return self.process.wait(60)
+
+
+def command(
+    shards: Path, storage: str, workers: int | str, epochs: int, *more: object, checkpoint_every: int = 2
+) -> list[str]:
+    """What is given to Python to train a run of the name "run"."""
+    arguments = ["--data", shards, "--storage", storage, "--name", "run", "--workers", workers, "--epochs", epochs]
+    arguments += ["--batch-size", BATCH, "--log-every", 1, "--no-gpus", "--checkpoint-every", checkpoint_every]
+    return ["jobs/train.py", *map(str, [*arguments, *more])]
+
+
+class Run(Followed):
+    """One start of jobs/train.py, and what it prints while it goes on."""
+
+    def __init__(
+        self,
+        shards: Path,
+        storage: str,
+        workers: int | str,
+        epochs: int,
+        *more: object,
+        checkpoint_every: int = 2,
+        **environment: str,
+    ) -> None:
+        clean = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        process = subprocess.Popen(
+            [sys.executable, *command(shards, storage, workers, epochs, *more, checkpoint_every=checkpoint_every)],
+            cwd=ROOT,
+            env=clean | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        super().__init__(process)
+
+    def worker(self) -> int:
+        """The process id of one of the run's workers."""
+        return next(
+            pid
+            for pid in descendants(self.process.pid)
+            if Path(f"/proc/{pid}/cmdline").read_text().startswith("ray::RayTrainWorker")
+        )
+
+
+def descendants(root: int) -> list[int]:
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found = [root]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found
+
+
+def undisturbed(shards: Path, folder: Path, workers: int, epochs: int) -> Path:
+    run = Run(shards, str(folder), workers, epochs)
+    assert run.end() == 0, run.text
+    return folder / "run"
+
+
+def plan(shards: Path) -> Plan:
+    info = read_dataset(shards)
+    return Plan(info.splits["train"].samples, BATCH, 0, colour_matrix(info.rgb))
+
+
+def assert_alike(whole: Path, run: str, shards: Path, epochs: int, workers: int) -> None:
+    """The run at a path or URL ended as the undisturbed one did, bit for bit, and saw each image once an epoch."""
+    filesystem, path = open_location(run)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            inside = f"checkpoint_{epochs:04d}_000000/{name}"
+            arrow_fs.copy_files(f"{path}/{inside}", f"{folder}/{name}", source_filesystem=filesystem)
+            a, b = load_file(whole / inside), load_file(f"{folder}/{name}")
+            assert a.keys() == b.keys()
+            assert all(a[key].equal(b[key]) for key in a)
+    assert prove(run, plan(shards)) == Proof(epochs, epochs * STEPS, (workers,))
+
+
+def last(run: str) -> tuple[int, int]:
+    progress = list(checkpoint.committed(run).values())[-1].progress
+    return progress.epoch, progress.step
