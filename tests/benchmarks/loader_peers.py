@@ -259,8 +259,14 @@ def ffcv(config: PeerConfig, made: Path) -> Batches:
     order, cores = OrderOption.RANDOM, config.cores
     indices = np.tile(np.arange(len(config.reader), dtype=np.uint64), REPEATS)
     options = {"os_cache": True, "order": order, "indices": indices, "drop_last": True, "pipelines": pipelines}
-    for (batch,) in FfcvLoader(str(made), batch_size=BATCH, num_workers=cores, **options):
-        yield batch
+    batches = iter(FfcvLoader(str(made), batch_size=BATCH, num_workers=cores, **options))
+    try:
+        for (batch,) in batches:
+            yield batch
+    finally:
+        # A process that ends while its thread runs is aborted.
+        batches.close()
+        batches.join()
 
 
 @dataclasses.dataclass(frozen=True)
