@@ -95,7 +95,7 @@ def promise_faults(job: Job) -> set[str]:
         "one image": worker["image"] == head["image"],
         "token": cluster.get("authOptions", {}).get("mode") == "token",
         "a GPU for each worker": run.gpus is True
-        and run.workers == int(limits["nvidia.com/gpu"]) * group["replicas"]
+        and str(run.workers) == str(int(limits["nvidia.com/gpu"]) * group["replicas"])
         and worker["resources"]["requests"] == limits,
         "head trains nothing": cluster["headGroupSpec"]["rayStartParams"].get("num-cpus") == "0",
         "in an object store": all(location.startswith("s3://BUCKET/") for location in (run.data, run.storage)),
