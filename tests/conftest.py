@@ -1,8 +1,11 @@
-"""A small shard set that many tests read and none changes, and an S3 server."""
+"""A small shard set that many tests read and none changes, and servers of the object stores."""
 
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,12 +28,40 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A real S3 server on loopback; gives its endpoint."""
     for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
         monkeypatch.setenv(f"AWS_{name}", value)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
     server.start()
     # Its contents belong to the process, not to the server.
     urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/reset", data=b"").close()
     yield f"127.0.0.1:{port}"
     server.stop()
+
+
+@pytest.fixture
+def gcs() -> Iterator[str]:
+    """An emulator of Google's object store on loopback, with an empty bucket named "bucket"; gives its endpoint."""
+    port = _free_port()
+    # A process of its own: this one may wait for it with the interpreter's lock held.
+    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--host=127.0.0.1", f"--port={port}"]
+    server = subprocess.Popen([*command, "--in-memory", "--default-bucket=bucket"], stderr=subprocess.DEVNULL)
+    try:
+        # A client would wait for a quarter of an hour for one that does not start.
+        while not _listens(port):
+            assert server.poll() is None, f"{command} ended"
+            time.sleep(0.05)
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0

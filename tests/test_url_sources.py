@@ -6,12 +6,7 @@ import errno
 import json
 import pickle
 import shutil
-import socket
-import subprocess
-import sys
 import tarfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
@@ -94,34 +89,16 @@ def bucket(forms: Path, s3: str) -> str:
     return f"?region=us-east-1&scheme=http&endpoint_override={s3}"
 
 
-def connect(port: int) -> int:
-    """0 if something listens there."""
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port))
-
-
 @pytest.fixture
-def google(forms: Path) -> Iterator[str]:
+def google(forms: Path, gcs: str) -> str:
     """All forms in a bucket of Google's, without an object for any folder, as its own tools leave it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # A process of its own: this one may wait for it with the interpreter's lock held.
-    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--host=127.0.0.1", f"--port={port}"]
-    server = subprocess.Popen([*command, "--in-memory", "--default-bucket=bucket"], stderr=subprocess.DEVNULL)
-    # A client would wait for a quarter of an hour for one that does not start.
-    while connect(port):
-        assert server.poll() is None, f"{command} ended"
-        time.sleep(0.05)
-    options = f"?scheme=http&endpoint_override=127.0.0.1:{port}"
+    options = f"?scheme=http&endpoint_override={gcs}"
     filesystem, _ = fs.FileSystem.from_uri(f"gs://anonymous@bucket/{options}")
     for path in forms.rglob("*.*"):
         if path.is_file():
             with filesystem.open_output_stream(f"bucket/{path.relative_to(forms)}") as stream:
                 stream.write(path.read_bytes())
-    yield options
-    server.kill()
-    server.wait()
+    return options
 
 
 # The same bytes.
