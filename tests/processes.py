@@ -1,7 +1,8 @@
-"""The processes below one, as Linux's /proc lists them: those of a command that starts Ray."""
+"""Processes of commands that start Ray: those below one, as Linux's /proc lists them, and what environment to give."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 BUILDING = "ray::build_shard"  # What Ray calls a worker while it builds a shard.
@@ -33,3 +34,8 @@ def below(pid: int) -> dict[int, str]:
 def builders(pid: int) -> list[int]:
     """The workers below a process that build a shard now, in the order of their numbers."""
     return sorted(child for child, line in below(pid).items() if line.startswith(BUILDING))
+
+
+def outside_clusters() -> dict[str, str]:
+    """This process's environment, less the cluster it may belong to: for commands that start a Ray of their own."""
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

@@ -20,6 +20,7 @@ from jobs.ledger import Proof, prove
 from pipeline.dataset import read_dataset
 from pipeline.plan import Plan, colour_matrix
 from pipeline.storage import open_location
+from tests.processes import outside_clusters
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 9
@@ -85,7 +86,7 @@ class Run(Followed):
         checkpoint_every: int = 2,
         **environment: str,
     ) -> None:
-        clean = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        clean = outside_clusters()
         process = subprocess.Popen(
             [sys.executable, *command(shards, storage, workers, epochs, *more, checkpoint_every=checkpoint_every)],
             cwd=ROOT,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import shutil
 import subprocess
 import sys
@@ -37,6 +36,7 @@ from tests.foreign_shards import (
     write_set,
     write_shards,
 )
+from tests.processes import outside_clusters
 
 JOB = Path(__file__).resolve().parents[1] / "jobs" / "shard_imagenet.py"
 DEADLINE_S = 120
@@ -310,7 +310,7 @@ def test_a_thousand_classes_are_imagenets() -> None:
 
 def annotating(root: Path) -> subprocess.CompletedProcess[str]:
     """The command as a user gives it, on this machine's Ray."""
-    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    kept = outside_clusters()
     return subprocess.run(
         [sys.executable, str(JOB), "--annotate-only", "--output", str(root), "--workers", "2"],
         env={**kept, "PYTHONPATH": str(JOB.parents[1])},

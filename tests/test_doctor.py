@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 from jobs.checks import check_clocks, check_disk, check_gpus, check_limits, check_token, check_versions
 from jobs.inspector import Facts, Gpu, bus_bandwidth, read_gpus
 from jobs.nodes import Node
+from tests.processes import outside_clusters
 
 ROOT = Path(__file__).resolve().parent.parent
 A, B = Node("a", "10.0.0.1", "one", 1), Node("b", "10.0.0.2", "two", 1)
@@ -83,7 +83,7 @@ def test_bus_bandwidth_is_a_rings() -> None:
 
 
 def doctor(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    inherited = outside_clusters()
     return subprocess.run(
         [sys.executable, "jobs/doctor.py", *map(str, arguments)],
         cwd=ROOT,

@@ -14,6 +14,7 @@ from pipeline.decode import ImageError
 from pipeline.isolation import IsolatedConverter
 from pipeline.resize import convert
 from tests.photographs import encoded, photograph, write_source
+from tests.processes import outside_clusters
 
 ROOT = Path(__file__).resolve().parents[1]
 # Read at the start of every Python, Ray's workers and their children included: bytes behind an image do not matter, but
@@ -33,7 +34,7 @@ pipeline.resize.convert = convert
 def environment(folder: Path) -> dict[str, str]:
     """One in which an image that ends in CRASH crashes its decoder."""
     (folder / "sitecustomize.py").write_text(CRASHING)
-    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    kept = outside_clusters()
     return {**kept, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
 
 

@@ -18,6 +18,7 @@ from jobs.progress import Progress
 from jobs.shard_imagenet import ShardConfig, main
 from pipeline.dataset import read_dataset
 from tests.photographs import write_source
+from tests.processes import outside_clusters
 
 JOB = Path(__file__).resolve().parents[1] / "jobs" / "shard_imagenet.py"
 DEADLINE_S = 120
@@ -29,7 +30,7 @@ def command(source: Path, output: Path, *more: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Ours, less what would send the job to a cluster."""
-    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    kept = outside_clusters()
     return {**kept, "PYTHONPATH": str(JOB.parents[1])}
 
 

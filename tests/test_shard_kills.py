@@ -27,7 +27,7 @@ import pytest
 
 from jobs.cli import run
 from tests.photographs import write_source
-from tests.processes import builders
+from tests.processes import builders, outside_clusters
 from tests.shard_sets import contents, make, planned
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,7 +97,7 @@ class Kill:
 
 
 def start(source: Path, output: Path) -> subprocess.Popen[bytes]:
-    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    kept = outside_clusters()
     job = [sys.executable, str(ROOT / "jobs" / "shard_imagenet.py"), "--source", str(source), "--output", str(output)]
     with log(output).open("w") as said:
         return subprocess.Popen(

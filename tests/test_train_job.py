@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from jobs import checkpoint
+from tests.processes import outside_clusters
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ["--workers", "2", "--batch-size", "15", "--log-every", "1", "--no-gpus"]
@@ -24,7 +25,7 @@ def command(job: str, *arguments: object) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return outside_clusters()
 
 
 def call(job: str, *arguments: object) -> subprocess.CompletedProcess[str]:

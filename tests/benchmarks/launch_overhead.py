@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from jobs.cli import run
 from pipeline.dataset import read_dataset, write_json
-from tests.processes import below
+from tests.processes import below, outside_clusters
 
 ROOT = Path(__file__).resolve().parents[2]
 GOAL = 0.99
@@ -86,7 +86,7 @@ def measure(command: list[str], is_worker: Callable[[str], bool], steps: int) ->
     Raises:
         ValueError: if it ends before.
     """
-    clean = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    clean = outside_clusters()
     started = time.monotonic()
     process = subprocess.Popen(
         command,

@@ -30,7 +30,7 @@ from PIL import Image
 from jobs.cli import run
 from pipeline.dataset import read_dataset
 from pipeline.decode import MAX_PIXELS
-from tests.processes import BUILDING, below
+from tests.processes import BUILDING, below, outside_clusters
 
 ROOT = Path(__file__).resolve().parents[2]
 MB = 1e6
@@ -113,7 +113,7 @@ def peak_mb(pid: int) -> float:
 def measure(source: Path, images: int, workers: int, output: Path) -> ShardMemory:
     """Runs the job as a user does."""
     job = [sys.executable, str(ROOT / "jobs" / "shard_imagenet.py"), "--source", str(source)]
-    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    kept = outside_clusters()
     begun = time.monotonic()
     process = subprocess.Popen(
         [*job, "--output", str(output), "--workers", str(workers)],
