@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from ray.train.v2.api.exceptions import ControllerError
-from torch import distributed, multiprocessing
 
 from jobs.checkpoint import RUN_FILE
 from jobs.interrupt import Beat
 from jobs.keeping import Keeper, StorageError, mend_list, storage_error
 from model.training import Due, Worker
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 
@@ -73,9 +73,8 @@ def test_a_word_to_stop_is_followed_and_a_drain_has_one_checkpoint() -> None:
     ]
 
 
-def beats(rank: int, world: int, folder: str) -> None:
+def beats(rank: int, world: int, folder: Path) -> None:
     """Three workers whose clocks differ; only worker 0's and its news count, and worker 2 is slow for a while."""
-    distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
     clock = Time()
     said: list[str] = []
     news = iter([(None, None)] * 9 + [("stop", None)])
@@ -84,12 +83,11 @@ def beats(rank: int, world: int, folder: str) -> None:
     for step in range(10):
         clock.now += 4 if rank == 0 else 100.0 * rank
         found.append(beat.after_step(3.0 if rank == 2 and step not in (0, 3) else 1.0).name)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps([found, said]))
-    distributed.destroy_process_group()
+    (folder / f"{rank}.json").write_text(json.dumps([found, said]))
 
 
 def test_all_workers_find_the_same_due_and_the_slow_one_says_so(tmp_path: Path) -> None:
-    multiprocessing.spawn(beats, args=(3, str(tmp_path)), nprocs=3)
+    run_ranks(3, tmp_path, beats, tmp_path)
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
     # Nobody tells these workers that the checkpoint was written, so it stays due.
     assert [found for found, _ in results] == [["NOTHING", "NOTHING", *["CHECKPOINT"] * 7, "STOP"]] * 3

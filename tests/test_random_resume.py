@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from jobs import checkpoint
 from jobs.checkpoint import MODEL_FILE, OPTIMIZER_FILE, Identity
@@ -26,6 +26,7 @@ from model.metrics import LabelledImages, Score
 from model.recipe import RECIPES, Recipe
 from model.training import Due, StoppedError, Trainer, Worker
 from pipeline.dataset import read_dataset
+from tests.ranks import run_ranks
 
 BATCH, EPOCHS, STOPS = 9, 3, 5
 CPU = torch.device("cpu")
@@ -94,9 +95,6 @@ def train(shards: Path, folder: Path, recipe: Recipe, worker: Worker, wishes: di
 def stretch_and_stops(rank: int, world: int, shards: Path, folder: Path, places: list[tuple[int, int]]) -> None:
     """The same training twice, as one of `world` workers: checkpoints in folder/stretch and folder/stopped."""
     torch.set_num_threads(1)
-    if world > 1:
-        meeting = f"file://{folder}/rendezvous"
-        distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     worker = Worker(rank, world, CPU)
     recipe = dataclasses.replace(RECIPES["default"], batch_size=BATCH, epochs=EPOCHS)
     train(shards, folder / "stretch", recipe, worker, dict.fromkeys(places, Due.CHECKPOINT), None)
@@ -106,8 +104,6 @@ def stretch_and_stops(rank: int, world: int, shards: Path, folder: Path, places:
             train(shards, folder / "stopped", recipe, worker, {place: Due.STOP}, start)
         start = checkpoint_at(folder / "stopped", place)
     train(shards, folder / "stopped", recipe, worker, {}, start)
-    if world > 1:
-        distributed.destroy_process_group()
 
 
 @pytest.mark.long
@@ -117,7 +113,7 @@ def test_a_run_stopped_and_resumed_at_random_steps_has_the_same_weights(
 ) -> None:
     steps = read_dataset(shard_set).splits["train"].samples // BATCH
     places = random_steps(workers, EPOCHS, steps)
-    multiprocessing.spawn(stretch_and_stops, (workers, shard_set, tmp_path, places), nprocs=workers)
+    run_ranks(workers, tmp_path, stretch_and_stops, shard_set, tmp_path, places)
     stretch, stopped = ((tmp_path / kind / "digests").read_text().splitlines() for kind in ("stretch", "stopped"))
     assert stopped == stretch
     assert [line.partition(")")[0] + ")" for line in stretch] == [str(place) for place in [*places, (EPOCHS, 0)]]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, nn
 
 from jobs import checkpoint
 from jobs.checkpoint import Identity
@@ -22,6 +22,7 @@ from model.recipe import Recipe
 from model.training import Due, StoppedError, Trainer, Worker
 from pipeline.plan import share
 from pipeline.rgb_stats import RgbStatistics
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 GLOBAL_BATCH = 7
@@ -67,12 +68,10 @@ def rows_to_normalise() -> Tensor:
     return torch.arange(27.0).reshape(9, 3) ** 2
 
 
-def run_rank(rank: int, world: int, folder: str) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+def run_rank(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    torch.save(one_step(rank, world, micro_batch=2), f"{folder}/{rank}.pt")
-    torch.save(statistics_after_a_step(rank, world), f"{folder}/statistics-{rank}.pt")
-    distributed.destroy_process_group()
+    torch.save(one_step(rank, world, micro_batch=2), folder / f"{rank}.pt")
+    torch.save(statistics_after_a_step(rank, world), folder / f"statistics-{rank}.pt")
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -85,7 +84,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.slow
 def test_two_workers_step_as_one_does(tmp_path: Path) -> None:
     # Seven images: four and three, the first part in two micro-batches and the second in two of two and one.
-    multiprocessing.spawn(run_rank, (2, str(tmp_path)), nprocs=2)
+    run_ranks(2, tmp_path, run_rank, tmp_path)
     alone = one_step(0, 1, micro_batch=GLOBAL_BATCH)
     assert float(alone["fc8.weight"].abs().max()) > 1e-3
     for rank in range(2):

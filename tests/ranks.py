@@ -1,0 +1,34 @@
+"""Processes that meet as the ranks of one gloo group, without Ray."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import distributed, multiprocessing
+
+
+def run_ranks(world: int, folder: Path, function: Callable[..., None], *arguments: Any) -> None:
+    """Runs `function(rank, world, *arguments)` in each of `world` processes, to the end of all.
+
+    Args:
+        folder: where they find each other; used once.
+        function: of a module, as it is found by its name.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: with the traceback of one that fails.
+    """
+    multiprocessing.spawn(_rank, (world, str(folder / "meeting"), function, arguments), nprocs=world)
+
+
+def _rank(rank: int, world: int, meeting: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    function(rank, world, *arguments)
+    distributed.destroy_process_group()
+    sys.stdout.flush()
+    # Not by Python's own end: DistributedDataParallel never lets go of its group, and the group's threads now and then
+    # abort a process whose interpreter is being taken down around them.
+    os._exit(0)
