@@ -8,14 +8,14 @@ also draw the colour shift, which torchvision and ffcv have not.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
 import functools
 import importlib.util
-import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,67 +24,19 @@ import simplejpeg
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, types
-from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler
-from torchvision.datasets import ImageFolder
-from torchvision.io import ImageReadMode, decode_image, decode_jpeg
-from torchvision.transforms import v2
 
 from jobs.cli import run
 from pipeline.dataset import read_dataset
-from pipeline.loader import PREFETCH, Loader
+from pipeline.loader import PREFETCH, Loader, define
 from pipeline.pixel_stage import PixelReader
-from pipeline.plan import COLOUR_STD, CROP_SIZE, Plan, Views, colour_matrix
+from pipeline.plan import COLOUR_STD, CROP_OFFSETS, CROP_SIZE, Views
 from pipeline.split_reader import SplitReader
+from tests.benchmarks import loader_others as others
 from tests.benchmarks import loader_sets
-from tests.benchmarks.loader_sets import REPEATS, open_train
+from tests.benchmarks.loader_sets import REPEATS
+from tests.benchmarks.loader_task import BATCH, SHAPE, Batches, PeerConfig
 
-BATCH = 128
 WARM_UP = 4  # Batches; a DataLoader's workers have then begun their third each.
-SHAPE = (BATCH, 3, CROP_SIZE, CROP_SIZE)
-
-
-@dataclasses.dataclass(frozen=True)
-class PeerConfig:
-    name: str
-    """One of PEERS."""
-    data: Path
-    """A shard set on a local disk; its training images are read."""
-    work: Path
-    """Folder for what the loaders read."""
-    cores: int = 1
-    """Threads or worker processes."""
-    seconds: float = 6.0
-    """Measure for at least so long."""
-    prepare: bool = False
-    """Only make what this loader reads."""
-
-    def __post_init__(self) -> None:
-        if self.name not in PEERS:
-            raise ValueError(f"--name {self.name!r} must be one of {', '.join(PEERS)}")
-        if self.cores < 1 or not self.seconds > 0:
-            raise ValueError("--cores and --seconds must be above 0")
-
-    @functools.cached_property
-    def reader(self) -> SplitReader:
-        return open_train(self.data)
-
-    @functools.cached_property
-    def mean(self) -> list[float]:
-        """In grey levels."""
-        return [255 * value for value in read_dataset(self.data).rgb.mean]
-
-    @functools.cached_property
-    def plan(self) -> Plan:
-        return Plan(len(self.reader), BATCH, 0, colour_matrix(read_dataset(self.data).rgb))
-
-    def endless(self) -> Iterator[Views]:
-        for epoch in itertools.count():
-            yield from self.plan.epoch(epoch)
-
-
-Batches = Iterator[Tensor | None]
-"""One pass: a tensor a batch, or None for one that is decoded and no more."""
 
 
 def limit(config: PeerConfig, made: Path) -> Batches:
@@ -94,6 +46,25 @@ def limit(config: PeerConfig, made: Path) -> Batches:
         for number, _ in enumerate(pool.map(simplejpeg.decode_jpeg, encoded), start=1):
             if number % BATCH == 0:
                 yield None
+
+
+def decoder(config: PeerConfig, made: Path) -> Batches:
+    """This project's DALI pipeline decodes the plan's windows out of memory; nothing is done with them."""
+    jpegs = [config.reader.image(i) for i in range(len(config.reader))]
+    views = config.endless()
+    in_flight: collections.deque[Any] = collections.deque(maxlen=2 * PREFETCH)
+
+    def source() -> Any:
+        part = next(views)
+        y, x = np.ascontiguousarray(part.crops.T / (CROP_OFFSETS - 1), dtype=np.float32)
+        in_flight.append(([jpegs[sample] for sample in part.samples], x, y))
+        return in_flight[-1]
+
+    pipeline = define(source, BATCH, config.cores, "cpu", None)
+    pipeline.build()
+    while True:
+        pipeline.run()
+        yield None
 
 
 def ours(config: PeerConfig, made: Path) -> Batches:
@@ -170,105 +141,6 @@ def dali(config: PeerConfig, made: Path) -> Batches:
         yield torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
 
 
-def augment(config: PeerConfig) -> Callable[[Any], Tensor]:
-    """torchvision's v2 transforms of a uint8 image."""
-    window = [v2.RandomCrop(CROP_SIZE), v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32)]
-    return v2.Compose([v2.ToImage(), *window, v2.Normalize(config.mean, [1.0, 1.0, 1.0])])
-
-
-def decode_and_augment(transform: Callable[[Any], Tensor], data: bytes) -> Tensor:
-    """A JPEG's bytes -> float32 [3, 227, 227], decoded by torchvision."""
-    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return transform(decode_jpeg(encoded, mode=ImageReadMode.RGB))
-
-
-def torchvision_folder(config: PeerConfig, made: Path) -> Batches:
-    """ImageFolder, decoded by torchvision rather than Pillow, v2 transforms, DataLoader."""
-    images = ImageFolder(str(made), augment(config), loader=decode_image)
-    sampler = RandomSampler(images, num_samples=REPEATS * len(images))
-    for batch, _ in DataLoader(images, BATCH, sampler=sampler, num_workers=config.cores, drop_last=True):
-        yield batch
-
-
-def webdataset(config: PeerConfig, made: Path) -> Batches:
-    """webdataset with a shuffle buffer of 1,000, decoded by torchvision, v2 transforms."""
-    import webdataset as wds
-
-    tars = sorted(map(str, made.glob("*.tar")))
-    images = wds.WebDataset(tars, shardshuffle=len(tars), seed=0, empty_check=False).shuffle(1000)
-    images = images.map_dict(jpg=functools.partial(decode_and_augment, augment(config)), cls=int)
-    images = images.to_tuple("jpg", "cls").batched(BATCH, partial=False)
-    for batch, _ in wds.WebLoader(images, batch_size=None, num_workers=config.cores):
-        yield batch
-
-
-def timm(config: PeerConfig, made: Path) -> Batches:
-    """timm's reader of WebDataset shards, which decodes by Pillow, v2 transforms, DataLoader."""
-    from timm.data import create_dataset
-
-    total = REPEATS * len(config.reader)
-    last = len(list(made.glob("*.tar"))) - 1
-    split = f"train-{{000000..{last:06d}}}.tar|{total}"
-    images = create_dataset("wds/", str(made), split=split, is_training=True, batch_size=BATCH)
-    images.transform = augment(config)
-    images.set_loader_cfg(num_workers=config.cores)
-    for batch, _ in DataLoader(images, BATCH, num_workers=config.cores, drop_last=True):
-        yield batch
-
-
-def litdata(config: PeerConfig, made: Path) -> Batches:
-    """litdata's StreamingDataset of JPEGs, decoded by torchvision, v2 transforms."""
-    from litdata import StreamingDataLoader, StreamingDataset
-
-    images = _decoding(StreamingDataset, config)(str(made), shuffle=True, drop_last=True)
-    yield from StreamingDataLoader(images, batch_size=BATCH, num_workers=config.cores, drop_last=True)
-
-
-def _decoding(dataset: type, config: PeerConfig) -> Any:
-    """The dataset's class, its samples decoded and augmented."""
-    transform = augment(config)
-
-    class Decoding(dataset):
-        def __getitem__(self, index: Any) -> Tensor:
-            return decode_and_augment(transform, super().__getitem__(index)["jpg"])
-
-    return Decoding
-
-
-def streaming(config: PeerConfig, made: Path) -> Batches:
-    """MosaicML streaming's StreamingDataset of JPEGs, decoded by torchvision, v2 transforms."""
-    from streaming import StreamingDataset
-
-    images = _decoding(StreamingDataset, config)(local=str(made), shuffle=True, batch_size=BATCH)
-    yield from DataLoader(images, BATCH, num_workers=config.cores, drop_last=True)
-
-
-def ffcv(config: PeerConfig, made: Path) -> Batches:
-    """ffcv, from JPEGs that its writer encoded again at quality 90, or from raw pixels."""
-    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
-    from ffcv.loader import Loader as FfcvLoader
-    from ffcv.loader import OrderOption
-    from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, ToTensor, ToTorchImage
-
-    # Of the one size and shape that leaves a window of 227 x 227 at random, not resized.
-    area = (CROP_SIZE / 256) ** 2
-    window = RandomResizedCropRGBImageDecoder((CROP_SIZE, CROP_SIZE), scale=(area, area), ratio=(1.0, 1.0))
-    normalise = NormalizeImage(np.array(config.mean), np.ones(3), np.float32)
-    steps = [window, RandomHorizontalFlip(), normalise, ToTensor(), ToTorchImage()]
-    pipelines = {"image": steps, "label": None}
-    order, cores = OrderOption.RANDOM, config.cores
-    indices = np.tile(np.arange(len(config.reader), dtype=np.uint64), REPEATS)
-    options = {"os_cache": True, "order": order, "indices": indices, "drop_last": True, "pipelines": pipelines}
-    batches = iter(FfcvLoader(str(made), batch_size=BATCH, num_workers=cores, **options))
-    try:
-        for (batch,) in batches:
-            yield batch
-    finally:
-        # A process that ends while its thread runs is aborted.
-        batches.close()
-        batches.join()
-
-
 @dataclasses.dataclass(frozen=True)
 class Peer:
     batches: Callable[[PeerConfig, Path], Batches]
@@ -283,17 +155,18 @@ class Peer:
 
 PEERS = {
     "libjpeg-turbo, whole, no more": Peer(limit),
+    "DALI's decoder, windows, no more": Peer(decoder),
     "ours": Peer(ours),
     "DALI readers.webdataset": Peer(dali),
-    "torchvision ImageFolder": Peer(torchvision_folder, "folder", loader_sets.make_folder),
-    "webdataset": Peer(webdataset, "tars", loader_sets.make_links),
-    "timm wds": Peer(timm, "tars", loader_sets.make_links, "timm"),
-    "litdata": Peer(litdata, "litdata", loader_sets.make_litdata, "litdata"),
-    "streaming": Peer(streaming, "mds", loader_sets.make_mds, "streaming"),
-    "ffcv, jpg": Peer(ffcv, "jpg.beton", functools.partial(loader_sets.make_ffcv, "jpg"), "ffcv"),
+    "torchvision ImageFolder": Peer(others.torchvision_folder, "folder", loader_sets.make_folder),
+    "webdataset": Peer(others.webdataset, "tars", loader_sets.make_links),
+    "timm wds": Peer(others.timm, "tars", loader_sets.make_links, "timm"),
+    "litdata": Peer(others.litdata, "litdata", loader_sets.make_litdata, "litdata"),
+    "streaming": Peer(others.streaming, "mds", loader_sets.make_mds, "streaming"),
+    "ffcv, jpg": Peer(others.ffcv, "jpg.beton", functools.partial(loader_sets.make_ffcv, "jpg"), "ffcv"),
     "bare copy of pixels": Peer(bare_copy, "pixels", loader_sets.make_pixels),
     "ours, pixels": Peer(ours_from_pixels, "pixels", loader_sets.make_pixels),
-    "ffcv, raw": Peer(ffcv, "raw.beton", functools.partial(loader_sets.make_ffcv, "raw"), "ffcv"),
+    "ffcv, raw": Peer(others.ffcv, "raw.beton", functools.partial(loader_sets.make_ffcv, "raw"), "ffcv"),
 }
 
 
@@ -328,7 +201,13 @@ def measure(batches: Callable[[], Batches], seconds: float) -> float:
 
 
 def main(config: PeerConfig) -> None:
-    """Prints {"images_per_s": ...} as the last line, or makes what the loader reads."""
+    """Prints {"images_per_s": ...} as the last line, or makes what the loader reads.
+
+    Raises:
+        ValueError: if there is no such loader.
+    """
+    if config.name not in PEERS:
+        raise ValueError(f"--name {config.name!r} must be one of {', '.join(PEERS)}")
     peer = PEERS[config.name]
     made = config.work / peer.made
     if config.prepare:

@@ -1,0 +1,60 @@
+"""What `loader_speed` asks of every loader that it times."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from pipeline.dataset import read_dataset
+from pipeline.plan import CROP_SIZE, Plan, Views, colour_matrix
+from pipeline.split_reader import SplitReader
+from tests.benchmarks.loader_sets import open_train
+
+BATCH = 128
+SHAPE = (BATCH, 3, CROP_SIZE, CROP_SIZE)
+
+
+@dataclasses.dataclass(frozen=True)
+class PeerConfig:
+    name: str
+    """One of PEERS."""
+    data: Path
+    """A shard set on a local disk; its training images are read."""
+    work: Path
+    """Folder for what the loaders read."""
+    cores: int = 1
+    """Threads or worker processes."""
+    seconds: float = 6.0
+    """Measure for at least so long."""
+    prepare: bool = False
+    """Only make what this loader reads."""
+
+    def __post_init__(self) -> None:
+        if self.cores < 1 or not self.seconds > 0:
+            raise ValueError("--cores and --seconds must be above 0")
+
+    @functools.cached_property
+    def reader(self) -> SplitReader:
+        return open_train(self.data)
+
+    @functools.cached_property
+    def mean(self) -> list[float]:
+        """In grey levels."""
+        return [255 * value for value in read_dataset(self.data).rgb.mean]
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        return Plan(len(self.reader), BATCH, 0, colour_matrix(read_dataset(self.data).rgb))
+
+    def endless(self) -> Iterator[Views]:
+        for epoch in itertools.count():
+            yield from self.plan.epoch(epoch)
+
+
+Batches = Iterator[Tensor | None]
+"""One pass: a tensor a batch, or None for one that is decoded and no more."""
