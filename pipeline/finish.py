@@ -5,9 +5,10 @@ In torch, not in DALI: on a CPU, `crop_mirror_normalize` takes twice as long for
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -34,6 +35,17 @@ def mirror_and_shift(windows: Sequence[Tensor], flips: NDArray[np.bool_], means:
     output.flatten(2).sub_(means.repeat(1, output.shape[2])[:, None])
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Keeps torch from sharing out an image among threads, whose meetings then wait for DALI's on the same cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class Finisher:
     """Makes the batches of one device, each in memory that is its own for as long as any tensor of it lives."""
 
@@ -53,9 +65,10 @@ class Finisher:
         shape = (len(windows), *windows[0].shape)
         if self._stream is None:
             output = self._take(shape)
-            for start in range(0, len(windows), PIECE):
-                rows = slice(start, start + PIECE)
-                mirror_and_shift(windows[rows], flips[rows], torch.from_numpy(means[rows]), output[rows])
+            with one_thread():
+                for start in range(0, len(windows), PIECE):
+                    rows = slice(start, start + PIECE)
+                    mirror_and_shift(windows[rows], flips[rows], torch.from_numpy(means[rows]), output[rows])
         else:
             # On a stream of its own, since waiting on the current one would wait for the training step that runs there;
             # and waited for, since DALI would take its buffer back while queued kernels still read it.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -66,3 +69,25 @@ def test_no_more_memory_is_kept_than_a_loop_needs() -> None:
     assert len(finisher._spare) == 0
     again.clear()
     assert len(finisher._spare) == SPARE
+
+
+def test_images_are_not_shared_out_among_torchs_threads() -> None:
+    """OpenMP's threads belong to the thread that first asks for them, and so would be new ones here."""
+    windows = np.zeros((PIECE, 227, 227, 3), np.uint8)
+    _, flips, means = draw(PIECE, 0)
+    found = []
+
+    def finish() -> None:
+        before = len(os.listdir("/proc/self/task"))
+        Finisher(CPU).finish(torch.from_numpy(windows).unbind(), flips, means)
+        found.append((len(os.listdir("/proc/self/task")) - before, torch.get_num_threads()))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        thread = threading.Thread(target=finish)
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(threads)
+    assert found == [(0, 3)]
