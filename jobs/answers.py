@@ -94,7 +94,7 @@ class Asker:
         top = probabilities[:shown].topk(min(TOP, probabilities.shape[1]), dim=1)
         train = SplitReader(data, info, "train")
         return Answers(
-            val_labels=val.labels[: len(probabilities)],
+            val_labels=val.labels[: len(probabilities)].astype(np.int64),
             predicted=probabilities.argmax(dim=1).numpy(),
             top=top.indices.numpy(),
             probabilities=top.values.numpy(),

@@ -1,4 +1,4 @@
-"""The shard set on disk, by its own account: `dataset.json`, the shards' indexes, and what to do about damage.
+"""The shard set on disk, by its own account: `dataset.json`, and what to do about damage.
 
 A set is finished when its `dataset.json` exists: it is written last.
 """
@@ -24,11 +24,6 @@ INDEX_VERSION = "v1.2"
 IMAGE_COMPONENTS = ("jpg", "jpeg")  # Extensions of a sample's image; this program writes the first.
 LABEL_COMPONENT = "cls"
 TEMPORARY_SUFFIX = ".tmp"  # Of files being written aside; no reader looks at them.
-
-Component = tuple[int, int, str]
-"""Offset, size and file name of a part of a sample, in its tar."""
-Components = dict[str, Component]
-"""A sample's parts by extension, in lower case."""
 
 
 class DatasetError(ValueError):
@@ -193,40 +188,6 @@ def parse_dataset(text: str, where: str) -> DatasetInfo:
         return DatasetInfo.from_json(value)
     except (json.JSONDecodeError, DatasetError) as error:
         raise DatasetError(f"{where} cannot be used: {error}") from error
-
-
-def read_index(path: Path) -> list[Components]:
-    """Reads a shard's index.
-
-    Raises:
-        DatasetError: if it is not a "v1.2" index or its count does not match its lines.
-    """
-    return parse_index(path.read_text(encoding="utf-8"), str(path))
-
-
-def parse_index(text: str, where: str) -> list[Components]:
-    """Parses the contents of a DALI webdataset index.
-
-    Raises:
-        DatasetError: naming `where`, as `read_index`.
-    """
-    lines = text.splitlines()
-    header = lines[0].split() if lines else []
-    if len(header) != 2 or header[0] != INDEX_VERSION or header[1] != str(len(lines) - 1):
-        raise DatasetError(f"{where} is no whole {INDEX_VERSION} index: its first line is {lines[:1]}")
-    samples = []
-    for line in lines[1:]:
-        fields = line.split(" ")
-        groups = zip(fields[0::4], fields[1::4], fields[2::4], fields[3::4], strict=True)
-        samples.append({extension.lower(): (int(offset), int(size), name) for extension, offset, size, name in groups})
-    return samples
-
-
-def image_and_label(components: Components) -> tuple[Component, Component] | None:
-    """Where a sample's image and its label lie; None where it lacks one."""
-    image = next((components[extension] for extension in IMAGE_COMPONENTS if extension in components), None)
-    label = components.get(LABEL_COMPONENT)
-    return None if image is None or label is None else (image, label)
 
 
 def rebuild_advice(root: Path, shard: str, settings: str = "", annotated: bool = False) -> str:

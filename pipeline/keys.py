@@ -30,7 +30,12 @@ def key_of(wnid: str, name: str) -> str:
 
 def may_be_of(wnid: str, key: str) -> bool:
     """Whether a key can be of an image of that class."""
-    return key.startswith(escape(wnid)[: MAX_KEY - _HASHED])
+    return key.startswith(beginning(wnid))
+
+
+def beginning(wnid: str) -> str:
+    """What the key of every image of that class begins with."""
+    return escape(wnid)[: MAX_KEY - _HASHED]
 
 
 def escape(text: str) -> str:

@@ -201,7 +201,7 @@ class Loader:
             images = self._finisher.finish(windows, done.flips, (self._mean - done.shifts).astype(np.float32))
             # DALI takes its buffer back with the last reference.
             del output, windows
-            labels = torch.from_numpy(self._reader.labels[done.samples]).to(self._device)
+            labels = torch.from_numpy(self._reader.labels[done.samples].astype(np.int64)).to(self._device)
             yield Batch(images, labels, done.samples)
 
     def _windows(self, images: Tensor, views: Views) -> Sequence[Tensor]:

@@ -25,15 +25,13 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from pipeline.dataset import (
     DATASET_FILE,
     IMAGE_SIZE,
-    Component,
     DatasetError,
     DatasetInfo,
     ShardRow,
-    image_and_label,
-    parse_index,
     write_atomically,
     write_json,
 )
+from pipeline.shard_index import parse_index
 from pipeline.split_reader import SplitReader
 from pipeline.staging import alone_at, read_remote_dataset
 from pipeline.storage import open_location, read_text
@@ -115,13 +113,13 @@ def _decode_shard(
             f"{source}.tar is not the shard that {DATASET_FILE} describes (its sha256 is {digest[:12]}..., not "
             f"{row.sha256[:12]}...): copy it there again"
         )
-    parts = [image_and_label(s) for s in parse_index(read_text(filesystem, f"{source}.idx"), f"{source}.idx")]
-    samples = [both for both in parts if both is not None]
-    if len(samples) != row.samples:
-        raise DatasetError(f"{source}.idx lists {len(samples)} images with a label, {DATASET_FILE} says {row.samples}")
+    index = parse_index(read_text(filesystem, f"{source}.idx").encode(), f"{source}.idx")
+    if len(index) != row.samples:
+        raise DatasetError(f"{source}.idx lists {len(index)} samples, {DATASET_FILE} says {row.samples}")
 
-    def decode(sample: tuple[Component, Component]) -> NDArray[np.uint8]:
-        (offset, size, name), _ = sample
+    def decode(sample: int) -> NDArray[np.uint8]:
+        offset, size = index.images[sample]
+        name = index.name(sample)
         try:
             image = decode_jpeg(torch.from_numpy(tar[offset : offset + size].copy()), mode=ImageReadMode.RGB)
         except RuntimeError as error:
@@ -131,8 +129,8 @@ def _decode_shard(
             raise DatasetError(f"{source}.tar: {name} is {pixels.shape[1]} x {pixels.shape[0]}, not 256 x 256")
         return pixels
 
-    pixels = np.stack(list(pool.map(decode, samples))) if samples else np.zeros((0, *IMAGE_SHAPE), np.uint8)
-    labels = [int(tar[at : at + digits].tobytes()) for at, digits, _ in (label for _, label in samples)]
+    images = list(pool.map(decode, range(len(index))))
+    pixels = np.stack(images) if images else np.zeros((0, *IMAGE_SHAPE), np.uint8)
     write_atomically(target / split / f"{row.name}.rgb", pixels.tobytes())
     write_json(
         target / split / f"{row.name}.json",
@@ -140,8 +138,8 @@ def _decode_shard(
             "source_sha256": row.sha256,
             "bytes": pixels.nbytes,
             "sha256": hashlib.sha256(pixels.data).hexdigest(),
-            "labels": labels,
-            "keys": [name.rpartition(".")[0] for (_, _, name), _ in samples],
+            "labels": [int(tar[at : at + digits].tobytes()) for at, digits in index.labels],
+            "keys": [index.key(sample) for sample in range(len(index))],
         },
     )
 
@@ -172,7 +170,7 @@ def _read_description(folder: Path, row: ShardRow) -> dict[str, Any]:
 class PixelReader:
     """One split's decoded images, memory-mapped.
 
-    `labels` is int64 [samples]; `image(i)` is sample i as a read-only uint8 [256, 256, 3] view, not a copy.
+    `labels` is int32 [samples]; `image(i)` is sample i as a read-only uint8 [256, 256, 3] view, not a copy.
 
     Raises:
         DatasetError: if a shard is missing or does not match its description.
@@ -184,31 +182,38 @@ class PixelReader:
         self.split = split
         # Every image was checked when its shard was decoded.
         self.unchecked = 0
+        self._folder = root / split
         self._maps: list[NDArray[np.uint8]] = []
-        self._keys: list[str] = []
-        labels: list[int] = []
-        rows = [row for row in info.splits[split].shards if row.samples]
-        for row in rows:
-            description = _read_description(root / split, row)
-            with (root / split / f"{row.name}.rgb").open("rb") as file:
+        self._rows = [row for row in info.splits[split].shards if row.samples]
+        self._starts = np.cumsum([0, *(row.samples for row in self._rows)])
+        self.labels = np.empty(self._starts[-1], np.int32)
+        for row, start in zip(self._rows, self._starts, strict=False):
+            self.labels[start : start + row.samples] = _read_description(self._folder, row)["labels"]
+            with (self._folder / f"{row.name}.rgb").open("rb") as file:
                 mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
             self._maps.append(mapped.reshape(-1, *IMAGE_SHAPE))
-            self._keys += description["keys"]
-            labels += description["labels"]
-        self._starts = np.cumsum([0, *(row.samples for row in rows)])
-        self.labels = np.array(labels, np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def image(self, sample: int) -> NDArray[np.uint8]:
         """One sample's pixels, uint8 [256, 256, 3]: a read-only view into its mapped shard."""
-        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        return self._maps[shard][sample - self._starts[shard]]
+        shard, number = self._find(sample)
+        return self._maps[shard][number]
 
     def key(self, sample: int) -> str:
-        """A sample's file name in its shard, less its extension."""
-        return self._keys[sample]
+        """A sample's file name in its shard, less its extension, read from the shard's description.
+
+        Raises:
+            DatasetError: if that is gone or does not fit the pixels any more.
+        """
+        shard, number = self._find(sample)
+        return str(_read_description(self._folder, self._rows[shard])["keys"][number])
+
+    def _find(self, sample: int) -> tuple[int, int]:
+        """Which shard a sample is in, and its number there, from 0."""
+        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        return shard, int(sample - self._starts[shard])
 
 
 def open_split(root: Path, info: DatasetInfo, split: str) -> SplitReader | PixelReader:

@@ -6,11 +6,13 @@ Not a memory map: where a mapped file is cut or its disk fails, the process dies
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
 import weakref
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +64,30 @@ class ShardFile:
             if crc32 is not None:
                 raise DamagedError("is not what was written: its bytes have another CRC-32 than its annotation says")
         return data
+
+    def read_each(self, places: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """Small parts of it, each as `read` gives it without a checksum; far apart, they come from a disk together.
+
+        Args:
+            places: offset and size of each.
+
+        Raises:
+            ChangedError, DamagedError: as `read`; that the file is as it was is known when the last has been given.
+        """
+        # A label's page takes a disk 0.1 ms, which a thousand asked for at once do not wait for one after the other.
+        with contextlib.suppress(OSError):  # Of a file system that takes no advice.
+            for offset, size in places:
+                os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+        for offset, size in places:
+            try:
+                data = self._read(offset, size)
+            except OSError as error:
+                raise DamagedError(f"cannot be read: {error}") from error
+            if len(data) < size:
+                self._refuse_change()
+                raise DamagedError(f"ends after {len(data)} of {size} bytes")
+            yield data
+        self._refuse_change()
 
     def _read(self, offset: int, size: int) -> bytes:
         data = os.pread(self._descriptor, size, offset)

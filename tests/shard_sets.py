@@ -36,3 +36,13 @@ def contents(root: Path) -> dict[str, bytes]:
 
 def tars(root: Path, split: str) -> list[Path]:
     return sorted((root / split).glob("*.tar"))
+
+
+def read_index(path: Path) -> list[dict[str, tuple[int, int, str]]]:
+    """Offset, size and file name of each part of each sample by a shard's index, in plain Python."""
+    samples = []
+    for line in path.read_text(encoding="utf-8").splitlines()[1:]:
+        fields = line.split(" ")
+        groups = zip(fields[0::4], fields[1::4], fields[2::4], fields[3::4], strict=True)
+        samples.append({extension.lower(): (int(offset), int(size), name) for extension, offset, size, name in groups})
+    return samples

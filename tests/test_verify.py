@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from pipeline.annotation import ShardAnnotation, read_annotation
-from pipeline.dataset import DatasetError, read_dataset, read_index, write_json
+from pipeline.dataset import DatasetError, read_dataset, write_json
 from pipeline.repair import rebuild
 from pipeline.resize import encoder_settings
 from pipeline.rgb_stats import RgbMoments
@@ -25,6 +25,7 @@ from pipeline.sources import read_source
 from pipeline.split_reader import SplitReader
 from pipeline.verify import ShardReport, check_set, check_shard
 from tests.photographs import encoded, photograph, write_source
+from tests.shard_sets import read_index
 
 NAME = "train-000001"
 
