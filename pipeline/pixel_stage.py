@@ -174,11 +174,14 @@ class PixelReader:
 
     `labels` is int64 [samples]; `image(i)` is sample i as a read-only uint8 [256, 256, 3] view, not a copy.
 
+    Args:
+        opening: called before each shard is opened.
+
     Raises:
         DatasetError: if a shard is missing or does not match its description.
     """
 
-    def __init__(self, root: Path, info: DatasetInfo, split: str) -> None:
+    def __init__(self, root: Path, info: DatasetInfo, split: str, opening: Callable[[], None] = lambda: None) -> None:
         if split not in info.splits:
             raise DatasetError(f"the shard set {root} has no {split} split")
         self.split = split
@@ -189,6 +192,7 @@ class PixelReader:
         labels: list[int] = []
         rows = [row for row in info.splits[split].shards if row.samples]
         for row in rows:
+            opening()
             description = _read_description(root / split, row)
             with (root / split / f"{row.name}.rgb").open("rb") as file:
                 mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
@@ -211,6 +215,12 @@ class PixelReader:
         return self._keys[sample]
 
 
-def open_split(root: Path, info: DatasetInfo, split: str) -> SplitReader | PixelReader:
-    """The reader that fits what the folder holds: JPEGs or decoded pixels."""
-    return PixelReader(root, info, split) if is_pixel_stage(root) else SplitReader(root, info, split)
+def open_split(
+    root: Path, info: DatasetInfo, split: str, opening: Callable[[], None] = lambda: None
+) -> SplitReader | PixelReader:
+    """The reader that fits what the folder holds: JPEGs or decoded pixels.
+
+    Args:
+        opening: called before each shard is opened.
+    """
+    return (PixelReader if is_pixel_stage(root) else SplitReader)(root, info, split, opening)

@@ -6,6 +6,7 @@ decoder asks for it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,18 +32,24 @@ class SplitReader:
     `labels` is int64 [samples]; `image(i)` is the JPEG bytes of sample i; `unchecked` counts the shards whose images
     cannot be checked, as their annotations are missing or have no checksums.
 
+    Args:
+        opening: called before each shard is opened, which may take seconds where the disk is slow.
+
     Raises:
         DatasetError: if a shard is missing or its size, index, labels or annotation do not match `dataset.json`.
         OSError: if more shards are to be opened than the system lets a process open.
     """
 
-    def __init__(self, root: Path, info: DatasetInfo, split: str) -> None:
+    def __init__(self, root: Path, info: DatasetInfo, split: str, opening: Callable[[], None] = lambda: None) -> None:
         if split not in info.splits:
             raise DatasetError(f"the shard set {root} has no {split} split")
         self.split = split
         self._root, self._annotated = root, info.annotated
         self._rows = info.splits[split].shards
-        opened = [_open_shard(root / split, row, info) for row in self._rows]
+        opened = []
+        for row in self._rows:
+            opening()
+            opened.append(_open_shard(root / split, row, info))
         self._files, self._checksums = [file for file, _, _ in opened], [checksums for _, _, checksums in opened]
         self._shard = np.repeat(np.arange(len(opened), dtype=np.int32), [row.samples for row in self._rows])
         samples = [sample for _, samples, _ in opened for sample in samples]
