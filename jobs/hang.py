@@ -8,9 +8,9 @@ Watched is what waits for nothing but this worker's own disk, processor and deco
 each step's or each validation batch's images. Not watched are the forward and backward pass, since whoever waits there
 may wait for another rank; staging, which tries again by itself; and reading and writing checkpoints.
 
-What stops all threads of a process cannot be seen by one of them: SIGSTOP, or a hang while the training thread holds the
-interpreter's lock (DALI's calls and reads do not; a page fault of a memory map in Python code does). Ray's health check
-finds these, after the same time, and also a process that the kernel cannot end.
+What stops all threads of a process cannot be seen by one of them: SIGSTOP, or a hang while the training thread holds
+the interpreter's lock (DALI's run and reads of files do not; a page fault of a memory map in Python code does). Ray's
+health check finds these, after the same time, and also a process that the kernel cannot end.
 """
 
 from __future__ import annotations
