@@ -21,6 +21,7 @@ from jobs.train_config import TrainConfig
 from jobs.worker import WorkerData
 from model.recipe import Recipe
 from model.training import Worker
+from pipeline.pixel_stage import stage_pixels
 from pipeline.shard_file import ShardFile
 from tests.runs import ROOT, Run, assert_alike, undisturbed
 
@@ -145,14 +146,18 @@ def test_after_an_error_nothing_is_watched(watch: Watch) -> None:
     assert not look(watch, 10 * LOOKS)
 
 
-def test_opening_a_large_set_is_as_many_pieces_of_work_as_it_has_shards(shard_set: Path) -> None:
+@pytest.mark.parametrize("stage_as", ["jpeg", "pixels"])
+def test_opening_a_large_set_is_as_many_pieces_of_work_as_it_has_shards(
+    stage_as: str, shard_set: Path, tmp_path: Path
+) -> None:
+    shards = stage_pixels(str(shard_set), tmp_path, lambda _: None, 1) if stage_as == "pixels" else shard_set
     begun = 0
 
     def opening() -> None:
         nonlocal begun
         begun += 1
 
-    WorkerData(shard_set, Recipe(batch_size=9), Worker(0, 1, torch.device("cpu")), 9, 1, opening=opening)
+    WorkerData(shards, Recipe(batch_size=9), Worker(0, 1, torch.device("cpu")), 9, 1, opening=opening)
     assert begun == len(list(shard_set.glob("*/*.tar")))
 
 
