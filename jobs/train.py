@@ -36,7 +36,6 @@ from pipeline.plan import Plan, colour_matrix
 from pipeline.staging import read_remote_dataset
 from pipeline.storage import is_url, join, open_location
 
-HANG_SECONDS = "120"
 ROOM_SECONDS = "20"
 MOST_CORES = 12  # Of a GPU worker by default: decoding 256 x 256 JPEGs for one GPU's AlexNet gains little beyond.
 
@@ -167,11 +166,12 @@ def launch(
         checkpoint_every=config.checkpoint_every,
         skips=run_location if config.skip_corrupt else None,
         checkpoint_seconds=None if config.checkpoint_minutes is None else 60 * config.checkpoint_minutes,
+        hang_seconds=config.hang_seconds,
     )
     # Ray Train would show what a worker prints twice, once through its own log.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     # A worker that does not answer for so long counts as dead; Ray's own default is 600.
-    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", HANG_SECONDS)
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(config.hang_seconds))
     if workers.elastic:
         # Ray Train learns of a lost node after up to 20 s; till then it waits for that node's room, 60 s by default.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", ROOM_SECONDS)

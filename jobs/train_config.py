@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import threading
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -150,6 +151,9 @@ class TrainConfig:
     """Take the next image of the epoch for one that is corrupt, and list it in STORAGE/NAME/skipped; else stop."""
     max_failures: int = 3
     """How often to start again from the last checkpoint after losing a worker or a node."""
+    hang_seconds: float = 120.0
+    """A worker that is longer about one step's images, or does not answer for so long, hangs: it is named and ended,
+    which counts among --max-failures. Give more if the disk may be away for longer and come back."""
 
     def __post_init__(self) -> None:
         for field in ("micro_batch", "cpus_per_worker", "log_every", "keep"):
@@ -167,6 +171,8 @@ class TrainConfig:
             raise ValueError(f"--checkpoint-minutes is {self.checkpoint_minutes}; it must be above 0")
         if not self.resize_seconds > 0:
             raise ValueError(f"--resize-seconds is {self.resize_seconds}; it must be above 0")
+        if not 0 < self.hang_seconds < threading.TIMEOUT_MAX:
+            raise ValueError(f"--hang-seconds is {self.hang_seconds}; it must be above 0, and a time that can pass")
         if not self.name or self.name.startswith(".") or "/" in self.name:
             raise ValueError(f"--name is {self.name!r}; it names a folder in --storage, so it must be a plain word")
 

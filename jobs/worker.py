@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from jobs import checkpoint
 from jobs.checkpoint import CHECKPOINT_PREFIX, Identity
 from jobs.cli import say_unchecked, unchecked
 from jobs.device import processor
+from jobs.hang import Watch, WatchedData
 from jobs.interrupt import Beat, Lookout
 from jobs.keeping import Outbox, storage_error
 from jobs.ledger import Ledger
@@ -70,6 +71,8 @@ class Assignment:
     """The run's folder, a local path or URL, to list skipped images in; None to stop at an image that is corrupt."""
     checkpoint_seconds: float | None
     """Time between checkpoints within an epoch; None for none."""
+    hang_seconds: float
+    """How long a worker may be about one piece of its own work (`jobs.hang`)."""
 
 
 class WorkerData:
@@ -83,10 +86,11 @@ class WorkerData:
         micro_batch: int,
         threads: int,
         skips: SkipList | None = None,
+        opening: Callable[[], None] = lambda: None,
     ) -> None:
         self.info = read_dataset(data)
-        self._train = open_split(data, self.info, "train")
-        self._val = open_split(data, self.info, "val")
+        self._train = open_split(data, self.info, "train", opening)
+        self._val = open_split(data, self.info, "val", opening)
         self._plan = Plan(len(self._train), recipe.batch_size, recipe.seed, colour_matrix(self.info.rgb, recipe.colour))
         self._worker = worker
         self._micro_batch = micro_batch
@@ -234,14 +238,15 @@ def train_worker(assignment: Assignment) -> dict[str, Any]:
         DatasetError: if the set is missing or damaged.
     """
     try:
-        return _train(assignment)
+        with Watch(ray.train.get_context().get_world_rank(), assignment.hang_seconds) as watch:
+            return _train(assignment, watch)
     except DatasetError:
         # The driver says it in one line; Ray Train would print a traceback before.
         logging.getLogger("ray.train").setLevel(logging.CRITICAL)
         raise
 
 
-def _train(assignment: Assignment) -> dict[str, Any]:
+def _train(assignment: Assignment, watch: Watch) -> dict[str, Any]:
     # Ray Train logs every report of every worker through a logger that is none of "ray.train", so LoggingConfig, which
     # the driver sets, does not reach it.
     logging.getLogger().setLevel(logging.WARNING)
@@ -260,7 +265,10 @@ def _train(assignment: Assignment) -> dict[str, Any]:
         else:
             folder = stage(assignment.data, Path(assignment.stage), report)
     skips = SkipList(assignment.skips, worker.rank) if assignment.skips else None
-    data = WorkerData(folder, assignment.recipe, worker, assignment.micro_batch, assignment.threads, skips)
+    opening = functools.partial(watch.begin, "opening the shard set")
+    opening()
+    data = WorkerData(folder, assignment.recipe, worker, assignment.micro_batch, assignment.threads, skips, opening)
+    watch.end()
     identity = Identity.of(assignment.recipe, data.info)
     trainer = Trainer(
         make_network(identity).to(memory_format=torch.channels_last).to(device),
@@ -284,7 +292,7 @@ def _train(assignment: Assignment) -> dict[str, Any]:
     reporter = Reporter(assignment, identity, worker, data.steps, start, trackers)
     error = stopped = None
     try:
-        trainer.fit(data, reporter)
+        trainer.fit(WatchedData(data, watch), reporter)
     except DivergedError as failure:
         # Every worker stops alike, and to start again would end the same way: an answer, not a failure to retry.
         error = str(failure)

@@ -172,11 +172,14 @@ class PixelReader:
 
     `labels` is int32 [samples]; `image(i)` is sample i as a read-only uint8 [256, 256, 3] view, not a copy.
 
+    Args:
+        opening: called before each shard is opened.
+
     Raises:
         DatasetError: if a shard is missing or does not match its description.
     """
 
-    def __init__(self, root: Path, info: DatasetInfo, split: str) -> None:
+    def __init__(self, root: Path, info: DatasetInfo, split: str, opening: Callable[[], None] = lambda: None) -> None:
         if split not in info.splits:
             raise DatasetError(f"the shard set {root} has no {split} split")
         self.split = split
@@ -188,6 +191,7 @@ class PixelReader:
         self._starts = np.cumsum([0, *(row.samples for row in self._rows)])
         self.labels = np.empty(self._starts[-1], np.int32)
         for row, start in zip(self._rows, self._starts, strict=False):
+            opening()
             self.labels[start : start + row.samples] = _read_description(self._folder, row)["labels"]
             with (self._folder / f"{row.name}.rgb").open("rb") as file:
                 mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
@@ -216,6 +220,12 @@ class PixelReader:
         return shard, int(sample - self._starts[shard])
 
 
-def open_split(root: Path, info: DatasetInfo, split: str) -> SplitReader | PixelReader:
-    """The reader that fits what the folder holds: JPEGs or decoded pixels."""
-    return PixelReader(root, info, split) if is_pixel_stage(root) else SplitReader(root, info, split)
+def open_split(
+    root: Path, info: DatasetInfo, split: str, opening: Callable[[], None] = lambda: None
+) -> SplitReader | PixelReader:
+    """The reader that fits what the folder holds: JPEGs or decoded pixels.
+
+    Args:
+        opening: called before each shard is opened.
+    """
+    return (PixelReader if is_pixel_stage(root) else SplitReader)(root, info, split, opening)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +28,16 @@ class SplitReader:
     `labels` is int32 [samples]; `image(i)` is the JPEG bytes of sample i; `unchecked` counts the shards whose images
     cannot be checked, as their annotations are missing or have no checksums.
 
+    Args:
+        opening: called before each shard is opened, which may take seconds where the disk is slow.
+
     Raises:
         DatasetError: if a shard is missing or its size, index, labels or annotation do not match `dataset.json`; of
             several, the first.
         OSError: if more shards are to be opened than the system lets a process open.
     """
 
-    def __init__(self, root: Path, info: DatasetInfo, split: str) -> None:
+    def __init__(self, root: Path, info: DatasetInfo, split: str, opening: Callable[[], None] = lambda: None) -> None:
         if split not in info.splits:
             raise DatasetError(f"the shard set {root} has no {split} split")
         self.split = split
@@ -46,6 +50,7 @@ class SplitReader:
         self.labels = np.empty(self._first[-1], np.int32)
         classes = _Classes(info)
         for row, first in zip(self._rows, self._first, strict=False):
+            opening()
             try:
                 self.labels[first : first + row.samples] = self._open(row, classes)
             except FileNotFoundError as error:

@@ -95,6 +95,7 @@ def train(data: Path, folder: Path, die_in: int | None = None) -> Trainer:
         checkpoint_every=0,
         skips=None,
         checkpoint_seconds=None,
+        hang_seconds=120.0,
     )
     start = trainer.progress.epoch * loaded.steps
     trackers = make_trackers(None, Tracked(str(folder), {}, "this machine", start))
