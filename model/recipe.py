@@ -116,8 +116,8 @@ RECIPES = {
     # the trust of 0.001 and the two epochs; arXiv 1709.05011 goes to 32,768 images with batch normalisation).
     #   Command:   python jobs/train.py --recipe large-batch --workers 8 --gpus ...
     #   Hardware:  8 to 32 GPUs, with 256 to 1,024 images of a step on each.
-    #   Expected:  about 42 % top-1 error by the centre crop: arXiv 1708.03888 gives 58.2 % right for 8,192 images,
-    #              where 512 give 58.7 %. Not run to its end here.
+    #   Expected:  as the default recipe, about 43 % top-1 error by the centre crop: "without loss in accuracy" up to
+    #              8,192 images, says the abstract of arXiv 1708.03888. Not run to its end here.
     "large-batch": Recipe(
         batch_size=8192,
         epochs=100,
