@@ -20,8 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from nvidia.dali import Pipeline, fn, types
 from torch.nn import functional as F
 from torchvision.io import decode_jpeg
 
@@ -35,8 +33,8 @@ from model.recipe import RECIPES
 from model.training import Trainer, Worker
 from pipeline.dataset import read_dataset, write_json
 from pipeline.finish import Finisher
-from pipeline.loader import Loader
-from pipeline.plan import CROP_OFFSETS, CROP_SIZE, Plan, Views, colour_matrix
+from pipeline.loader import Loader, window_decoder
+from pipeline.plan import CROP_SIZE, Plan, Views, colour_matrix
 from pipeline.split_reader import SplitReader
 
 
@@ -80,33 +78,6 @@ def rate(images: int, action: Callable[[], object], settle: Callable[[], None]) 
     return images / (time.perf_counter() - started)
 
 
-def window_decoder(reader: SplitReader, views: Iterator[Views], batch_size: int, threads: int, gpu: bool) -> Pipeline:
-    """A DALI pipeline that reads and decodes each view's window, and does nothing with it."""
-
-    def source() -> tuple[list[NDArray[np.uint8]], NDArray[np.float32], NDArray[np.float32]]:
-        step = next(views)
-        y, x = np.ascontiguousarray(step.crops.T / (CROP_OFFSETS - 1), dtype=np.float32)
-        return [reader.image(sample) for sample in step.samples], x, y
-
-    pipeline = Pipeline(batch_size, threads, 0 if gpu else None)
-    with pipeline:
-        encoded, x, y = fn.external_source(
-            source=source, num_outputs=3, dtype=[types.UINT8, types.FLOAT, types.FLOAT], ndim=[1, 0, 0]
-        )
-        images = fn.decoders.image_crop(
-            encoded,
-            device="mixed" if gpu else "cpu",
-            output_type=types.RGB,
-            crop=(CROP_SIZE, CROP_SIZE),
-            crop_pos_x=x,
-            crop_pos_y=y,
-            jpeg_fancy_upsampling=True,
-        )
-        pipeline.set_outputs(images)
-    pipeline.build()
-    return pipeline
-
-
 def measure(config: BenchmarkConfig) -> Findings:
     """Runs all chains turn and turn about, so that a machine that slows down slows all of them."""
     info = read_dataset(config.data)
@@ -124,7 +95,7 @@ def measure(config: BenchmarkConfig) -> Findings:
     batches = (batch for epoch in itertools.count() for batch in loader.run(plan.epoch(epoch)))
     resident = next(batches)
     trainer.step([resident])
-    decoder = window_decoder(reader, endless(plan), config.batch_size, config.threads, config.gpu)
+    decoder = window_decoder(reader.image, endless(plan), config.batch_size, config.threads, config.gpu)
     decoder.run()
     first = next(plan.epoch(0))
     finisher, means = Finisher(device), np.tile(np.array(info.rgb.mean, np.float32), (len(first), 1))

@@ -108,6 +108,32 @@ def define(
     return pipeline
 
 
+def window_positions(views: Views) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """crop_x and crop_y of `define`, each [n]: DALI takes a window's place as a fraction of its room, offset / 29."""
+    y, x = np.ascontiguousarray(views.crops.T / (CROP_OFFSETS - 1), dtype=np.float32)
+    return x, y
+
+
+def window_decoder(
+    image: Callable[[int], NDArray[np.uint8]], views: Iterator[Views], batch_size: int, threads: int, gpu: bool
+) -> Pipeline:
+    """`define`, built, that decodes each view's window and no more, to be timed.
+
+    Args:
+        image: gives a sample's JPEG.
+    """
+    in_flight: collections.deque[Any] = collections.deque(maxlen=2 * PREFETCH)
+
+    def source() -> Any:
+        step = next(views)
+        in_flight.append(([image(sample) for sample in step.samples], *window_positions(step)))
+        return in_flight[-1]
+
+    pipeline = define(source, batch_size, threads, "gpu" if gpu else "cpu", 0 if gpu else None)
+    pipeline.build()
+    return pipeline
+
+
 class Loader:
     """Runs any sequence of `Views` of one split through DALI.
 
@@ -155,9 +181,7 @@ class Loader:
         views, images = self._read(next(self._views))
         given: tuple[Any, ...] = (images,)
         if not self._pixels:
-            # DALI takes a window's position as a fraction of the room it has: offset / 29.
-            y, x = np.ascontiguousarray(views.crops.T / (CROP_OFFSETS - 1), dtype=np.float32)
-            given = images, x, y
+            given = images, *window_positions(views)
         self._in_flight.append((views, given))
         return given
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import mmap
 import shutil
@@ -32,7 +33,7 @@ from pipeline.dataset import (
     write_json,
 )
 from pipeline.shard_index import parse_index
-from pipeline.split_reader import SplitReader
+from pipeline.split_reader import SplitReader, place_of
 from pipeline.staging import alone_at, read_remote_dataset
 from pipeline.storage import open_location, read_text
 
@@ -188,11 +189,11 @@ class PixelReader:
         self._folder = root / split
         self._maps: list[NDArray[np.uint8]] = []
         self._rows = [row for row in info.splits[split].shards if row.samples]
-        self._starts = np.cumsum([0, *(row.samples for row in self._rows)])
-        self.labels = np.empty(self._starts[-1], np.int32)
-        for row, start in zip(self._rows, self._starts, strict=False):
+        self._first = list(itertools.accumulate((row.samples for row in self._rows), initial=0))
+        self.labels = np.empty(self._first[-1], np.int32)
+        for row, first in zip(self._rows, self._first, strict=False):
             opening()
-            self.labels[start : start + row.samples] = _read_description(self._folder, row)["labels"]
+            self.labels[first : first + row.samples] = _read_description(self._folder, row)["labels"]
             with (self._folder / f"{row.name}.rgb").open("rb") as file:
                 mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
             self._maps.append(mapped.reshape(-1, *IMAGE_SHAPE))
@@ -202,7 +203,7 @@ class PixelReader:
 
     def image(self, sample: int) -> NDArray[np.uint8]:
         """One sample's pixels, uint8 [256, 256, 3]: a read-only view into its mapped shard."""
-        shard, number = self._find(sample)
+        shard, number = place_of(sample, self._first)
         return self._maps[shard][number]
 
     def key(self, sample: int) -> str:
@@ -211,13 +212,8 @@ class PixelReader:
         Raises:
             DatasetError: if that is gone or does not fit the pixels any more.
         """
-        shard, number = self._find(sample)
+        shard, number = place_of(sample, self._first)
         return str(_read_description(self._folder, self._rows[shard])["keys"][number])
-
-    def _find(self, sample: int) -> tuple[int, int]:
-        """Which shard a sample is in, and its number there, from 0."""
-        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        return shard, int(sample - self._starts[shard])
 
 
 def open_split(

@@ -53,14 +53,9 @@ class ShardFile:
             ChangedError: if the file was cut or written to, and these bytes are not vouched for.
             DamagedError: if they cannot be read or are not those of the checksum, for no reason that can be seen.
         """
-        try:
-            data = self._read(offset, size)
-        except OSError as error:
-            raise DamagedError(f"cannot be read: {error}") from error
-        if len(data) < size or (crc32 is None or zlib.crc32(data) != crc32):
+        data = self._read(offset, size)
+        if crc32 is None or zlib.crc32(data) != crc32:
             self._refuse_change()
-            if len(data) < size:
-                raise DamagedError(f"ends after {len(data)} of {size} bytes")
             if crc32 is not None:
                 raise DamagedError("is not what was written: its bytes have another CRC-32 than its annotation says")
         return data
@@ -79,21 +74,20 @@ class ShardFile:
             for offset, size in places:
                 os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_WILLNEED)
         for offset, size in places:
-            try:
-                data = self._read(offset, size)
-            except OSError as error:
-                raise DamagedError(f"cannot be read: {error}") from error
-            if len(data) < size:
-                self._refuse_change()
-                raise DamagedError(f"ends after {len(data)} of {size} bytes")
-            yield data
+            yield self._read(offset, size)
         self._refuse_change()
 
     def _read(self, offset: int, size: int) -> bytes:
-        data = os.pread(self._descriptor, size, offset)
-        # Short before the end of the file only where the disk failed on the way: asking for the rest says so.
-        while len(data) < size and (more := os.pread(self._descriptor, size - len(data), offset + len(data))):
-            data += more
+        try:
+            data = os.pread(self._descriptor, size, offset)
+            # Short before the end of the file only where the disk failed on the way: asking for the rest says so.
+            while len(data) < size and (more := os.pread(self._descriptor, size - len(data), offset + len(data))):
+                data += more
+        except OSError as error:
+            raise DamagedError(f"cannot be read: {error}") from error
+        if len(data) < size:
+            self._refuse_change()
+            raise DamagedError(f"ends after {len(data)} of {size} bytes")
         return data
 
     def _refuse_change(self) -> None:

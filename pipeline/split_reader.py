@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +69,7 @@ class SplitReader:
             ImageError: if these bytes cannot be read, or are not those that were written.
             DatasetError: if its shard was cut or written to since it was opened.
         """
-        shard, number = self._find(sample)
+        shard, number = place_of(sample, self._first)
         checksums = self._checksums[shard]
         crc32 = None if checksums is None else int(checksums[number])
         offset, size = self._places[shard][number].tolist()
@@ -87,7 +87,7 @@ class SplitReader:
 
         Where that is gone, or another than when the shard was opened, "no. N": its number in the shard, from 1.
         """
-        shard, number = self._find(sample)
+        shard, number = place_of(sample, self._first)
         try:
             index = read_index(self._path(self._rows[shard].name, ".idx"))
         except (OSError, DatasetError):
@@ -98,14 +98,8 @@ class SplitReader:
 
     def describe(self, sample: int, what: str) -> str:
         """One line on what is wrong with a sample (a clause), where it is, and what to do."""
-        shard = self._rows[self._find(sample)[0]].name
+        shard = self._rows[place_of(sample, self._first)[0]].name
         return f"{self.split} image {self.key(sample)} of {shard}: {what}; {self._advice(shard)}"
-
-    def _find(self, sample: int) -> tuple[int, int]:
-        """Which shard a sample is in, and its number there, from 0."""
-        sample = int(sample)  # A list's search compares Python's numbers ten times as fast as numpy's.
-        shard = bisect.bisect_right(self._first, sample) - 1
-        return shard, sample - self._first[shard]
 
     def _path(self, shard: str, suffix: str) -> Path:
         return self._root / self.split / f"{shard}{suffix}"
@@ -134,6 +128,17 @@ class SplitReader:
         self._places.append(index.images.astype(np.uint32 if file.size < 2**32 else np.uint64))
         self._checksums.append(checksums)
         return labels
+
+
+def place_of(sample: int, first: Sequence[int]) -> tuple[int, int]:
+    """Which shard a sample is in, and its number there, from 0.
+
+    Args:
+        first: the first sample of each shard, and how many there are in all.
+    """
+    sample = int(sample)  # A list's search compares Python's numbers ten times as fast as numpy's.
+    shard = bisect.bisect_right(first, sample) - 1
+    return shard, sample - first[shard]
 
 
 class _Classes:

@@ -8,7 +8,6 @@ also draw the colour shift, which torchvision and ffcv have not.
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import dataclasses
 import functools
@@ -17,7 +16,6 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -27,9 +25,9 @@ from nvidia.dali import Pipeline, fn, types
 
 from jobs.cli import run
 from pipeline.dataset import read_dataset
-from pipeline.loader import PREFETCH, Loader, define
+from pipeline.loader import PREFETCH, Loader, window_decoder
 from pipeline.pixel_stage import PixelReader
-from pipeline.plan import COLOUR_STD, CROP_OFFSETS, CROP_SIZE, Views
+from pipeline.plan import COLOUR_STD, CROP_SIZE, Views
 from pipeline.split_reader import SplitReader
 from tests.benchmarks import loader_others as others
 from tests.benchmarks import loader_sets
@@ -51,17 +49,7 @@ def limit(config: PeerConfig, made: Path) -> Batches:
 def decoder(config: PeerConfig, made: Path) -> Batches:
     """This project's DALI pipeline decodes the plan's windows out of memory; nothing is done with them."""
     jpegs = [config.reader.image(i) for i in range(len(config.reader))]
-    views = config.endless()
-    in_flight: collections.deque[Any] = collections.deque(maxlen=2 * PREFETCH)
-
-    def source() -> Any:
-        part = next(views)
-        y, x = np.ascontiguousarray(part.crops.T / (CROP_OFFSETS - 1), dtype=np.float32)
-        in_flight.append(([jpegs[sample] for sample in part.samples], x, y))
-        return in_flight[-1]
-
-    pipeline = define(source, BATCH, config.cores, "cpu", None)
-    pipeline.build()
+    pipeline = window_decoder(jpegs.__getitem__, config.endless(), BATCH, config.cores, gpu=False)
     while True:
         pipeline.run()
         yield None

@@ -31,7 +31,8 @@ from pipeline.resize import encoder_settings
 from pipeline.rgb_stats import RgbMoments, RgbStatistics
 from pipeline.shards import pack
 from pipeline.split_reader import SplitReader
-from tests.benchmarks.plan_cost import MB, high_water_mb
+from tests.benchmarks.plan_cost import high_water_mb
+from tests.benchmarks.source_memory import resident_mb
 
 CLASSES = 1000
 
@@ -113,12 +114,6 @@ def opening(root: Path, cold: bool) -> OpeningCost:
     gc.collect()
     assert len(reader) == info.splits["train"].samples
     return OpeningCost(seconds, cpu_seconds, high_water_mb() - peak, resident_mb() - size)
-
-
-def resident_mb() -> float:
-    """This process's resident size, in MB."""
-    pages = int(Path("/proc/self/statm").read_text("utf-8").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / MB
 
 
 def measure(root: Path, config: OpeningCostConfig) -> dict[str, list[OpeningCost]]:
