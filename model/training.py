@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from model.guards import DivergedError, Window, dead_network, divergence, flat_steps
 from model.metrics import LabelledImages, Score, evaluate, tally
 from model.optimizer import make_optimizer, resume_rate, set_rate
+from model.parallel import Leash, data_parallel, gradients_kept
 from model.recipe import Recipe
 from model.schedule import Plateau
 
@@ -160,9 +160,8 @@ class Trainer:
         self._clock = clock
         self._classes = 0
         self._forward_ended = 0.0
-        self._parallel: nn.Module = network
-        if worker.world > 1:
-            self._parallel = DistributedDataParallel(network, gradient_as_bucket_view=True, forward_sync_buffers=False)
+        self._leash = Leash(worker.device)
+        self._parallel = data_parallel(network, worker.world)
 
     def fit(self, data: TrainingData, observer: Observer) -> None:
         """Trains from where `progress` stands until the schedule stops or the epochs are used up.
@@ -199,7 +198,7 @@ class Trainer:
         sums = torch.zeros(4, dtype=torch.float64, device=self.worker.device)
         for number, batch in enumerate(micro_batches, start=1):
             # Gradients add up locally and are exchanged once, with the last micro-batch.
-            with contextlib.nullcontext() if number == len(micro_batches) else self._no_sync():
+            with contextlib.nullcontext() if number == len(micro_batches) else gradients_kept(self._parallel):
                 with self._autocast():
                     logits = self._parallel(batch.images)
                 log_probabilities = F.log_softmax(logits.float(), dim=1)
@@ -235,6 +234,7 @@ class Trainer:
             highest = max(highest, progress.rate)
             recent += self.step(micro_batches)
             norm = torch.maximum(norm, self.gradient_norm())
+            self._leash.after_step()
             progress.step += 1
             wish = observer.trained(self, micro_batches, self._forward_ended - asked)
             at_end = progress.step == data.steps
@@ -333,11 +333,6 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         worker = self.worker
         return torch.autocast(worker.device.type, worker.precision, enabled=worker.precision != torch.float32)
-
-    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
-        if isinstance(self._parallel, DistributedDataParallel):
-            return self._parallel.no_sync()
-        return contextlib.nullcontext()
 
 
 def _step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
