@@ -61,7 +61,8 @@ def tally(log_probabilities: Tensor, labels: Tensor) -> Tensor:
     best = log_probabilities.topk(min(5, log_probabilities.shape[1]), dim=1).indices
     hits = best == labels[:, None]
     loss = F.nll_loss(log_probabilities, labels, reduction="sum")
-    images = torch.tensor(float(len(labels)), device=labels.device)
+    # Not torch.tensor, whose copy to a GPU would wait for all that is queued there.
+    images = torch.full((), len(labels), dtype=torch.float64, device=labels.device)
     counts = [images, loss, (~hits[:, 0]).sum(), (~hits.any(dim=1)).sum()]
     return torch.stack([count.double() for count in counts])
 

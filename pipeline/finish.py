@@ -80,6 +80,17 @@ class Finisher:
         # HWC seen so is torch's channels_last, so no transposition is ever done.
         return output.permute(0, 3, 1, 2)
 
+    def labels(self, labels: NDArray[np.int32]) -> Tensor:
+        """A batch's labels, int64 [n], on the device."""
+        tensor = torch.from_numpy(labels.astype(np.int64))
+        if self._stream is None:
+            return tensor
+        # A copy from memory that is not pinned waits for its stream, so not on the one of the training step either.
+        with torch.cuda.stream(self._stream):
+            there = tensor.to(self._device)
+        there.record_stream(torch.cuda.current_stream(self._device))
+        return there
+
     def _take(self, shape: tuple[int, ...]) -> Tensor:
         """Memory of an earlier batch whose last tensor is gone: new pages would cost more than what is done here."""
         size = math.prod(shape)

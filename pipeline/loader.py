@@ -225,8 +225,7 @@ class Loader:
             images = self._finisher.finish(windows, done.flips, (self._mean - done.shifts).astype(np.float32))
             # DALI takes its buffer back with the last reference.
             del output, windows
-            labels = torch.from_numpy(self._reader.labels[done.samples].astype(np.int64)).to(self._device)
-            yield Batch(images, labels, done.samples)
+            yield Batch(images, self._finisher.labels(self._reader.labels[done.samples]), done.samples)
 
     def _windows(self, images: Tensor, views: Views) -> Sequence[Tensor]:
         """Each image's window, of DALI's output: a view, not a copy."""
