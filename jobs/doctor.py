@@ -33,7 +33,7 @@ from jobs.inspector import Facts, Inspector, Rank, bus_bandwidth
 from jobs.nodes import NoAnswer, Node, alive_nodes, collect, on
 from pipeline.dataset import DatasetInfo, read_dataset, write_json
 from pipeline.staging import read_remote_dataset
-from pipeline.storage import is_url
+from pipeline.storage import is_url, on_disk
 
 SAMPLE_SHARDS = 2  # Of each split, hashed on each node.
 STEP_SECONDS = 120.0  # For what reads data or sums gradients.
@@ -207,7 +207,7 @@ def check_data(
         "data",
         [f"{name} is not the shard that dataset.json describes" for name in bad],
         f"{sum(part.samples for part in info.splits.values()):,} images; {len(sample)} shards hashed",
-        f"python jobs/verify_shards.py --data {location} finds all damage, and says how to mend it",
+        f"python jobs/verify_shards.py --data {on_disk(location)} finds all damage, and says how to mend it",
     )
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,18 @@ def storage_error(run: str, error: BaseException) -> StorageError:
         f"{shown(run)} could not be written ({' '.join(str(error).split())}); the checkpoints before are intact: free "
         "space there or mend it, then run the same command again to continue"
     )
+
+
+def refuse_unseen(run: str) -> None:
+    """Raises StorageError if this node does not see the folder that the driver made for the run.
+
+    A node that came after the driver looked at all of them may be another than those.
+    """
+    if not is_url(run) and not os.path.isdir(run):
+        raise StorageError(
+            f"{socket.gethostname()} does not see the run's folder {run}: give as --storage a URL (s3://, gs://), or a "
+            "folder of the same path on a mount that all nodes have"
+        )
 
 
 class Outbox:

@@ -28,6 +28,8 @@ class Node:
     """Its host name."""
     gpus: int
     """How many GPUs Ray was told that it has."""
+    cpus: int
+    """How many cores Ray was told that it has."""
 
     def __str__(self) -> str:
         return self.address
@@ -43,7 +45,13 @@ class NoAnswer:
 def alive_nodes() -> list[Node]:
     """All nodes that Ray calls alive, by address."""
     nodes = [
-        Node(row["NodeID"], row["NodeManagerAddress"], row["NodeManagerHostname"], int(row["Resources"].get("GPU", 0)))
+        Node(
+            row["NodeID"],
+            row["NodeManagerAddress"],
+            row["NodeManagerHostname"],
+            int(row["Resources"].get("GPU", 0)),
+            int(row["Resources"].get("CPU", 0)),
+        )
         for row in ray.nodes()
         if row["Alive"]
     ]

@@ -11,7 +11,7 @@ import json
 from pyarrow import fs as arrow_fs
 
 from pipeline.dataset import DatasetError
-from pipeline.storage import join, open_location, read_text
+from pipeline.storage import join, on_disk, open_location, read_text
 from pipeline.substitutes import Skip
 
 FOLDER = "skipped"
@@ -73,5 +73,5 @@ def summary(run: str, data: str) -> str:
     return (
         f"skipped {len({(s.shard, s.key) for s in skips})} corrupt image(s), {len(skips)} time(s) in all, listed in "
         f"{join(run, FOLDER)}; find the damage in {', '.join(shards)} with: "
-        f"python jobs/verify_shards.py --data {data}"
+        f"python jobs/verify_shards.py --data {on_disk(data)}"
     )

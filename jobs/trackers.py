@@ -84,7 +84,8 @@ class TensorBoard:
 
     def __init__(self, run: Tracked) -> None:
         self._storage, self._path = open_location(join(run.location, EVENTS))
-        # Appending is nothing that object stores do: events are written here and copied there after each epoch.
+        # Appending is nothing that object stores do: events are written here and copied there, after each epoch and at
+        # the end.
         remote = not isinstance(self._storage, arrow_fs.LocalFileSystem)
         self._local = tempfile.mkdtemp() if remote else self._path
         # What an interrupted run wrote after its last checkpoint is hidden by purge_step: it happens again.
@@ -97,12 +98,20 @@ class TensorBoard:
 
     def flush(self) -> None:
         self._writer.flush()
-        if self._local != self._path:
-            self._storage.create_dir(self._path, recursive=True)
-            arrow_fs.copy_files(self._local, self._path, destination_filesystem=self._storage)
+        self._copy()
 
     def close(self) -> None:
         self._writer.close()
+        try:
+            self._copy()
+        # At the end, well or not: a store that fails now must not hide how training ended.
+        except OSError as error:
+            print(f"warning: TensorBoard's last events were not kept: {' '.join(str(error).split())}", flush=True)
+
+    def _copy(self) -> None:
+        if self._local != self._path:
+            self._storage.create_dir(self._path, recursive=True)
+            arrow_fs.copy_files(self._local, self._path, destination_filesystem=self._storage)
 
 
 class MLflow:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
-import ray
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
@@ -25,7 +25,7 @@ from jobs.cluster import connected
 from jobs.interrupt import SigtermInWorkers, sigterm_stops
 from jobs.keeping import Keeper, StorageError, mend_list, storage_error
 from jobs.ledger import LedgerError, prove
-from jobs.nodes import alive_nodes, refuse_unshared
+from jobs.nodes import Node, alive_nodes, refuse_unshared
 from jobs.skipped import summary
 from jobs.trackers import refuse_missing
 from jobs.train_config import TrainConfig, Workers
@@ -34,7 +34,7 @@ from model.recipe import Recipe
 from pipeline.dataset import DATASET_FILE, DatasetError, DatasetInfo, read_dataset
 from pipeline.plan import Plan, colour_matrix
 from pipeline.staging import read_remote_dataset
-from pipeline.storage import is_url, join, open_location
+from pipeline.storage import is_url, join, on_disk, open_location, shown
 
 ROOM_SECONDS = "20"
 MOST_CORES = 12  # Of a GPU worker by default: decoding 256 x 256 JPEGs for one GPU's AlexNet gains little beyond.
@@ -49,19 +49,46 @@ class Resources:
     cpus_per_worker: int
 
     @classmethod
-    def of(cls, config: TrainConfig, cluster: dict[str, float]) -> Resources:
+    def of(cls, config: TrainConfig, nodes: Sequence[Node]) -> Resources:
         """Settles what the command line leaves open.
 
         Args:
             config: the command line.
-            cluster: Ray's cluster resources, "CPU" and "GPU".
+            nodes: those that are there now; others may come.
+
+        Raises:
+            ValueError: if the cores of a worker cannot be told, as no node with a GPU is there yet.
         """
-        gpus = config.gpus if config.gpus is not None else cluster.get("GPU", 0) > 0
-        present = max(int(cluster.get("GPU", 0)), 1) if gpus else 1
+        found = sum(node.gpus for node in nodes)
+        gpus = config.gpus if config.gpus is not None else found > 0
+        present = max(found, 1) if gpus else 1
         workers = config.workers or Workers(present, present)
+        if config.cpus_per_worker:
+            return cls(workers, gpus, config.cpus_per_worker)
         # Nodes that come later bring cores of their own.
-        share = max(int(cluster.get("CPU", 0)) // min(max(present, workers.fewest), workers.most), 1)
-        return cls(workers, gpus, config.cpus_per_worker or (min(share, MOST_CORES) if gpus else share))
+        share = _most_cores(nodes, min(max(present, workers.fewest), workers.most), gpus)
+        if not share and gpus:
+            if not found:
+                raise ValueError(
+                    "no node with a GPU is there yet, so that a worker's share of its cores cannot be told: give "
+                    f"--cpus-per-worker, as {MOST_CORES} for a node of 96 cores and 8 GPUs"
+                )
+            share = max(node.cpus // node.gpus for node in nodes if node.gpus)
+        return cls(workers, gpus, max(min(share, MOST_CORES) if gpus else share, 1))
+
+    def room(self, nodes: Sequence[Node]) -> int:
+        """How many of these workers the nodes have room for, each worker on one node."""
+        return _room(nodes, self.cpus_per_worker, self.gpus)
+
+
+def _room(nodes: Sequence[Node], cores: int, gpus: bool) -> int:
+    return sum(min(node.cpus // cores, node.gpus) if gpus else node.cpus // cores for node in nodes)
+
+
+def _most_cores(nodes: Sequence[Node], workers: int, gpus: bool) -> int:
+    """The most cores that each of so many workers can have, none spread over nodes; 0 if there is no room for all."""
+    most = max((node.cpus for node in nodes), default=0)
+    return next((cores for cores in range(most, 0, -1) if _room(nodes, cores, gpus) >= workers), 0)
 
 
 def check_storage(storage: str, name: str) -> None:
@@ -99,8 +126,11 @@ def main(config: TrainConfig) -> None:
             print_result(data, run_location, state.progress.history, plan)
             return
     with connected():
-        resources = Resources.of(config, ray.cluster_resources())
-        refuse_shortage(resources, recipe)
+        nodes = alive_nodes()
+        resources = Resources.of(config, nodes)
+        refuse_shortage(resources, nodes, recipe)
+        if recipe.normalisation == "batch":
+            resources.workers.refuse_single_images(recipe.batch_size, config.micro_batch)
         refuse_local_paths(config)
         changed = "".join(f", {name} {value}" for name, value in config.changes().items())
         precision = config.precision if config.precision != "auto" else ("bfloat16" if resources.gpus else "float32")
@@ -127,7 +157,9 @@ def open_dataset(config: TrainConfig) -> tuple[str, DatasetInfo]:
     info = read_remote_dataset(location) if is_url(location) else read_dataset(Path(location))
     for split in ("train", "val"):
         if split not in info.splits or info.splits[split].samples == 0:
-            raise DatasetError(f"the set {location} has no {split} images; shard with --source-val or --val-fraction")
+            raise DatasetError(
+                f"the set {shown(location)} has no {split} images; shard with --source-val or --val-fraction"
+            )
     return location, info
 
 
@@ -217,16 +249,18 @@ def launch(
     return list(outcome["history"])
 
 
-def refuse_shortage(resources: Resources, recipe: Recipe) -> None:
+def refuse_shortage(resources: Resources, nodes: Sequence[Node], recipe: Recipe) -> None:
     """Raises ValueError for what could never start: more workers than images in a batch, or than this machine holds."""
     resources.workers.refuse_more_than(recipe.batch_size)
-    have, fewest = ray.cluster_resources(), resources.workers.fewest
-    need = {"CPU": fewest * resources.cpus_per_worker, "GPU": fewest * resources.gpus}
-    short = [f"{n} {kind}(s), there are {have.get(kind, 0):g}" for kind, n in need.items() if have.get(kind, 0) < n]
-    if short and not os.environ.get("RAY_ADDRESS"):
-        raise ValueError(f"the run needs {' and '.join(short)}: use fewer --workers, --cpus-per-worker or --no-gpus")
-    if short:
-        print(f"waiting for the cluster to grow: the run needs {' and '.join(short)} now", flush=True)
+    room, fewest = resources.room(nodes), resources.workers.fewest
+    if room >= fewest:
+        return
+    each = f"{resources.cpus_per_worker} core(s){' and a GPU' if resources.gpus else ''} each"
+    there = ", ".join(f"{node.address} with {node.cpus} core(s) and {node.gpus} GPU(s)" for node in nodes[:5])
+    short = f"the run needs room for {fewest} worker(s) of {each}, and there is room for {room} now ({there})"
+    if not os.environ.get("RAY_ADDRESS"):
+        raise ValueError(f"{short}: use fewer --workers, --cpus-per-worker or --no-gpus")
+    print(f"waiting for the cluster to grow: {short}", flush=True)
 
 
 def _counted(workers: Workers) -> str:
@@ -270,7 +304,7 @@ def print_result(data: str, run: str, history: list[dict[str, float]], plan: Pla
         print(ledger_line(run, plan))
     print(f"best checkpoint: {join(run, str(checkpoint.best(checkpoint.committed(run))))}")
     # A URL may have options, whose & a shell would take for its own.
-    print(f"next: python jobs/evaluate.py --data {quote(data)} --checkpoint {quote(run)} --ten-crop")
+    print(f"next: python jobs/evaluate.py --data {quote(on_disk(data))} --checkpoint {quote(run)} --ten-crop")
 
 
 if __name__ == "__main__":

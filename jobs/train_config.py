@@ -59,6 +59,16 @@ class Workers:
                 "--batch-size"
             )
 
+    def refuse_single_images(self, batch_size: int, micro_batch: int) -> None:
+        """Raises ValueError if some worker's last micro-batch would be one image, which has no variance."""
+        for count in range(self.fewest, self.most + 1):
+            for part in {batch_size // count, -(-batch_size // count)}:
+                if 1 in (part, micro_batch, part % micro_batch):
+                    raise ValueError(
+                        f"batch normalisation needs two images, and of {count} worker(s) one would have {part} of a "
+                        f"batch of {batch_size}, the last alone: use another --batch-size, --micro-batch or --workers"
+                    )
+
 
 def choose_workers(workers: Annotated[str | None, tyro.conf.arg(metavar="N|MIN:MAX")] = None) -> Workers | None:
     """One number, or a range.

@@ -22,7 +22,7 @@ from jobs.cli import say_unchecked, unchecked
 from jobs.device import processor
 from jobs.hang import Watch, WatchedData
 from jobs.interrupt import Beat, Lookout
-from jobs.keeping import Outbox, storage_error
+from jobs.keeping import Outbox, refuse_unseen, storage_error
 from jobs.ledger import Ledger
 from jobs.skipped import SkipList
 from jobs.trackers import Tracked, Tracker, make_trackers
@@ -257,6 +257,7 @@ def _train(assignment: Assignment, watch: Watch) -> dict[str, Any]:
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, getattr(torch, assignment.precision))
     if device.type == "cpu":
         torch.set_num_threads(assignment.threads)
+    refuse_unseen(assignment.run)
     folder = Path(assignment.data)
     if assignment.stage is not None:
         report = functools.partial(print, flush=True)

@@ -240,6 +240,6 @@ def test_the_google_twin_is_accepted_and_starts_ray_as_the_other_does(config: Co
     assert prepared["provider"]["cache_stopped_nodes"] is False
     worker = prepared["available_node_types"]["gpu_worker"]
     assert (worker["resources"]["GPU"], worker["min_workers"]) == (8, 0)
-    assert {"provisioningModel": "SPOT"} in worker["node_config"]["scheduling"]
+    assert worker["node_config"]["scheduling"]["provisioningModel"] == "SPOT"
     assert [disk["type"] for disk in worker["node_config"]["disks"]].count("SCRATCH") == 8
     assert not any("ray-3.0.0" in command for command in prepared["head_setup_commands"])

@@ -20,8 +20,9 @@ from ray.cluster_utils import Cluster
 from jobs.checkpoint import Identity, committed
 from jobs.cluster import LOOPBACK_SWITCH
 from jobs.ledger import Proof, prove
+from jobs.nodes import Node
 from jobs.trackers import EVENTS, read_events
-from jobs.train import Resources
+from jobs.train import Resources, refuse_shortage
 from jobs.train_config import TrainConfig, Workers
 from jobs.worker import WorkerData, make_network
 from model.metrics import LabelledImages, Score
@@ -66,20 +67,78 @@ def test_a_batch_that_the_most_workers_cannot_share_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("workers", "cluster", "cores"),
+    ("workers", "batch_size", "micro_batch", "fits"),
     [
-        (Workers(2, 4), {"CPU": 8.0}, 4),  # What is there, for the two that start
-        (Workers(2, 4), {"CPU": 24.0, "GPU": 3.0}, 8),  # One for each GPU that is there
-        (Workers(2, 4), {"CPU": 16.0, "GPU": 8.0}, 4),
-        (Workers(2, 4), {"CPU": 2.0, "GPU": 1.0}, 1),
-        (None, {"CPU": 16.0, "GPU": 8.0}, 2),
+        (Workers(1, 1), 128, 1024, True),
+        (Workers(1, 1), 129, 128, False),
+        (Workers(2, 2), 257, 128, False),  # 129 and 128
+        (Workers(2, 2), 256, 128, True),
+        (Workers(2, 4), 6, 128, False),  # With four, two have 1
+        (Workers(1, 1), 4, 1, False),
     ],
 )
-def test_a_worker_has_its_share_of_the_cores_that_are_there(
-    workers: Workers | None, cluster: dict[str, float], cores: int
+def test_batch_normalisation_refuses_a_single_image(
+    workers: Workers, batch_size: int, micro_batch: int, fits: bool
 ) -> None:
-    found = Resources.of(TrainConfig("data", "storage", "run", workers=workers), cluster)
-    assert found == Resources(workers or Workers(8, 8), "GPU" in cluster, cores)
+    parts = {len(p) for w in range(workers.fewest, workers.most + 1) for p in np.array_split(range(batch_size), w)}
+    pieces = {min(micro_batch, part - start) for part in parts for start in range(0, part, micro_batch)}
+    assert (1 not in pieces) == fits
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=r"batch normalisation needs two images"):
+        workers.refuse_single_images(batch_size, micro_batch)
+
+
+def cluster(*nodes: tuple[int, int]) -> list[Node]:
+    """Nodes of so many cores and GPUs."""
+    return [Node(str(i), f"10.0.0.{i}", f"host{i}", gpus, cpus) for i, (cpus, gpus) in enumerate(nodes)]
+
+
+@pytest.mark.parametrize(
+    ("workers", "nodes", "cores"),
+    [
+        (Workers(2, 4), [(8, 0)], 4),  # What is there, for the two that start
+        (Workers(2, 4), [(24, 3)], 8),  # One for each GPU that is there
+        (Workers(2, 4), [(16, 8)], 4),
+        (Workers(2, 4), [(2, 1)], 2),  # The second comes with a node of its own
+        (None, [(16, 8)], 2),
+        (Workers(16, 16), [(4, 0), (96, 8)], 12),
+        (None, [(8, 0), (8, 0)], 8),  # No worker is spread over nodes
+        (Workers(2, 2), [(8, 0)] * 3, 8),
+        (Workers(2, 8), [(8, 0)] * 4, 8),
+        (Workers(3, 3), [(8, 0), (8, 0)], 4),
+        (Workers(2, 2), [(4, 1), (4, 1), (32, 0)], 4),
+        (Workers(4, 4), [(2, 0)], 1),  # Nodes are to come
+    ],
+)
+def test_a_worker_has_its_share_of_the_cores_of_its_node(
+    workers: Workers | None, nodes: list[tuple[int, int]], cores: int
+) -> None:
+    found = Resources.of(TrainConfig("data", "storage", "run", workers=workers), cluster(*nodes))
+    gpus = sum(count for _, count in nodes)
+    default = Workers(max(gpus, 1), max(gpus, 1))
+    assert found == Resources(workers or default, gpus > 0, cores)
+
+
+def test_a_share_that_nothing_tells_is_asked_for() -> None:
+    config = TrainConfig("data", "storage", "run", workers=Workers(8, 8), gpus=True)
+    with pytest.raises(ValueError, match=r"no node with a GPU is there yet.*: give --cpus-per-worker, as 12"):
+        Resources.of(config, cluster((0, 0)))
+    assert Resources.of(dataclasses.replace(config, cpus_per_worker=12), cluster((0, 0))).cpus_per_worker == 12
+
+
+def test_workers_that_fit_no_node_are_waited_for_aloud(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resources, nodes = Resources(Workers(2, 2), False, 12), cluster((16, 0), (8, 0))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.0:6379")
+    refuse_shortage(resources, nodes, RECIPES["default"])
+    said = capsys.readouterr().out
+    assert "waiting for the cluster to grow: the run needs room for 2 worker(s) of 12 core(s) each" in said
+    assert "and there is room for 1 now (10.0.0.0 with 16 core(s) and 0 GPU(s), 10.0.0.1 with 8" in said
+    refuse_shortage(Resources(Workers(2, 2), False, 8), nodes, RECIPES["default"])
+    assert not capsys.readouterr().out
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(ValueError, match=r"room for 2 worker.*use fewer --workers"):
+        refuse_shortage(resources, nodes, RECIPES["default"])
 
 
 class Losses:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import boto3
 import pytest
 
 from jobs.trackers import (
@@ -17,6 +18,7 @@ from jobs.trackers import (
     read_events,
     refuse_missing,
 )
+from pipeline.storage import join
 
 SETTINGS = {"batch_size": 128, "lr": 0.01}
 
@@ -41,6 +43,22 @@ def test_tensorboard_shows_once_what_an_interruption_made_happen_twice(tmp_path:
     assert found.scalars == {"train/loss": [(10, 2.5), (20, 2.25), (30, 2.0), (40, 1.5)]}
     assert found.machines == ["here", "there"]
     assert MACHINE not in found.scalars
+
+
+def test_what_was_told_after_the_last_epoch_reaches_an_object_store_too(s3: str) -> None:
+    boto3.client("s3", endpoint_url=f"http://{s3}").create_bucket(Bucket="runs")
+    run = f"s3://runs/here?region=us-east-1&scheme=http&endpoint_override={s3}"
+    (tensorboard,) = make_trackers(None, Tracked(run, SETTINGS, "here", 0))
+    tensorboard.log({"train/loss": 2.5}, 10)
+    tensorboard.close()
+    assert read_events(join(run, EVENTS)).scalars == {"train/loss": [(10, 2.5)]}
+
+
+def test_a_store_that_is_gone_at_the_end_is_a_warning(s3: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = f"s3://nowhere/here?region=us-east-1&scheme=http&endpoint_override={s3}&allow_bucket_creation=false"
+    (tensorboard,) = make_trackers(None, Tracked(run, SETTINGS, "here", 0))
+    tensorboard.close()
+    assert "warning: TensorBoard's last events were not kept: " in capsys.readouterr().out
 
 
 def test_a_run_without_events_has_none(tmp_path: Path) -> None:
