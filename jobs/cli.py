@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import tyro
@@ -40,7 +43,9 @@ def run(config: type[Config], main: Callable[[Config], None]) -> NoReturn:
     ValueError and OSError are failures that a user can mend; anything else is a bug and keeps its traceback.
     """
     try:
-        main(tyro.cli(config, description=sys.modules[main.__module__].__doc__))
+        parsed = tyro.cli(config, description=sys.modules[main.__module__].__doc__)
+        _refuse_urls(parsed)
+        main(parsed)
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
@@ -48,6 +53,17 @@ def run(config: type[Config], main: Callable[[Config], None]) -> NoReturn:
         print("error: interrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
+
+
+def _refuse_urls(config: object) -> None:
+    """Raises ValueError for a URL where only a path will do: as a path it would name a folder "s3:" right here."""
+    assert dataclasses.is_dataclass(config)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        # A path has lost the second of the slashes.
+        if isinstance(value, Path) and re.match("[a-z][a-z0-9]+:/", str(value)):
+            flag = f"--{field.name.replace('_', '-')}"
+            raise ValueError(f"{flag} is the URL {str(value).replace(':/', '://', 1)}: it takes a path on a disk here")
 
 
 def say(line: str) -> None:

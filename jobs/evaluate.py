@@ -32,13 +32,13 @@ TEN = 10
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    data: str
-    """The shard set whose validation images are judged."""
+    data: Path
+    """The shard set whose validation images are judged, on a disk."""
     checkpoint: str
     """A checkpoint_* folder, or a run's folder (its best checkpoint); a local path or a URL (s3://, gs://)."""
     ten_crop: bool = False
     """Average the softmax over the four corners, the centre and their mirror images (the paper, section 4.1)."""
-    json: str | None = None
+    json: Path | None = None
     """Also write the result to this file."""
     gpu: bool = dataclasses.field(default_factory=torch.cuda.is_available)
     """Use a GPU; by default, if torch sees one."""
@@ -88,17 +88,16 @@ def counted(batches: Iterator[Batch], views: int, total: int) -> Iterator[Batch]
 
 
 def main(config: EvaluateConfig) -> None:
-    data = Path(config.data)
-    info = read_dataset(data)
+    info = read_dataset(config.data)
     device = choose_device(config.gpu)
     with local_checkpoint(config.checkpoint) as (location, folder):
         state = checkpoint.read_state(folder)
         identity = state.identity
-        checkpoint.refuse_other_classes(identity, info, location, str(data))
+        checkpoint.refuse_other_classes(identity, info, location, str(config.data))
         network = make_network(identity).to(memory_format=torch.channels_last).to(device)
         checkpoint.load_network(folder, network)
 
-    reader = open_split(data, info, "val")
+    reader = open_split(config.data, info, "val")
     say_unchecked(reader)
     views = TEN if config.ten_crop else 1
     # The mean is the training run's, not this set's: it is part of what was learnt.
@@ -114,10 +113,10 @@ def main(config: EvaluateConfig) -> None:
     print(f"{location}, {crops}, {score.images} images in {time.perf_counter() - started:.0f} s")
     print(f"top-1 error {score.top1_error:.2%}, top-5 error {score.top5_error:.2%}, loss {score.loss:.4f}")
     if config.json is not None:
-        result = {**dataclasses.asdict(score), "crops": views, "checkpoint": location, "data": str(data)}
+        result = {**dataclasses.asdict(score), "crops": views, "checkpoint": location, "data": str(config.data)}
         if state.origin:
             result["origin"] = state.origin
-        write_json(Path(config.json), result)
+        write_json(config.json, result)
 
 
 if __name__ == "__main__":

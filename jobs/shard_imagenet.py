@@ -141,6 +141,8 @@ def main(config: ShardConfig) -> None:
     print(f"{' and '.join(listing.roots)}: {counts} images of {len(listing.classes):,} classes", flush=True)
     if listing.ignored:
         print(f"files ignored, since their extensions are not those of images: {listing.ignored:,}", flush=True)
+    if listing.unread:
+        print(f"folders beside train/ that are not read: {', '.join(listing.unread)}", flush=True)
     shards = plan_shards(listing, config.seed, config.samples_per_shard)
     plan = SetPlan(listing, encoder_settings(config.quality), config.seed, config.samples_per_shard, tuple(shards))
     if config.only:

@@ -115,12 +115,13 @@ def _print_right(split: str, reports: list[ShardReport], decode: bool) -> None:
 
 def _settings(info: DatasetInfo, reports: list[ShardReport]) -> str:
     """The arguments that the set was made with, as far as they can be told and are not the defaults."""
-    # Only the last shard of a split may be short.
+    # Only the last shard of a split may be short; where there is no other, any number from its own on does.
     dealt = [report.annotation.samples + len(report.annotation.rejected) for report in reports if report.annotation]
+    least = 0 if len(reports) > len(info.splits) else 1250
     values = {
         "quality": (info.image.get("quality"), 90),
         "seed": (info.seed, 0),
-        "samples-per-shard": (max(dealt, default=1250) if len(reports) > len(info.splits) else 1250, 1250),
+        "samples-per-shard": (max([least, *dealt]) or 1250, 1250),
     }
     return "".join(f"--{name} {value} " for name, (value, default) in values.items() if value not in (default, None))
 

@@ -11,6 +11,7 @@ import json
 import os
 import uuid
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from pipeline.rgb_stats import RgbStatistics
@@ -170,7 +171,7 @@ def read_dataset(root: Path) -> DatasetInfo:
         state = "is unfinished: it has no dataset.json" if root.is_dir() else "does not exist"
         raise DatasetError(
             f"the shard set {root} {state}; make or finish it with: "
-            f"python jobs/shard_imagenet.py --source IMAGES --output {root}"
+            f"python jobs/shard_imagenet.py --source IMAGES --output {quote(str(root))}"
         ) from None
     return parse_dataset(text, str(path))
 
@@ -200,11 +201,11 @@ def rebuild_advice(root: Path, shard: str, settings: str = "", annotated: bool =
     if annotated:
         return (
             f"copy {shard}.tar again from where it was made, then describe what is missing: "
-            f"python jobs/shard_imagenet.py --annotate-only --output {root}"
+            f"python jobs/shard_imagenet.py --annotate-only --output {quote(str(root))}"
         )
     return (
         "build the shard again from the source and with the settings it was made of: "
-        f"python jobs/shard_imagenet.py --source IMAGES --output {root} {settings}--only {shard}"
+        f"python jobs/shard_imagenet.py --source IMAGES --output {quote(str(root))} {settings}--only {shard}"
     )
 
 

@@ -67,6 +67,11 @@ def read_flat_folder(folder: str) -> tuple[FileTable, int]:
     """The images that lie in a folder itself, sorted by name, and how many other things do."""
     images, others = [], 0
     for item in scan(folder):
+        if item.folder:
+            raise SourceError(
+                f"the folder of images {shown(folder)} holds the folder {item.name!r}, whose images would be left out: "
+                "move them beside the others, or it away"
+            )
         if item.size is None or not is_image_name(item.name):
             others += 1
         else:

@@ -52,7 +52,7 @@ class IsolatedConverter:
                 raise KilledError("the process that decoded it was killed (signal 9)") from error
             how = f"signal {-code}" if code < 0 else f"status {code}"
             raise ImageError(f"the decoder crashed ({how})") from error
-        if isinstance(result, ImageError):
+        if isinstance(result, Exception):
             raise result
         return result
 
@@ -89,7 +89,8 @@ def _serve(pipe: Connection) -> None:
         except EOFError:
             return
         try:
-            result: Converted | ImageError = convert(data, quality)
-        except ImageError as error:
+            result: Converted | Exception = convert(data, quality)
+        # Anything but a bad image, such as a lack of memory, is the job's business, as it is without a child.
+        except Exception as error:
             result = error
         pipe.send(result)

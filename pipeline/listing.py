@@ -150,6 +150,8 @@ class Listing:
     """train and val, each sorted by class and file name."""
     ignored: int
     """How many files were no images by their extension, hidden ones not counted."""
+    unread: tuple[str, ...] = ()
+    """The folders beside train/ that were not looked into."""
 
     @property
     def images(self) -> int:

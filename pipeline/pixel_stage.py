@@ -32,10 +32,11 @@ from pipeline.dataset import (
     write_atomically,
     write_json,
 )
+from pipeline.shard_file import allow_open_files
 from pipeline.shard_index import parse_index
 from pipeline.split_reader import SplitReader, place_of
 from pipeline.staging import alone_at, read_remote_dataset
-from pipeline.storage import open_location, read_text
+from pipeline.storage import open_location, read_text, shown
 
 KIND_FILE = "pixels.json"
 IMAGE_SHAPE = (IMAGE_SIZE, IMAGE_SIZE, 3)
@@ -64,7 +65,7 @@ def stage_pixels(location: str, folder: Path, report: Callable[[str], None], thr
     info = read_remote_dataset(location)
     # Another name than the JPEG stage's: neither ever looks into the other's folder.
     target = folder / f"{info.fingerprint[:16]}-pixels"
-    with alone_at(target, report, f"decode {location}"):
+    with alone_at(target, report, f"decode {shown(location)}"):
         if not (target / DATASET_FILE).exists():
             _decode_set(location, info, target, report, threads)
     return target
@@ -80,8 +81,8 @@ def _decode_set(location: str, info: DatasetInfo, target: Path, report: Callable
     free = shutil.disk_usage(target).free
     if need > free:
         raise DatasetError(
-            f"the pixels of {location} need {need / 1e9:.1f} GB in {target}, which has {free / 1e9:.1f} GB free: "
-            "free some, give a larger disk with --stage, or stage the JPEGs with --stage-as jpeg"
+            f"the pixels of {shown(location)} need {need / 1e9:.1f} GB in {target}, which has {free / 1e9:.1f} GB "
+            "free: free some, give a larger disk with --stage, or stage the JPEGs with --stage-as jpeg"
         )
     write_json(target / KIND_FILE, {"fingerprint": info.fingerprint, "image": list(IMAGE_SHAPE), "dtype": "uint8"})
     report(f"decoding {need / 1e9:.2f} GB of pixels, {len(missing)} of {len(work)} shards, into {target}")
@@ -178,6 +179,7 @@ class PixelReader:
 
     Raises:
         DatasetError: if a shard is missing or does not match its description.
+        OSError: if more shards are to be opened than the system lets a process open.
     """
 
     def __init__(self, root: Path, info: DatasetInfo, split: str, opening: Callable[[], None] = lambda: None) -> None:
@@ -191,6 +193,8 @@ class PixelReader:
         self._rows = [row for row in info.splits[split].shards if row.samples]
         self._first = list(itertools.accumulate((row.samples for row in self._rows), initial=0))
         self.labels = np.empty(self._first[-1], np.int32)
+        # A map keeps its file open.
+        allow_open_files(len(self._rows))
         for row, first in zip(self._rows, self._first, strict=False):
             opening()
             self.labels[first : first + row.samples] = _read_description(self._folder, row)["labels"]

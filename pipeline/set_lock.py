@@ -118,7 +118,10 @@ def at_work(root: Path) -> Iterator[None]:
     try:
         file = os.open(root / LOCK_FILE, os.O_RDWR)
     except FileNotFoundError as error:
-        raise LockedError(f"a worker found no job at work on {root}: run the same command again") from error
+        raise LockedError(
+            f"a worker on {socket.gethostname()} found no job at work on {root}: on a cluster, --output must lie on a "
+            "disk that all nodes share; run the same command again once it does"
+        ) from error
     try:
         if not _take(file, _WORKERS, fcntl.LOCK_SH):
             raise LockedError(f"a worker found another job at work on {root}: run the same command again")

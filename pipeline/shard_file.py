@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from pipeline.annotation import ShardError, read_annotation
 
+SPARE_FILES = 256  # Beside the shards: sockets of Ray's and of the other workers, logs, one shard's index.
+
 
 class ChangedError(ValueError):
     """A file that was cut or written to since it was opened; the message is a clause about it."""
@@ -37,7 +39,7 @@ class ShardFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = _open(path)
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._descriptor)
         status = os.fstat(self._descriptor)
         self.size = status.st_size
@@ -98,23 +100,23 @@ class ShardFile:
             raise ChangedError("was written to after it was opened")
 
 
-def _open(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno != errno.EMFILE:
-            raise
-    # A thousand shards are more than the 1,024 open files that shells allow; as a rule a process may allow itself more.
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno != errno.EMFILE:
-            raise
+def allow_open_files(more: int) -> None:
+    """Lets this process keep so many more files open.
+
+    A thousand shards are more than the 1,024 that shells allow; as a rule a process may allow itself more.
+
+    Raises:
+        OSError: if the system does not let it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = len(os.listdir("/proc/self/fd")) + more
+    if need + SPARE_FILES <= soft:
+        return
+    if need > hard != resource.RLIM_INFINITY:
         raise OSError(
-            errno.EMFILE, f"a process may have {most} files open, too few for a set's shards: allow more by ulimit -n"
-        ) from error
+            errno.EMFILE, f"a process may have {hard} files open, and {need} are needed: allow more by ulimit -Hn"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def read_checksums(annotation: Path, sha256: str, samples: int) -> NDArray[np.uint32] | None:

@@ -13,6 +13,8 @@ import errno
 import hashlib
 import io
 import json
+import os
+import socket
 import tarfile
 import time
 import zlib
@@ -30,6 +32,7 @@ from pipeline.resize import Converted, convert, encoder_settings
 from pipeline.rgb_stats import RgbMoments
 from pipeline.source_files import read_bytes, state_of
 from pipeline.sources import permutation
+from pipeline.storage import is_url
 
 # What is wrong with one file and stays so. Any other failure to read is the disk's or the network's, and is not the
 # image's fault: setting the image aside for it would make the set depend on luck.
@@ -289,11 +292,14 @@ def _read(entry: Entry) -> bytes:
     try:
         data = read_bytes(entry.path, entry.offset, entry.size)
     except OSError as error:
-        # A tar that is gone is no fault of one image in it.
-        if entry.offset is None and error.errno in _FILE_ERRORS:
+        # A tar that is gone is no fault of one image in it, nor is a folder: its disk may not be mounted.
+        gone = not is_url(entry.path) and not os.path.isdir(os.path.dirname(entry.path))
+        if entry.offset is None and error.errno in _FILE_ERRORS and not gone:
             raise ImageError(f"it cannot be read: {error.strerror}") from error
+        why = f" on {socket.gethostname()}, which has no such folder" if gone else ""
         raise SourceReadError(
-            f"reading {entry.where} failed: {error.strerror or error}; run the same command again to continue"
+            f"reading {entry.where} failed{why}: {error.strerror or error}; run the same command again to continue"
+            f"{' once every node has the source' if gone else ''}"
         ) from error
     if len(data) != entry.size:
         raise ShardError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import braceexpand
@@ -89,7 +90,8 @@ def read_source(
     """
     if val_synsets is not None and val_labels is None:
         raise SourceError("--val-synsets explains the ids of --val-labels: give that too")
-    train_root, val_root = _inside(_look(source, "--source"))
+    root = _look(source, "--source")
+    train_root, val_root = _inside(root)
     if source_val is not None:
         val_root = _look(source_val, "--source-val")
     train, ignored, names = _read_root(train_root, None)
@@ -100,6 +102,7 @@ def read_source(
             f"{place} holds one class, {classes[0]!r}, at least 2 are needed: "
             "give --source the folder above all classes"
         )
+    _refuse_unprintable(place, classes)
     roots = [place]
     if val_root is None:
         if val_labels is not None:
@@ -125,7 +128,7 @@ def read_source(
                 "name the classes of both alike"
             )
     splits = {"train": Entries.of(classes, train), "val": Entries.of(classes, val)}
-    return Listing(tuple(roots), tuple(classes), splits, ignored)
+    return Listing(tuple(roots), tuple(classes), splits, ignored, _unread(root, train_root, val_root))
 
 
 def _look(place: Location, flag: str) -> _Root:
@@ -133,8 +136,7 @@ def _look(place: Location, flag: str) -> _Root:
     location = os.fspath(place)
     location = location if is_url(location) else os.path.abspath(location)
     if "{" in location and not (not is_url(location) and os.path.exists(location)):
-        tars = {os.path.basename(shown(tar)): tar for tar in braceexpand.braceexpand(location)}
-        return _Root(location, flag, tars=dict(sorted(tars.items())))
+        return _Root(location, flag, tars=_expanded(location))
     if is_http(location) and not location.partition("?")[0].lower().endswith(".tar"):
         raise SourceError(
             f"{shown(location)} is no tar, and HTTP cannot list folders: give {flag} http://HOST/NAME.tar, "
@@ -161,6 +163,31 @@ def _look(place: Location, flag: str) -> _Root:
     )
 
 
+def _refuse_unprintable(place: str, classes: Sequence[str]) -> None:
+    """Raises SourceError for a class name that is no text: no program could show or store it."""
+    for name in classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise SourceError(f"{place} holds the class {name!r}, a name that is not UTF-8: rename it") from error
+
+
+def _expanded(pattern: str) -> Tars:
+    """The tars that a pattern with {000..146} stands for.
+
+    Raises:
+        SourceError: if two have one name, by which classes and splits are told.
+    """
+    tars: dict[str, str] = {}
+    for tar in braceexpand.braceexpand(pattern):
+        name = os.path.basename(shown(tar))
+        if tars.setdefault(name, tar) != tar:
+            raise SourceError(
+                f"{shown(tars[name])} and {shown(tar)} have the same name: name the tars apart, as by links in a folder"
+            )
+    return dict(sorted(tars.items()))
+
+
 def _inside(root: _Root) -> tuple[_Root, _Root | None]:
     """Where in SOURCE the images to train on and those to validate on lie; None where these are to be split off."""
     val = None
@@ -185,6 +212,14 @@ def _inside(root: _Root) -> tuple[_Root, _Root | None]:
         if "val" in by_split:
             val = dataclasses.replace(train, flag="--source-val", tars=by_split["val"])
     return train, val
+
+
+def _unread(root: _Root, train: _Root, val: _Root | None) -> tuple[str, ...]:
+    """The folders beside a split's that are no split, as test/ is, or validation/."""
+    if train.location == root.location:
+        return ()
+    read = {train.location} | ({val.location} if val else set())
+    return tuple(name for name in root.folders if child(root.location, name) not in read)
 
 
 def _read_root(root: _Root, names: tuple[str, ...] | None) -> tuple[Classes, int, tuple[str, ...] | None]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline.annotation import ShardError
 from pipeline.dataset import DatasetError, DatasetInfo, ImageError, ShardRow, mend_advice
 from pipeline.keys import beginning
-from pipeline.shard_file import ChangedError, DamagedError, ShardFile, read_checksums
+from pipeline.shard_file import ChangedError, DamagedError, ShardFile, allow_open_files, read_checksums
 from pipeline.shard_index import MAX_DIGITS, ShardIndex, read_index
 
 
@@ -49,6 +49,7 @@ class SplitReader:
         self._checksums: list[NDArray[np.uint32] | None] = []
         self.labels = np.empty(self._first[-1], np.int32)
         classes = _Classes(info)
+        allow_open_files(len(self._rows))
         for row, first in zip(self._rows, self._first, strict=False):
             opening()
             try:

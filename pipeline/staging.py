@@ -30,7 +30,7 @@ from pipeline.dataset import (
     write_json,
 )
 from pipeline.retry import Report, Retry, SourceReadError, reading
-from pipeline.storage import open_location, read_text
+from pipeline.storage import open_location, read_text, shown
 
 STREAMS = 8  # Shards copied at a time: one stream of an object store carries a tenth of what a node's network does.
 CHUNK = 8 * 2**20  # Bytes
@@ -50,10 +50,10 @@ def read_remote_dataset(location: str, report: Report = print) -> DatasetInfo:
         text = Retry(report)(functools.partial(_read_text, filesystem, f"{path}/{DATASET_FILE}"), DATASET_FILE)
     except OSError as error:
         raise DatasetError(
-            f"there is no finished shard set at {location}: {DATASET_FILE} cannot be read there ({error}); "
+            f"there is no finished shard set at {shown(location)}: {DATASET_FILE} cannot be read there ({error}); "
             f"make one with: python jobs/shard_imagenet.py --source IMAGES --output FOLDER, and copy FOLDER there"
         ) from error
-    return parse_dataset(text, f"{location}/{DATASET_FILE}")
+    return parse_dataset(text, f"{shown(location)}/{DATASET_FILE}")
 
 
 def stage(location: str, folder: Path, report: Report) -> Path:
@@ -71,11 +71,11 @@ def stage(location: str, folder: Path, report: Report) -> Path:
     info = read_remote_dataset(location, report)
     target = folder / info.fingerprint[:16]
     try:
-        with alone_at(target, report, f"stage {location}"):
+        with alone_at(target, report, f"stage {shown(location)}"):
             _copy(location, info, target, report)
     except OSError as error:
         raise DatasetError(
-            f"staging {location} to {target} failed: {error}; the same command goes on with what is missing, "
+            f"staging {shown(location)} to {target} failed: {error}; the same command goes on with what is missing, "
             "once the source can be read and the disk written"
         ) from error
     return target
@@ -115,12 +115,12 @@ def _copy(location: str, info: DatasetInfo, target: Path, report: Report) -> Non
     free = shutil.disk_usage(target).free
     if need > free:
         raise DatasetError(
-            f"staging {location} needs {need / 1e9:.1f} GB in {target}, which has {free / 1e9:.1f} GB free: "
+            f"staging {shown(location)} needs {need / 1e9:.1f} GB in {target}, which has {free / 1e9:.1f} GB free: "
             "free some, or give a larger disk with --stage"
         )
-    report(f"staging {need / 1e9:.2f} GB in {len(missing)} of {len(work)} shards from {location} to {target}")
+    report(f"staging {need / 1e9:.2f} GB in {len(missing)} of {len(work)} shards from {shown(location)} to {target}")
     # First, so that whoever finds a shard damaged can say where to get it again.
-    write_json(target / STAGED_FILE, {"from": location})
+    write_json(target / STAGED_FILE, {"from": shown(location)})
     done = 0
     retry = Retry(report)
     with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:

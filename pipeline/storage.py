@@ -40,9 +40,12 @@ def child(folder: str, name: str) -> str:
 
 
 def parent(location: str) -> str:
-    """The folder that something lies in."""
-    base, mark, options = location.partition("?") if is_url(location) else (location, "", "")
-    return base.rpartition("/")[0] + mark + options
+    """The folder that something lies in; of what lies in none, such as a bucket, itself."""
+    if not is_url(location):
+        return os.path.dirname(location)
+    base, mark, options = location.partition("?")
+    folder = base.rpartition("/")[0]
+    return location if folder.endswith("/") else folder + mark + options
 
 
 def shown(location: str) -> str:
@@ -52,6 +55,11 @@ def shown(location: str) -> str:
     scheme, _, rest = location.partition("?")[0].partition("://")
     host, slash, path = rest.partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{unquote(path)}"
+
+
+def on_disk(location: str) -> str:
+    """What to give as --data to a command that reads a set from a disk: the folder, or a word for a copy of the URL."""
+    return "LOCAL_COPY_OF_THE_SET" if is_url(location) else location
 
 
 def open_location(location: str) -> tuple[fs.FileSystem, str]:

@@ -10,7 +10,7 @@ import pytest
 from pipeline.annotation import ShardError, read_annotation
 from pipeline.dataset import read_dataset
 from pipeline.shard_set import ShardSetError, find_finished
-from pipeline.shards import BadImageError, build_shard
+from pipeline.shards import BadImageError, SourceReadError, build_shard
 from pipeline.split_reader import SplitReader
 from tests.photographs import write_source
 from tests.shard_sets import build_all, contents, make, planned, tars
@@ -37,6 +37,15 @@ def test_bad_images_are_set_aside_with_a_reason(source: Path, tmp_path: Path) ->
         (str(source / "n1" / "n1_1.JPEG"), "n1", "it cannot be read: No such file or directory", False),
     ]
     assert find_finished(output, plan) == info
+
+
+def test_a_folder_that_is_gone_is_no_fault_of_its_images(source: Path, tmp_path: Path) -> None:
+    plan = planned(source)
+    (source / "n1").rename(tmp_path / "away")
+    with pytest.raises(SourceReadError, match=r"n1_\d.JPEG failed on .*, which has no such folder: No .*again"):
+        make(tmp_path / "out", plan, max_bad_fraction=1.0)
+    (tmp_path / "away").rename(source / "n1")
+    assert read_dataset(make(tmp_path / "out", plan, max_bad_fraction=0.0)).set_aside == 0
 
 
 def test_too_many_bad_images_fail_and_leave_no_set(source: Path, tmp_path: Path) -> None:

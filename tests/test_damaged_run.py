@@ -104,7 +104,7 @@ def test_evaluation_says_what_it_cannot_check_and_never_skips(
     shard_set: Path, finished: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = own_copy(shard_set, tmp_path / "shards")
-    config = EvaluateConfig(str(root), str(finished[0]), gpu=False)
+    config = EvaluateConfig(root, str(finished[0]), gpu=False)
     place = places(root, "val")[7]
     flip_in_the_middle(place)
     with pytest.raises(DatasetError, match=f"val image {place.key} of {place.shard}: it is not what was written"):

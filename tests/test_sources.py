@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pipeline.sources import Listing, permutation, read_source
 def write(root: Path, *names: str) -> Path:
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(name.encode())
+        (root / name).write_bytes(os.fsencode(name))
     return root
 
 
@@ -84,11 +85,40 @@ def test_other_files_are_counted_and_hidden_ones_are_not(tmp_path: Path) -> None
     write(
         tmp_path, "a/1.jpg", "a/2.jpg", "a/notes.txt", "a/.DS_Store", "b/1.jpg", "b/2.jpg", "LICENSE.txt", ".git/x.jpg"
     )
-    (tmp_path / "a" / "folder.jpg").mkdir()
     listing = listed(tmp_path)
-    assert listing.ignored == 3
+    assert listing.ignored == 2
     assert listing.images == 4
     assert listing.classes == ("a", "b")
+
+
+def test_a_folder_among_the_images_of_a_class_is_refused_not_passed_over(tmp_path: Path) -> None:
+    write(tmp_path, "a/1.jpg", "a/more/2.jpg", "b/1.jpg")
+    with pytest.raises(SourceError, match=r"/a holds the folder 'more', whose images would be left out: move them"):
+        listed(tmp_path)
+
+
+def test_folders_that_are_no_split_are_named(tmp_path: Path) -> None:
+    write(
+        tmp_path, "train/a/1.jpg", "train/a/2.jpg", "train/b/1.jpg", "test/1.jpg", "validation/a/3.jpg", "c/val/a/4.jpg"
+    )
+    assert listed(tmp_path).unread == ("c", "test", "validation")
+    assert listed(tmp_path, tmp_path / "c" / "val").unread == ("c", "test", "validation")
+    assert listed(tmp_path, tmp_path / "validation").unread == ("c", "test")
+    assert listed(tmp_path / "train").unread == ()
+
+
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "caf\udce9/1.jpg", "b/1.jpg")
+    with pytest.raises(SourceError, match=r"the class 'caf\\udce9', a name that is not UTF-8: rename it"):
+        listed(tmp_path, tmp_path)
+
+
+def test_tars_of_one_name_are_refused_not_taken_for_one(tmp_path: Path) -> None:
+    pattern = f"{tmp_path}/part{{0,1}}/{{000..001}}.tar"
+    with pytest.raises(
+        SourceError, match=r"part0/000\.tar and .*part1/000\.tar have the same name: name the tars apart"
+    ):
+        read_source(pattern, None, 0.1, 0)
 
 
 def test_a_broken_link_is_listed(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import resource
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from pipeline.dataset import (
     write_json,
 )
 from pipeline.keys import may_be_of
+from pipeline.pixel_stage import open_split, stage_pixels
 from pipeline.rgb_stats import RgbMoments
 from pipeline.shard_index import parse_index, read_index
 from pipeline.shards import pack
@@ -170,6 +172,24 @@ def test_an_index_written_again_as_it_was_names_the_image(shard_set: Path, tmp_p
 
 
 # What is refused at once.
+
+
+@pytest.mark.parametrize("pixels", [False, True])
+def test_more_shards_than_files_may_be_open_raise_the_limit(shard_set: Path, tmp_path: Path, pixels: bool) -> None:
+    root = stage_pixels(str(shard_set), tmp_path, print, 1) if pixels else shard_set
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 2, hard))
+    try:
+        reader = open_split(root, read_dataset(root), "train")
+        assert sum(reader.image(sample).size > 0 for sample in range(len(reader))) == 45
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_more_shards_than_the_system_allows_are_refused(shard_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (4, 4))
+    with pytest.raises(OSError, match=r"a process may have 4 files open, and \d+ are needed: allow more by ulimit -Hn"):
+        SplitReader(shard_set, read_dataset(shard_set), "train")
 
 
 def test_of_several_faults_the_first_shards_is_named(shard_set: Path, tmp_path: Path) -> None:
