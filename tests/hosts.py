@@ -1,6 +1,6 @@
 """Several hosts on this machine: namespaces with their own network, name, processes and local disk, and a Ray on each.
 
-    with cluster(2, disk=tmp_path / "disk") as hosts:
+    with cluster((1, 1), disk=tmp_path / "disk") as hosts:
         hosts[1].run("ray", "job", "submit", ...)   # as typed on the second host
 
 Host k has the address 10.77.0.k on a bridge, and a name that its own /etc/hosts gives to 127.0.1.1, as Debian does:
@@ -20,7 +20,7 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +38,7 @@ mount -t tmpfs tmpfs /tmp/ray
 mount -t tmpfs tmpfs "$DISK"
 echo booted
 read -r
+eval "$PREPARE"
 "$@" 2>&1 &
 wait $!
 """
@@ -136,14 +137,16 @@ def missing() -> str | None:
 
 
 @contextlib.contextmanager
-def cluster(count: int, disk: Path, cpus: int = 1, settings: Mapping[str, str] | None = None) -> Iterator[list[Host]]:
+def cluster(
+    cpus: Sequence[int], disk: Path, settings: Mapping[str, str] | None = None, prepare: Mapping[int, str] | None = None
+) -> Iterator[list[Host]]:
     """Hosts with a Ray cluster that asks for a token; the first is its head.
 
     Args:
-        count: how many hosts.
-        disk: a folder to make; its contents are each host's own.
         cpus: what each host offers to Ray.
+        disk: a folder to make; its contents are each host's own.
         settings: environment variables of all hosts.
+        prepare: shell commands before the Ray of some hosts, which are numbered from 1.
     """
     disk.mkdir()
     Path("/tmp/ray").mkdir(exist_ok=True)
@@ -156,15 +159,16 @@ def cluster(count: int, disk: Path, cpus: int = 1, settings: Mapping[str, str] |
         _ip(switch.pid, "link", "add", "br0", "type", "bridge")
         _ip(switch.pid, "link", "set", "br0", "up")
         hosts = []
-        for number in range(1, count + 1):
+        for number, offered in enumerate(cpus, 1):
             name, address = f"host{number}", f"{NETWORK}.{number}"
-            start = ["ray", "start", "--block", f"--node-ip-address={address}", f"--num-cpus={cpus}", "--num-gpus=0"]
+            start = ["ray", "start", "--block", f"--node-ip-address={address}", f"--num-cpus={offered}", "--num-gpus=0"]
             start.append(f"--object-store-memory={200 * 2**20}")
             if number == 1:
                 start += ["--head", "--port=6379", f"--dashboard-host={address}", "--dashboard-port=8265"]
             else:
                 start.append(f"--address={NETWORK}.1:6379")
             local = {"NAME": name, "DISK": str(disk), "HOSTS": str(disk.parent / f"{disk.name}-{name}-hosts")}
+            local["PREPARE"] = (prepare or {}).get(number, "")
             process = _spawn(
                 [*_namespace("net", "mount", "uts", "pid"), "bash", "-c", BOOT, name, *start], {**environment, **local}
             )

@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pair(folder: Path) -> Iterator[list[Host]]:
     """Two hosts with one core each, so that of two workers each has one."""
-    with hosts.cluster(2, folder / "disk") as two:
+    with hosts.cluster((1, 1), folder / "disk") as two:
         yield two
 
 

@@ -15,10 +15,12 @@ import pytest
 from jobs.checks import check_clocks, check_disk, check_gpus, check_limits, check_token, check_versions
 from jobs.inspector import Facts, Gpu, bus_bandwidth, read_gpus
 from jobs.nodes import Node
+from tests import hosts
 from tests.processes import outside_clusters
 
 ROOT = Path(__file__).resolve().parent.parent
-A, B = Node("a", "10.0.0.1", "one", 1), Node("b", "10.0.0.2", "two", 1)
+NO_HOSTS = hosts.missing()
+A, B = Node("a", "10.0.0.1", "one", 1, 8), Node("b", "10.0.0.2", "two", 1, 8)
 VERSIONS = {"python": "3.11.7", "ray": "2.60.0", "torch": "2.14.1", "this project's code": "abc"}
 GOOD = Facts(VERSIONS, "token", 65_536, 2**34, 10**12, (Gpu("A100", "580.10", 0, 5),), "")
 CUDA = "13.0"
@@ -118,3 +120,22 @@ def test_a_healthy_machine_passes_and_a_bad_storage_and_a_damaged_shard_are_name
     assert (done.returncode, set(written["failed"])) == (1, {"storage", "data"})
     assert all(row["cure"] for row in written["findings"] if row["status"] == "failed")
     assert "verify_shards.py" in done.stdout
+
+
+@pytest.mark.long
+@pytest.mark.skipif(NO_HOSTS is not None, reason=str(NO_HOSTS))
+def test_what_is_wrong_with_one_host_of_two_is_named(shard_set: Path, tmp_path: Path) -> None:
+    local = tmp_path / "disk"
+    poor = "ulimit -n 2048; mount -t tmpfs -o size=64m tmpfs /dev/shm; mount -o remount,size=10k $DISK"
+    with hosts.cluster((1, 1), local, prepare={2: poor}) as two:
+        submit = ["ray", "job", "submit", "--address", f"http://{hosts.NETWORK}.1:8265", "--working-dir", ROOT, "--"]
+        where = ["--data", shard_set, "--storage", local / "runs", "--stage", local, "--workers", 2]
+        found = tmp_path / "found.json"
+        done = two[1].run(*submit, "python", "jobs/doctor.py", *where, "--json", found, timeout=240)
+    rows = {row["check"]: row for row in json.loads(found.read_text())["findings"]}
+    failed = {name for name, row in rows.items() if row["status"] == "failed"}
+    assert (done.returncode, failed) == (1, {"storage", "disk", "open files", "/dev/shm"}), done.stdout
+    for name in failed:
+        assert f"{hosts.NETWORK}.2" in rows[name]["found"]
+        assert f"{hosts.NETWORK}.1 " not in rows[name]["found"]
+    assert {name for name, row in rows.items() if row["status"] == "ok"} >= {"versions", "token", "data", "all-reduce"}

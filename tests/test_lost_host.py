@@ -1,11 +1,14 @@
-"""Hosts that die or cannot be reached while a run trains on them: the steps since the last checkpoint are lost."""
+"""Hosts that die, are taken back or cannot be reached while a run trains on them.
+
+At most the steps since the last checkpoint are lost.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -55,15 +58,18 @@ def whole(shard_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def training(shards: Path, folder: Path) -> Iterator[tuple[list[Host], Followed, str]]:
-    """Three hosts of one core each, of which two train, a job submitted from the first, and its run's folder.
+def training(
+    shards: Path, folder: Path, settings: Mapping[str, str] = IMPATIENT, **options: int
+) -> Iterator[tuple[list[Host], Followed, str]]:
+    """Three hosts of one core each, of which two train, a job submitted from a fourth, and its run's folder.
 
-    One of the two workers at most is on the first host, the cluster's head.
+    One of the two workers at most is on the first host, the cluster's head; the fourth offers nothing to Ray.
     """
-    with hosts.cluster(3, folder / "disk", settings=IMPATIENT) as three:
+    with hosts.cluster((1, 1, 1, 0), folder / "disk", settings=settings) as four:
         submit = ["ray", "job", "submit", "--address", f"http://{hosts.NETWORK}.1:8265", "--working-dir", ROOT]
-        arguments = command(shards, str(folder / "runs"), 2, EPOCHS, "--cpus-per-worker", 1)
-        yield three, Followed(three[0].start(*submit, "--", "python", *arguments)), str(folder / "runs" / "run")
+        arguments = command(shards, str(folder / "runs"), 2, EPOCHS, "--cpus-per-worker", 1, **options)
+        job = Followed(four[3].start(*submit, "--", "python", *arguments))
+        yield four[:3], job, str(folder / "runs" / "run")
 
 
 def test_a_lost_host_costs_the_steps_since_the_last_checkpoint(whole: Path, shard_set: Path, tmp_path: Path) -> None:
@@ -72,6 +78,23 @@ def test_a_lost_host_costs_the_steps_since_the_last_checkpoint(whole: Path, shar
         next(host for host in three[1:] if trains(host)).kill()
         assert continued(job) >= kept
         assert job.text.count("failure ") == 1, job.text
+        assert job.end() == 0, job.text
+        assert_alike(whole, run, shard_set, EPOCHS, 2)
+
+
+def test_a_host_that_is_taken_back_with_notice_costs_nothing(whole: Path, shard_set: Path, tmp_path: Path) -> None:
+    with training(shard_set, tmp_path, checkpoint_every=0) as (three, job, run):
+        job.wait_for("epoch 1/2 step 1/5")
+        taken = next(host for host in three[1:] if trains(host))
+        notice = ["ray", "drain-node", f"--address={hosts.NETWORK}.1:6379", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
+        told = taken.run(*notice, "--reason-message=spot", "--deadline-remaining-seconds=60")
+        assert told.returncode == 0, told.stderr
+        job.wait_for("draining: node(s) ")
+        assert re.search(r"with rank\(s\) \[[01]\], \d+ s left; writing a checkpoint", job.lines[-1])
+        kept = step_past(job, run, (0, 0))
+        assert kept < (1, 0), "this is the checkpoint of the epoch's end"
+        taken.kill()
+        assert continued(job) >= kept
         assert job.end() == 0, job.text
         assert_alike(whole, run, shard_set, EPOCHS, 2)
 
