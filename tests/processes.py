@@ -1,10 +1,21 @@
-"""Processes of commands that start Ray: those below one, as Linux's /proc lists them, and what environment to give."""
+"""Commands as tests run them: those below one, as Linux's /proc lists them, what environment to give, and those that
+need no process of their own.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import runpy
+import subprocess
+import sys
 from pathlib import Path
+from unittest import mock
 
+import pytest
+
+JOBS = Path(__file__).resolve().parents[1] / "jobs"
 BUILDING = "ray::build_shard"  # What Ray calls a worker while it builds a shard.
 
 
@@ -39,3 +50,22 @@ def builders(pid: int) -> list[int]:
 def outside_clusters() -> dict[str, str]:
     """This process's environment, less the cluster it may belong to: for commands that start a Ray of their own."""
     return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+
+
+def run_here(job: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs jobs/JOB.py as `python` would, but in this process, where its imports have been paid for.
+
+    For commands that end before they start Ray: whose workers could not import what is defined in `__main__`.
+    """
+    command = [str(JOBS / f"{job}.py"), *map(str, arguments)]
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", command),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        runpy.run_path(command[0], run_name="__main__")
+    status = ended.value.code
+    assert isinstance(status, int)
+    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())

@@ -13,8 +13,10 @@ import pytest
 from pipeline.decode import ImageError
 from pipeline.isolation import IsolatedConverter
 from pipeline.resize import convert
+from pipeline.shards import BadImageError, build_in_steps
 from tests.photographs import encoded, photograph, write_source
 from tests.processes import outside_clusters
+from tests.shard_sets import planned
 
 ROOT = Path(__file__).resolve().parents[1]
 # Read at the start of every Python, Ray's workers and their children included: bytes behind an image do not matter, but
@@ -44,6 +46,10 @@ def test_a_child_converts_as_its_parent_does() -> None:
         assert child.convert(data, 90) == convert(data, 90)
         with pytest.raises(ImageError, match="the file is empty"):
             child.convert(b"", 90)
+        # What is no fault of an image is none in a child either: here a quality that there is not.
+        with pytest.raises(TypeError):
+            child.convert(data, "high")  # type: ignore[arg-type]
+        assert child.convert(data, 90) == convert(data, 90)
 
 
 def test_a_crash_is_the_images_fault_and_the_next_image_converts(
@@ -59,27 +65,33 @@ def test_a_crash_is_the_images_fault_and_the_next_image_converts(
         assert child.convert(data, 90) == expected
 
 
+def test_a_crashing_image_is_named_where_none_may_be_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_source(tmp_path / "images", images=2, longest=280)
+    plan = planned(source)
+    bad = Path(plan.shards[0].entries[0].path)
+    bad.write_bytes(bad.read_bytes() + b"CRASH")
+    plan = planned(source)
+    for name, value in environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadImageError, match=rf"{bad}: the decoder crashed \(signal 11\); replace or remove the image"):
+        list(build_in_steps(tmp_path / "out", plan.shards[0], plan.image, set_aside=False, careful=True))
+
+
 @pytest.mark.slow
-def test_the_job_sets_a_crashing_image_aside_or_names_it(tmp_path: Path) -> None:
+def test_the_job_sets_a_crashing_image_aside(tmp_path: Path) -> None:
     source = write_source(tmp_path / "images", images=3, longest=280)
     bad = source / "n1" / "n1_1.JPEG"
     bad.write_bytes(bad.read_bytes() + b"CRASH")
 
-    def shard(output: Path, *more: str) -> subprocess.CompletedProcess[str]:
-        job = [sys.executable, str(ROOT / "jobs" / "shard_imagenet.py"), "--source", str(source), "--output"]
-        return subprocess.run(
-            [*job, str(output), "--workers", "1", "--max-bad-fraction", "0.2", *more],
-            env=environment(tmp_path),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-
-    done = shard(tmp_path / "out")
+    job = [sys.executable, str(ROOT / "jobs" / "shard_imagenet.py"), "--source", str(source)]
+    done = subprocess.run(
+        [*job, "--output", str(tmp_path / "out"), "--workers", "1", "--max-bad-fraction", "0.2"],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert [(reject["path"], reject["reason"]) for reject in rejects] == [(str(bad), "the decoder crashed (signal 11)")]
-    strict = shard(tmp_path / "strict", "--on-bad-image", "fail")
-    assert strict.returncode == 1
-    assert f"error: {bad}: the decoder crashed (signal 11); replace or remove the image" in strict.stderr

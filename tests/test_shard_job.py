@@ -18,7 +18,7 @@ from jobs.progress import Progress
 from jobs.shard_imagenet import ShardConfig, main
 from pipeline.dataset import read_dataset
 from tests.photographs import write_source
-from tests.processes import outside_clusters
+from tests.processes import outside_clusters, run_here
 
 JOB = Path(__file__).resolve().parents[1] / "jobs" / "shard_imagenet.py"
 DEADLINE_S = 120
@@ -108,10 +108,11 @@ def test_a_killed_job_goes_on_and_gives_the_bytes_of_an_uninterrupted_one(
 @pytest.mark.slow
 def test_a_second_run_does_nothing_and_other_settings_are_refused(images: Path, uninterrupted: Path) -> None:
     written = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
-    again = shard(images, uninterrupted, "--samples-per-shard", "2")
+    arguments = ["--source", images, "--output", uninterrupted, "--samples-per-shard", "2"]
+    again = run_here("shard_imagenet", *arguments)
     assert again.returncode == 0, again.stderr
     assert "finished before; nothing to do" in again.stdout
-    other = failure(shard(images, uninterrupted, "--quality", "50", "--samples-per-shard", "2"))
+    other = failure(run_here("shard_imagenet", *arguments, "--quality", "50"))
     assert "finished set of another quality (90, not 50)" in other
     assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == written
 
@@ -175,7 +176,7 @@ def test_bad_images_fail_or_are_set_aside_as_asked(tmp_path: Path) -> None:
 
 
 def test_a_missing_source_ends_in_one_line(tmp_path: Path) -> None:
-    message = failure(shard(tmp_path / "missing", tmp_path / "out"))
+    message = failure(run_here("shard_imagenet", "--source", tmp_path / "missing", "--output", tmp_path / "out"))
     assert message.startswith(
         f"error: {tmp_path / 'missing'} does not exist: give --source a folder of class folders, "
     )

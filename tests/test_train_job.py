@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from jobs import checkpoint
-from tests.processes import outside_clusters
+from tests.processes import outside_clusters, run_here
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ["--workers", "2", "--batch-size", "15", "--log-every", "1", "--no-gpus"]
@@ -35,8 +35,8 @@ def call(job: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def refusal(job: str, *arguments: object) -> str:
-    """The one line with which a command fails."""
-    done = call(job, *arguments)
+    """The one line with which a command fails, before it starts Ray."""
+    done = run_here(job, *arguments)
     assert done.returncode == 1, done.stderr
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("error: ")
@@ -111,7 +111,7 @@ def test_evaluation_agrees_with_training_and_counts_each_image_once(run: Path, s
     one, ten = tmp_path / "one.json", tmp_path / "ten.json"
     newest = run / "checkpoint_0003_000000"
     for extra in (["--json", one, "--batch-size", 4], ["--json", ten, "--ten-crop"]):
-        done = call("evaluate", "--data", shard_set, "--checkpoint", newest, *extra)
+        done = run_here("evaluate", "--data", shard_set, "--checkpoint", newest, *extra)
         assert done.returncode == 0, done.stderr
     found = json.loads(one.read_text())
     assert (found["images"], found["crops"]) == (15, 1)
@@ -139,7 +139,7 @@ def test_a_runs_folder_stands_for_its_best_checkpoint(run: Path, shard_set: Path
 @pytest.mark.slow
 def test_a_finished_runs_name_says_so_and_another_configuration_is_refused(run: Path, shard_set: Path) -> None:
     arguments = ["--data", shard_set, "--storage", run.parent, "--name", run.name, "--epochs", "3", *TRAIN]
-    done = call("train", *arguments)
+    done = run_here("train", *arguments)
     assert done.returncode == 0
     assert "finished already" in done.stdout
     line = refusal("train", *arguments, "--lr", "0.02")
@@ -186,12 +186,12 @@ def test_what_is_no_checkpoint_is_refused(shard_set: Path, tmp_path: Path) -> No
 
 
 def test_wrong_usage_exits_with_2(tmp_path: Path) -> None:
-    assert call("train", "--data", tmp_path).returncode == 2
-    assert call("evaluate", "--nonsense").returncode == 2
+    assert run_here("train", "--data", tmp_path).returncode == 2
+    assert run_here("evaluate", "--nonsense").returncode == 2
 
 
 @pytest.mark.parametrize("job", ["shard_imagenet", "train", "evaluate", "report", "demo", "generate_images"])
 def test_help_describes_every_flag(job: str) -> None:
-    done = call(job, "--help")
+    done = run_here(job, "--help")
     assert done.returncode == 0
     assert "usage:" in done.stdout.lower()
