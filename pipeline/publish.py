@@ -174,9 +174,7 @@ class _Copy:
         except FileNotFoundError:
             return
         except ValueError as error:
-            raise DatasetError(
-                f"{self._place} holds a set that cannot be told from this one ({error}): {advice}"
-            ) from error
+            raise DatasetError(f"{self._place} holds a set that cannot be read ({error}): {advice}") from error
         if there.fingerprint != self._info.fingerprint:
             raise DatasetError(
                 f"{self._place} holds another set (fingerprint {there.fingerprint[:16]}, not "
@@ -265,6 +263,6 @@ def _read_text(filesystem: fs.FileSystem, path: str) -> str:
 def _store_error(what: str, error: OSError) -> StoreError:
     """One line with the cause, and what to do."""
     return StoreError(
-        f"{what} ({' '.join(str(error).split())}): see that the URL is right, the bucket exists and your keys may list, "
-        f"read and write it, then {AGAIN}"
+        f"{what} ({' '.join(str(error).split())}): see that the URL is right, the bucket exists and your keys "
+        f"may list, read and write it, then {AGAIN}"
     )

@@ -1,0 +1,200 @@
+"""A set copied to object stores: byte for byte, proved by what they give back, and gone on with after failures."""
+
+from __future__ import annotations
+
+import collections
+import shutil
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from pyarrow import fs
+
+from jobs.shard_imagenet import ShardConfig, main
+from pipeline.dataset import DatasetError
+from pipeline.publish import StoreError, check_destination, publish
+from pipeline.staging import stage
+from tests.faulty_proxy import faulty_proxy
+
+SET = "sets/photographs"
+
+
+def location(server: str, bucket: str = "bucket", user: str = "") -> str:
+    return f"s3://{user}{bucket}/{SET}?region=us-east-1&scheme=http&endpoint_override={server}"
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def client(s3: str) -> Any:
+    client = boto3.client("s3", endpoint_url=f"http://{s3}")
+    client.create_bucket(Bucket="bucket")
+    return client
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.retry.FIRST_WAIT_S", 0.001)
+
+
+def stored(client: Any) -> dict[str, bytes]:
+    """What lies in the bucket, by Amazon's own client."""
+    keys = [item["Key"] for item in client.list_objects_v2(Bucket="bucket").get("Contents", [])]
+    assert all(key.startswith(f"{SET}/") for key in keys)
+    return {key.removeprefix(f"{SET}/"): client.get_object(Bucket="bucket", Key=key)["Body"].read() for key in keys}
+
+
+def put(client: Any, name: str, data: bytes) -> None:
+    client.put_object(Bucket="bucket", Key=f"{SET}/{name}", Body=data)
+
+
+def written(paths: list[str]) -> list[str]:
+    """The files of PUTs and POSTs, each where it was last written."""
+    names = [path.partition(f"{SET}/")[2] for path in paths]
+    return list(dict.fromkeys(reversed(names)))[::-1]
+
+
+def copied(root: Path, to: str) -> tuple[int, list[str]]:
+    lines: list[str] = []
+    return publish(root, to, lines.append).sent, lines
+
+
+def test_the_job_brings_a_finished_set_to_s3_and_training_stages_it(
+    shard_set: Path, tmp_path: Path, s3: str, client: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = Path(shutil.copytree(shard_set, tmp_path / "set"))
+    (output / "notes.txt").write_text("not of the set")
+    (output / "train" / ".train-000000.tar.x.tmp").write_text("left by a kill")
+    with faulty_proxy(s3) as proxy:
+        config = ShardConfig(
+            output=output,
+            source=str(shard_set.parent / "images"),
+            val_fraction=0.25,
+            samples_per_shard=10,
+            copy_to=location(proxy.address, user="KEY:SECRET@"),
+        )
+        main(config)
+        assert stored(client) == files(shard_set)
+        assert written(proxy.writes)[-1] == "dataset.json"
+        said = capsys.readouterr()
+        assert "finished before; nothing to do" in said.out
+        assert f"The set is at s3://bucket/{SET}, read back: 25 of 25 files were sent" in said.out
+        assert "SECRET" not in said.out + said.err
+        proxy.writes.clear()
+        main(config)
+        assert proxy.writes == []
+        assert f"The set was at s3://bucket/{SET} before, all 25 files right" in capsys.readouterr().out
+        # Nothing is believed unread.
+        assert {name.partition(f"{SET}/")[2] for name in proxy.gets} >= set(files(shard_set))
+    staged = stage(location(s3), tmp_path / "disk", [].append)
+    assert {name: data for name, data in files(staged).items() if name != "staged.json"} == {
+        name: data for name, data in files(shard_set).items() if "/" in name or name == "dataset.json"
+    }
+
+
+def test_what_is_damaged_there_is_sent_again_and_nothing_else(shard_set: Path, s3: str, client: Any) -> None:
+    copied(shard_set, location(s3))
+    right = files(shard_set)
+    flipped, cut, index = "train/train-000001.tar", "val/val-000000.tar", "train/train-000003.idx"
+    put(client, flipped, right[flipped][:-1] + bytes([right[flipped][-1] ^ 1]))
+    put(client, cut, right[cut][: len(right[cut]) // 2])
+    put(client, index, right[index].replace(b"jpg", b"jpe", 1))
+    client.delete_object(Bucket="bucket", Key=f"{SET}/rejects.jsonl")
+    with faulty_proxy(s3) as proxy:
+        sent, _ = copied(shard_set, location(proxy.address))
+        assert sent == 4
+        assert set(written(proxy.writes)) == {flipped, cut, index, "rejects.jsonl"}
+    assert stored(client) == right
+
+
+def test_failures_of_the_store_are_outlived(shard_set: Path, s3: str, client: Any, quick: None) -> None:
+    with faulty_proxy(s3) as proxy:
+        proxy.write_plan["train-000000.tar"] = collections.deque(["403"])
+        proxy.write_plan["train-000001.idx"] = collections.deque(["403"])
+        proxy.plan["train-000002.tar"] = collections.deque(["flipped"])
+        # A store that says it has all it was sent, and has not: a tar's upload begins with a request without a body.
+        proxy.write_plan["train-000003.tar"] = collections.deque(["", "truncated"])
+        proxy.write_plan["dataset.json"] = collections.deque(["403"])
+        sent, lines = copied(shard_set, location(proxy.address))
+        assert not any(proxy.plan.values())
+        assert not any(proxy.write_plan.values())
+        assert sent == len(files(shard_set))
+        failed = {line.partition(":")[0] for line in lines if " failed (" in line}
+        tars = {f"train/train-00000{number}.tar" for number in (0, 2, 3)}
+        assert failed == {*tars, "train/train-000001.idx", "dataset.json"}
+        assert written(proxy.writes)[-1] == "dataset.json"
+    assert stored(client) == files(shard_set)
+
+
+def test_a_stop_in_the_middle_vouches_for_nothing_and_the_next_run_goes_on(
+    shard_set: Path, s3: str, client: Any, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.retry.ATTEMPTS", 2)
+    with faulty_proxy(s3) as proxy:
+        proxy.write_plan["train-000004.tar"] = collections.deque(["403"] * 2)
+        with pytest.raises(
+            StoreError, match=r"train-000004\.tar cannot be copied in 2 attempts.*same command"
+        ) as found:
+            copied(shard_set, location(proxy.address))
+        assert "\n" not in str(found.value)
+        there = stored(client)
+        assert "dataset.json" not in there
+        proxy.writes.clear()
+        sent, _ = copied(shard_set, location(proxy.address))
+        assert set(written(proxy.writes)) == set(files(shard_set)) - set(there)
+        assert sent == len(files(shard_set)) - len(there)
+    assert stored(client) == files(shard_set)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
+def test_a_damaged_local_shard_is_named(
+    shard_set: Path, tmp_path: Path, s3: str, client: Any, quick: None, damage: str
+) -> None:
+    root = Path(shutil.copytree(shard_set, tmp_path / "set"))
+    tar = root / "train" / "train-000002.tar"
+    data = tar.read_bytes()
+    tar.write_bytes(data[:3000] + bytes([data[3000] ^ 1]) + data[3001:] if damage == "flipped" else data[:-512])
+    with pytest.raises(DatasetError, match=r"train-000002\.tar is damaged.* --only train-000002") as found:
+        copied(root, location(s3))
+    assert "\n" not in str(found.value)
+    assert "dataset.json" not in stored(client)
+    tar.write_bytes(data)
+    copied(root, location(s3))
+    assert stored(client) == files(shard_set)
+
+
+def test_another_set_is_refused_and_left_alone(shard_set: Path, s3: str, client: Any) -> None:
+    text = (shard_set / "dataset.json").read_text(encoding="utf-8")
+    for other, why in ((text.replace('"n0"', '"n9"'), "another set"), (text[:99], "cannot be read")):
+        put(client, "dataset.json", other.encode())
+        with pytest.raises(DatasetError, match=f"^s3://bucket/{SET} holds .*{why}.*--copy-to another URL"):
+            copied(shard_set, location(s3))
+        assert stored(client) == {"dataset.json": other.encode()}
+
+
+def test_google_store(shard_set: Path, tmp_path: Path, gcs: str) -> None:
+    to = f"gs://anonymous@bucket/{SET}?scheme=http&endpoint_override={gcs}"
+    check_destination(to)
+    assert copied(shard_set, to)[0] == len(files(shard_set))
+    store, root = fs.FileSystem.from_uri(to)
+    for name, data in files(shard_set).items():
+        with store.open_input_stream(f"{root}/{name}") as stream:
+            assert stream.read() == data
+    assert copied(shard_set, to)[0] == 0
+
+
+def test_a_bucket_that_is_not_there_is_found_before_the_work(s3: str, client: Any, tmp_path: Path) -> None:
+    check_destination(location(s3))
+    config = ShardConfig(output=tmp_path / "out", source=str(tmp_path), copy_to=location(s3, "nobody"))
+    with pytest.raises(StoreError, match=rf"^s3://nobody/{SET} cannot be listed .*NO_SUCH_BUCKET.*the bucket exists"):
+        main(config)
+
+
+@pytest.mark.parametrize("to", ["shards", "/mnt/shards", "http://host/set?key=SECRET", "file:///mnt/set"])
+def test_what_is_no_object_store_is_refused(to: str) -> None:
+    with pytest.raises(ValueError, match="give a URL that can be written, as s3://BUCKET/SET") as found:
+        ShardConfig(output=Path("out"), annotate_only=True, copy_to=to)
+    assert "SECRET" not in str(found.value)
