@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import http.client
+import io
 import socket
 import struct
 import threading
@@ -50,6 +51,17 @@ class FaultyProxy:
             return _next(self.write_plan, path)
 
 
+def _unchunked(stream: Any) -> bytes:
+    data = b""
+    while size := int(stream.readline().partition(b";")[0], 16):
+        data += stream.read(size)
+        stream.readline()
+    # What trails, up to an empty line.
+    while stream.readline().strip():
+        pass
+    return data
+
+
 def _next(plan: dict[str, collections.deque[str]], path: str) -> str:
     for suffix, faults in plan.items():
         if path.endswith(suffix) and faults:
@@ -67,7 +79,8 @@ def faulty_proxy(server: str) -> Iterator[FaultyProxy]:
 
         def _answer(self) -> None:
             path = self.path.partition("?")[0]
-            sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            headers = dict(self.headers)
+            sent = self._body(headers)
             fault = ""
             if self.command == "GET":
                 fault = proxy.next_fault(path)
@@ -85,18 +98,32 @@ def faulty_proxy(server: str) -> Iterator[FaultyProxy]:
             if fault == "403":
                 self._send(403, {"Content-Type": "application/xml"}, FORBIDDEN)
                 return
-            headers = dict(self.headers)
             if fault == "truncated" and sent:
                 sent, fault = sent[: len(sent) // 2], ""
-                headers["Content-Length"] = str(len(sent))
             upstream = http.client.HTTPConnection(proxy.server, timeout=30)
-            upstream.request(self.command, self.path, sent, headers)
+            upstream.request(self.command, self.path, sent or None, headers)
             answer = upstream.getresponse()
             body = answer.read()
             upstream.close()
             if fault == "flipped" and body:
                 body = body[:-1] + bytes([body[-1] ^ 1])
             self._send(answer.status, dict(answer.getheaders()), body, cut=fault == "truncated")
+
+        def _body(self, headers: dict[str, str]) -> bytes:
+            """The bytes to store: without HTTP's chunks, or Amazon's within them, which end with a checksum."""
+            names = {name.lower(): name for name in headers}
+            stream: Any = self.rfile
+            if "chunked" in headers.pop(names.get("transfer-encoding", ""), ""):
+                stream = io.BytesIO(_unchunked(stream))
+                size = -1
+            else:
+                size = int(headers.pop(names.get("content-length", ""), "0"))
+            data: bytes = stream.read(size)
+            if "aws-chunked" in headers.pop(names.get("content-encoding", ""), ""):
+                for name in ("x-amz-trailer", "x-amz-decoded-content-length", "x-amz-content-sha256"):
+                    headers.pop(names.get(name, ""), "")
+                data = _unchunked(io.BytesIO(data))
+            return data
 
         def _send(self, status: int, headers: dict[str, str], body: bytes, cut: bool = False) -> None:
             self.send_response_only(status)
