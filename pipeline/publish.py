@@ -82,7 +82,8 @@ def check_destination(location: str) -> None:
     """
     filesystem, path = open_location(location)
     try:
-        filesystem.get_file_info(fs.FileSelector(path))
+        # S3 may be asked for a prefix that is not there yet, and then tells a bucket that is not; Google's is not told.
+        filesystem.get_file_info(fs.FileSelector(path, allow_not_found=filesystem.type_name == "gcs"))
     except FileNotFoundError:
         return
     except OSError as error:
@@ -210,8 +211,9 @@ class _Copy:
         """Whether the store gives a file's bytes; of another size it is not read."""
         path = f"{self._path}/{part.name}"
         with reading():
-            if self._filesystem.get_file_info(path).size != part.bytes:
-                return False
+            size = self._filesystem.get_file_info(path).size
+        if size != part.bytes:
+            return False
         digest = hashlib.sha256()
         for chunk in chunks(self._filesystem, path):
             digest.update(chunk)
