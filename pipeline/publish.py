@@ -223,6 +223,8 @@ class _Copy:
         # pyarrow cannot abort an upload: closing the stream, as any error in here does, makes an object of what was
         # sent so far. Such a half takes nobody in: its size or sha256 is not right, so the next attempt or run sends
         # the file again, a staging refuses it, and where dataset.json was not there before it is not written after it.
+        # Where the store itself refuses a part of an upload, S3 keeps the parts before unseen, until a lifecycle rule
+        # (AbortIncompleteMultipartUpload) removes them.
         digest = hashlib.sha256()
         path = self._root / part.name
         with _reading_local(path, part.cure):
