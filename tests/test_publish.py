@@ -105,6 +105,7 @@ def test_the_job_brings_a_finished_set_to_s3_and_training_stages_it(
         assert f"The set is at s3://bucket/{SET}, read back: 25 of 25 files were sent" in said.out
         assert "SECRET" not in said.out + said.err
         proxy.writes.clear()
+        proxy.gets.clear()
         main(config)
         assert proxy.writes == []
         assert f"The set was at s3://bucket/{SET} before, all 25 files right" in capsys.readouterr().out
