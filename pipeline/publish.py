@@ -29,8 +29,8 @@ from pipeline.dataset import (
 from pipeline.pictures import PCA_FILE, SHEET_FILE
 from pipeline.retry import Report, Retry, SourceReadError, reading
 from pipeline.shard_set import REJECTS_FILE
-from pipeline.staging import CHUNK, chunks, in_streams
-from pipeline.storage import is_http, is_url, open_location, read_text, shown
+from pipeline.staging import CHUNK, chunks, in_streams, read_remote_text
+from pipeline.storage import is_http, is_url, open_location, shown
 
 BESIDE_SHARDS = (REJECTS_FILE, SHEET_FILE, PCA_FILE)
 AGAIN = "run the same command again, which goes on with what is missing"
@@ -109,7 +109,7 @@ def publish(root: Path, location: str, report: Report) -> Published:
 
 
 def shard_parts(root: Path, split: str, row: ShardRow, annotated: bool) -> Iterator[Part]:
-    """A shard's index, annotation and tar, the tar last; it is not read.
+    """A shard's index, annotation and tar, the tar last and unread.
 
     Raises:
         DatasetError: if the index or the annotation cannot be read.
@@ -169,7 +169,7 @@ class _Copy:
     def _refuse_another(self) -> None:
         """Raises DatasetError if a set with other shards or classes lies there, or one that cannot be told."""
         advice = "give --copy-to another URL, or delete what is there first"
-        read = functools.partial(_read_text, self._filesystem, f"{self._path}/{DATASET_FILE}")
+        read = functools.partial(read_remote_text, self._filesystem, f"{self._path}/{DATASET_FILE}")
         try:
             there = parse_dataset(self._retry(read, DATASET_FILE), f"{self._place}/{DATASET_FILE}")
         except FileNotFoundError:
@@ -258,11 +258,6 @@ def _reading_local(path: Path, cure: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise DatasetError(f"{path} cannot be read ({error.strerror}): {cure}") from error
-
-
-def _read_text(filesystem: fs.FileSystem, path: str) -> str:
-    with reading():
-        return read_text(filesystem, path)
 
 
 def _store_error(what: str, error: OSError) -> StoreError:

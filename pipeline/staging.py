@@ -47,7 +47,7 @@ def read_remote_dataset(location: str, report: Report = print) -> DatasetInfo:
     """
     filesystem, path = open_location(location)
     try:
-        text = Retry(report)(functools.partial(_read_text, filesystem, f"{path}/{DATASET_FILE}"), DATASET_FILE)
+        text = Retry(report)(functools.partial(read_remote_text, filesystem, f"{path}/{DATASET_FILE}"), DATASET_FILE)
     except OSError as error:
         raise DatasetError(
             f"there is no finished shard set at {location}: {DATASET_FILE} cannot be read there ({error}); "
@@ -168,7 +168,9 @@ def _copy_shard(filesystem: fs.FileSystem, path: str, target: Path, split: str, 
     source, tar = f"{path}/{split}/{row.name}", target / split / f"{row.name}.tar"
     for suffix in (".idx", ".json"):
         try:
-            text = retry(functools.partial(_read_text, filesystem, source + suffix), f"{split}/{row.name}{suffix}")
+            text = retry(
+                functools.partial(read_remote_text, filesystem, source + suffix), f"{split}/{row.name}{suffix}"
+            )
         except FileNotFoundError:
             # Sets may be copied without their annotations; training says that it cannot check their images.
             if suffix != ".json":
@@ -227,6 +229,7 @@ def chunks(filesystem: fs.FileSystem, source: str) -> Iterator[bytes]:
             yield chunk
 
 
-def _read_text(filesystem: fs.FileSystem, path: str) -> str:
+def read_remote_text(filesystem: fs.FileSystem, path: str) -> str:
+    """The whole of a text file, with errors as in `reading`."""
     with reading():
         return read_text(filesystem, path)
