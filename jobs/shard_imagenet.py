@@ -17,6 +17,8 @@ OUT/dataset.json is written last. A set of 256 x 256 WebDataset shards that was 
 SET/val/*.tar, gets what training needs without a change to its tars:
 
     python jobs/shard_imagenet.py --annotate-only --output SET
+
+With --copy-to s3://BUCKET/SET a finished set is copied there and read back, for `jobs/train.py --data s3://BUCKET/SET`.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from jobs.cli import run, say
 from jobs.cluster import connected
 from jobs.progress import Progress
 from pipeline.dataset import DatasetInfo
+from pipeline.publish import check_destination, publish, refuse_unwritable
 from pipeline.repair import rebuild
 from pipeline.resize import encoder_settings
 from pipeline.set_lock import JobLock
@@ -49,6 +52,7 @@ from pipeline.shard_set import (
 )
 from pipeline.shards import plan_shards
 from pipeline.sources import read_source
+from pipeline.storage import shown
 
 MAX_SAMPLES_PER_SHARD = 20_000  # A worker holds its shard in memory: 20.7 KB an image, in 3,000 of ImageNet's.
 
@@ -95,6 +99,9 @@ class ShardConfig:
     classes: Path | None = None
     """With --annotate-only, text file with 'wnid' or 'wnid name' a line in the order of the labels; by default the
     samples' keys and .json tell, or numbers are used."""
+    copy_to: str | None = None
+    """A URL (s3://, gs://) to copy the set to once it is finished, also if it was before or after --only: what is not
+    there or is damaged is sent, and every file is read back. The same command goes on after a failure."""
 
     def __post_init__(self) -> None:
         if self.annotate_only:
@@ -115,22 +122,40 @@ class ShardConfig:
             raise ValueError(f"--max-bad-fraction {self.max_bad_fraction} must lie between 0 and 1")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"--val-fraction {self.val_fraction} must lie between 0 and 1, both excluded")
+        if self.copy_to is not None:
+            refuse_unwritable(self.copy_to)
 
     def _check_annotate_only(self) -> None:
         for field in dataclasses.fields(self):
-            taken = field.name in ("output", "workers", "annotate_only", "classes")
+            taken = field.name in ("output", "workers", "annotate_only", "classes", "copy_to")
             if not taken and getattr(self, field.name) != field.default:
                 flag = f"--{field.name.replace('_', '-')}"
                 raise ValueError(f"--annotate-only changes no image, so leave out {flag}")
 
 
 def main(config: ShardConfig) -> None:
-    """Makes the set and prints what it holds.
+    """Makes the set, prints what it holds, and copies it to where it is wanted.
 
     Raises:
-        SourceError, ShardSetError, ShardError, DatasetError, OSError: with one line for the user.
+        SourceError, ShardSetError, ShardError, DatasetError, StoreError, OSError: with one line for the user.
     """
     output = Path(os.path.abspath(config.output))
+    if config.copy_to is not None:
+        check_destination(config.copy_to)
+    _make_or_mend(output, config)
+    if config.copy_to is not None:
+        published = publish(output, config.copy_to, say)
+        if published.sent:
+            print(
+                f"The set is at {shown(config.copy_to)}, read back: {published.sent:,} of {published.files:,} files "
+                f"were sent, {published.bytes_sent:,} bytes"
+            )
+        else:
+            print(f"The set was at {shown(config.copy_to)} before, all {published.files:,} files right; nothing to do.")
+
+
+def _make_or_mend(output: Path, config: ShardConfig) -> None:
+    """Makes the set, or builds the shards of --only again, and prints what came of it."""
     if config.source is None:
         _print_summary(output, annotate_set(output, config.classes, config.workers), rate=None)
         return

@@ -1,4 +1,4 @@
-"""Reading from afar again after it failed, waiting longer each time, never for ever, and saying so.
+"""Reading from afar, and writing there, again after it failed, waiting longer each time, never for ever, and saying so.
 
 pyarrow's S3 client repeats a request that was reset, refused with 503 or cut short by itself, for some six seconds (as
 measured with pyarrow 26): what comes here has outlived that, so the waits are of the length of an outage.
@@ -19,12 +19,13 @@ Report = Callable[[str], None]
 
 
 class SourceReadError(OSError):
-    """A source that could not be read, or not rightly, and may be tried again."""
+    """A source that could not be read, or a store written, or not rightly, and may be tried again."""
 
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """Makes any failure to read a source within it a SourceReadError; that there is no such file stays what it is."""
+    """Makes any failure to read a source (or write a store) within it a SourceReadError; that there is no such file
+    stays what it is."""
     try:
         yield
     except FileNotFoundError:
@@ -38,10 +39,12 @@ class Retry:
 
     Args:
         report: told of each attempt that failed.
+        done: what cannot be done to a thing in the end, for people.
     """
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: Report, done: str = "read") -> None:
         self._report = report
+        self._done = done
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self.count = 0
@@ -74,4 +77,4 @@ class Retry:
         try:
             return action()
         except SourceReadError as error:
-            raise SourceReadError(f"{what} cannot be read in {ATTEMPTS} attempts: {error}") from error
+            raise SourceReadError(f"{what} cannot be {self._done} in {ATTEMPTS} attempts: {error}") from error

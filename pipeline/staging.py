@@ -12,7 +12,7 @@ import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -47,7 +47,7 @@ def read_remote_dataset(location: str, report: Report = print) -> DatasetInfo:
     """
     filesystem, path = open_location(location)
     try:
-        text = Retry(report)(functools.partial(_read_text, filesystem, f"{path}/{DATASET_FILE}"), DATASET_FILE)
+        text = Retry(report)(functools.partial(read_remote_text, filesystem, f"{path}/{DATASET_FILE}"), DATASET_FILE)
     except OSError as error:
         raise DatasetError(
             f"there is no finished shard set at {shown(location)}: {DATASET_FILE} cannot be read there ({error}); "
@@ -121,23 +121,42 @@ def _copy(location: str, info: DatasetInfo, target: Path, report: Report) -> Non
     report(f"staging {need / 1e9:.2f} GB in {len(missing)} of {len(work)} shards from {shown(location)} to {target}")
     # First, so that whoever finds a shard damaged can say where to get it again.
     write_json(target / STAGED_FILE, {"from": shown(location)})
-    done = 0
     retry = Retry(report)
+    in_streams(
+        [functools.partial(_copy_shard, filesystem, path, target, *item, retry) for item in missing],
+        retry,
+        report,
+        "staged",
+    )
+    # What was read at the start, not what may lie there by now.
+    write_json(target / DATASET_FILE, info.to_json())
+
+
+def in_streams(actions: Sequence[Callable[[], int]], retry: Retry, report: Report, did: str) -> None:
+    """Does what each shard needs, STREAMS at a time, saying how far it is.
+
+    Args:
+        actions: one a shard, which gives the shard's bytes.
+        retry: that of the actions; nobody tries again once one of them has failed.
+        did: what was done to a shard when its action has returned, for people.
+
+    Raises:
+        whatever an action raises.
+    """
+    done = 0
     with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
-        futures = [pool.submit(_copy_shard, filesystem, path, target, *item, retry) for item in missing]
+        futures = [pool.submit(action) for action in actions]
         try:
             for number, future in enumerate(concurrent.futures.as_completed(futures), start=1):
                 done += future.result()
-                if number % max(1, len(missing) // 20) == 0:
-                    report(f"staged {number} of {len(missing)} shards, {done / 1e9:.2f} GB")
+                if number % max(1, len(actions) // 20) == 0:
+                    report(f"{did} {number} of {len(actions)} shards, {done / 1e9:.2f} GB")
         except BaseException:
             retry.stop()
             pool.shutdown(cancel_futures=True)
             raise
     if retry.count:
-        report(f"staged all, after {retry.count} retries")
-    # What was read at the start, not what may lie there by now.
-    write_json(target / DATASET_FILE, info.to_json())
+        report(f"{did} all, after {retry.count} retries")
 
 
 def _is_whole(path: Path, row: ShardRow) -> bool:
@@ -149,7 +168,9 @@ def _copy_shard(filesystem: fs.FileSystem, path: str, target: Path, split: str, 
     source, tar = f"{path}/{split}/{row.name}", target / split / f"{row.name}.tar"
     for suffix in (".idx", ".json"):
         try:
-            text = retry(functools.partial(_read_text, filesystem, source + suffix), f"{split}/{row.name}{suffix}")
+            text = retry(
+                functools.partial(read_remote_text, filesystem, source + suffix), f"{split}/{row.name}{suffix}"
+            )
         except FileNotFoundError:
             # Sets may be copied without their annotations; training says that it cannot check their images.
             if suffix != ".json":
@@ -176,7 +197,7 @@ def _copy_tar(filesystem: fs.FileSystem, source: str, tar: Path, row: ShardRow, 
     temporary = tar.with_name(f".{tar.name}{TEMPORARY_SUFFIX}")
     try:
         with temporary.open("wb") as file:
-            for chunk in _chunks(filesystem, source):
+            for chunk in chunks(filesystem, source):
                 digest.update(chunk)
                 file.write(chunk)
             file.flush()
@@ -197,12 +218,18 @@ def _copy_tar(filesystem: fs.FileSystem, source: str, tar: Path, row: ShardRow, 
     raise DatasetError(f"{source} is not the shard that {DATASET_FILE} describes ({said}): copy it there again")
 
 
-def _chunks(filesystem: fs.FileSystem, source: str) -> Iterator[bytes]:
+def chunks(filesystem: fs.FileSystem, source: str) -> Iterator[bytes]:
+    """A file's bytes, CHUNK at a time.
+
+    Raises:
+        SourceReadError, FileNotFoundError: as in `reading`.
+    """
     with reading(), filesystem.open_input_stream(source) as stream:
         while chunk := stream.read(CHUNK):
             yield chunk
 
 
-def _read_text(filesystem: fs.FileSystem, path: str) -> str:
+def read_remote_text(filesystem: fs.FileSystem, path: str) -> str:
+    """The whole of a text file, with errors as in `reading`."""
     with reading():
         return read_text(filesystem, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -34,7 +35,8 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     # Its contents belong to the process, not to the server.
     urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/reset", data=b"").close()
     yield f"127.0.0.1:{port}"
-    server.stop()
+    # It takes half a second to notice, and nobody asks it any more.
+    threading.Thread(target=server.stop).start()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import http.client
+import io
 import socket
 import struct
 import threading
@@ -13,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+FORBIDDEN = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 FAULTS = ("reset", "503", "truncated", "flipped")
 
 
@@ -21,6 +23,8 @@ class FaultyProxy:
 
     `plan[suffix]` is a queue of faults: each GET of a path that ends so takes the next, and passes when none is left.
     `always[suffix]` is a fault for every GET of such a path. `gets` counts GETs by path.
+    `write_plan[suffix]` is a queue for PUTs and POSTs: "403", or "truncated" for half the bytes kept and a good answer.
+    `writes` has their paths in order.
     """
 
     def __init__(self, server: str) -> None:
@@ -29,6 +33,8 @@ class FaultyProxy:
         self.plan: dict[str, collections.deque[str]] = {}
         self.always: dict[str, str] = {}
         self.gets: collections.Counter[str] = collections.Counter()
+        self.write_plan: dict[str, collections.deque[str]] = {}
+        self.writes: list[str] = []
         self.lock = threading.Lock()
 
     def next_fault(self, path: str) -> str:
@@ -37,10 +43,30 @@ class FaultyProxy:
             for suffix, fault in self.always.items():
                 if path.endswith(suffix):
                     return fault
-            for suffix, faults in self.plan.items():
-                if path.endswith(suffix) and faults:
-                    return faults.popleft()
-        return ""
+            return _next(self.plan, path)
+
+    def next_write_fault(self, path: str) -> str:
+        with self.lock:
+            self.writes.append(path)
+            return _next(self.write_plan, path)
+
+
+def _unchunked(stream: Any) -> bytes:
+    data = b""
+    while size := int(stream.readline().partition(b";")[0], 16):
+        data += stream.read(size)
+        stream.readline()
+    # What trails, up to an empty line.
+    while stream.readline().strip():
+        pass
+    return data
+
+
+def _next(plan: dict[str, collections.deque[str]], path: str) -> str:
+    for suffix, faults in plan.items():
+        if path.endswith(suffix) and faults:
+            return faults.popleft()
+    return ""
 
 
 @contextlib.contextmanager
@@ -50,9 +76,17 @@ def faulty_proxy(server: str) -> Iterator[FaultyProxy]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # It would hold back each short answer for 40 ms.
 
         def _answer(self) -> None:
-            fault = proxy.next_fault(self.path.partition("?")[0]) if self.command == "GET" else ""
+            path = self.path.partition("?")[0]
+            headers = dict(self.headers)
+            sent = self._body(headers)
+            fault = ""
+            if self.command == "GET":
+                fault = proxy.next_fault(path)
+            elif self.command in ("PUT", "POST"):
+                fault = proxy.next_write_fault(path)
             if fault == "reset":
                 # Closing with nothing to linger for sends RST.
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -62,14 +96,35 @@ def faulty_proxy(server: str) -> Iterator[FaultyProxy]:
             if fault == "503":
                 self._send(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
                 return
+            if fault == "403":
+                self._send(403, {"Content-Type": "application/xml"}, FORBIDDEN)
+                return
+            if fault == "truncated" and sent:
+                sent, fault = sent[: len(sent) // 2], ""
             upstream = http.client.HTTPConnection(proxy.server, timeout=30)
-            upstream.request(self.command, self.path, headers=dict(self.headers))
+            upstream.request(self.command, self.path, sent or None, headers)
             answer = upstream.getresponse()
             body = answer.read()
             upstream.close()
             if fault == "flipped" and body:
                 body = body[:-1] + bytes([body[-1] ^ 1])
             self._send(answer.status, dict(answer.getheaders()), body, cut=fault == "truncated")
+
+        def _body(self, headers: dict[str, str]) -> bytes:
+            """The bytes to store: without HTTP's chunks, or Amazon's within them, which end with a checksum."""
+            names = {name.lower(): name for name in headers}
+            stream: Any = self.rfile
+            if "chunked" in headers.pop(names.get("transfer-encoding", ""), ""):
+                stream = io.BytesIO(_unchunked(stream))
+                size = -1
+            else:
+                size = int(headers.pop(names.get("content-length", ""), "0"))
+            data: bytes = stream.read(size)
+            if "aws-chunked" in headers.pop(names.get("content-encoding", ""), ""):
+                for name in ("x-amz-trailer", "x-amz-decoded-content-length", "x-amz-content-sha256"):
+                    headers.pop(names.get(name, ""), "")
+                data = _unchunked(io.BytesIO(data))
+            return data
 
         def _send(self, status: int, headers: dict[str, str], body: bytes, cut: bool = False) -> None:
             self.send_response_only(status)
@@ -82,7 +137,7 @@ def faulty_proxy(server: str) -> Iterator[FaultyProxy]:
             self.wfile.write(body[: len(body) // 2] if cut else body)
             self.close_connection = self.close_connection or cut
 
-        do_GET = do_HEAD = _answer
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _answer
 
         def log_message(self, format: str, *arguments: Any) -> None:
             pass
