@@ -236,6 +236,9 @@ WRITERS: dict[str, tuple[Callable[[Path, Path, int], None], str | None]] = {
 }
 """Each contender and the package it needs beyond this project's."""
 
+IMPORTED_LATE = ("matplotlib.figure", "matplotlib.backends.backend_agg", "torchvision.models")
+"""By this project, for a set's pictures and ImageNet's names; others import what they use at once."""
+
 
 def installed(name: str) -> bool:
     package = WRITERS[name][1]
@@ -264,6 +267,8 @@ def main(config: WriterConfig) -> None:
     write, package = WRITERS[config.name]
     if package is not None:
         importlib.import_module(package)
+    for name in IMPORTED_LATE:
+        importlib.import_module(name)
     images = len(photographs(config.source))
     started = time.perf_counter()
     write(config.source, config.output, config.cores)
