@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,14 +58,12 @@ def whole(shard_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def training(
-    shards: Path, folder: Path, settings: Mapping[str, str] = IMPATIENT, **options: int
-) -> Iterator[tuple[list[Host], Followed, str]]:
+def training(shards: Path, folder: Path, **options: int) -> Iterator[tuple[list[Host], Followed, str]]:
     """Three hosts of one core each, of which two train, a job submitted from a fourth, and its run's folder.
 
     One of the two workers at most is on the first host, the cluster's head; the fourth offers nothing to Ray.
     """
-    with hosts.cluster((1, 1, 1, 0), folder / "disk", settings=settings) as four:
+    with hosts.cluster((1, 1, 1, 0), folder / "disk", settings=IMPATIENT) as four:
         submit = ["ray", "job", "submit", "--address", f"http://{hosts.NETWORK}.1:8265", "--working-dir", ROOT]
         arguments = command(shards, str(folder / "runs"), 2, EPOCHS, "--cpus-per-worker", 1, **options)
         job = Followed(four[3].start(*submit, "--", "python", *arguments))
