@@ -61,7 +61,7 @@ class FileTable:
         return cls(
             (holder,),
             np.zeros(count, np.int32),
-            pa.array([name.encode("utf-8", "surrogateescape") for name in names], pa.large_binary()),
+            _encoded(names),
             np.array(sizes, np.int64),
             np.full(count, _OF_ITS_OWN) if offsets is None else np.array(offsets, np.int64),
         )
@@ -77,7 +77,7 @@ class FileTable:
         return cls(
             tuple(places),
             np.concatenate([np.zeros(0, np.int32), *holder]),
-            pa.concat_arrays([pa.array([], pa.large_binary()), *(table._names for table in tables)]),
+            pa.concat_arrays([_encoded([]), *(table._names for table in tables)]),
             np.concatenate([np.zeros(0, np.int64), *(table._sizes for table in tables)]),
             np.concatenate([np.zeros(0, np.int64), *(table._offsets for table in tables)]),
         )
@@ -94,7 +94,7 @@ class FileTable:
             block = rows[start : start + BLOCK]
             columns = (self._holder[block], self._sizes[block], self._offsets[block])
             for name, holder, size, offset in zip(
-                _decoded(self._names.take(pa.array(block))), *(column.tolist() for column in columns), strict=True
+                _decoded(self._names.take(_places(block))), *(column.tolist() for column in columns), strict=True
             ):
                 path, inside, _ = self._holders[holder]
                 if offset == _OF_ITS_OWN:
@@ -109,7 +109,7 @@ class FileTable:
 
     def names(self, rows: Rows | None = None) -> Iterator[str]:
         """The files' own names, without folders; of some rows or all."""
-        names = self._names if rows is None else self._names.take(pa.array(rows))
+        names = self._names if rows is None else self._names.take(_places(rows))
         for start in range(0, len(names), BLOCK):
             for name in _decoded(names.slice(start, BLOCK)):
                 yield os.path.basename(name)
@@ -120,7 +120,7 @@ class FileTable:
         return FileTable(
             tuple(self._holders[i] for i in used),
             holder.astype(np.int32),
-            self._names.take(pa.array(rows)),
+            self._names.take(_places(rows)),
             self._sizes[rows],
             self._offsets[rows],
         )
@@ -128,6 +128,20 @@ class FileTable:
 
 Classes = Mapping[str, FileTable]
 """The images of each class, in the order of their names."""
+
+
+# Arrow's arrays are made of their buffers here: `pa.array` imports pandas, which takes each process half a second.
+
+
+def _encoded(names: Sequence[str]) -> pa.LargeBinaryArray:
+    values = [name.encode("utf-8", "surrogateescape") for name in names]
+    ends = np.cumsum([0, *map(len, values)], dtype=np.int64)
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(values))]
+    return pa.Array.from_buffers(pa.large_binary(), len(values), buffers)
+
+
+def _places(rows: Rows) -> pa.Int64Array:
+    return pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(np.ascontiguousarray(rows, np.int64))])
 
 
 def _decoded(names: pa.LargeBinaryArray) -> list[str]:

@@ -209,6 +209,9 @@ def _draw_values(axes: Any, rgb: RgbStatistics) -> None:
         axes.bar_label(bars, [f"{number:.4f}" for number in numbers], padding=2)
     axes.set_yscale("log")
     axes.set_ylim(LEAST_EIGENVALUE, 1)
+    # Powers of ten would be set as formulas, which takes a fifth of the whole drawing.
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.set_title("Eigenvalues, RGB in [0, 1]")
     axes.legend(frameon=False)
     _mark_components(axes)

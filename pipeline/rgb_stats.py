@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 MAX_LEVEL = 255
 EXACT_SUM = 256  # So many products of two levels stay below 2^24, up to which float32 holds every whole number.
+CHANNELS = 3
 
 Vector = tuple[float, float, float]
 Matrix = tuple[Vector, Vector, Vector]
@@ -40,15 +41,22 @@ class RgbMoments:
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ValueError(f"an image must be [height, width, 3] uint8, not {list(image.shape)} {image.dtype}")
-        pixels = image.shape[0] * image.shape[1]
-        rows = -(-pixels // EXACT_SUM)
-        planes = np.zeros((3, rows * EXACT_SUM), np.float32)
-        planes[:, :pixels] = image.reshape(-1, 3).T
-        # Short enough rows are summed exactly in float32, in any order, and four times as fast as integers are.
-        planes = planes.reshape(3, rows, EXACT_SUM)
-        sums = _total(np.vecdot(planes, np.ones(EXACT_SUM, np.float32)))
-        (rr, rg, rb), (_, gg, gb), (_, _, bb) = _total(np.vecdot(planes[:, None], planes[None]))
-        return cls(pixels, tuple(sums), (rr, rg, rb, gg, gb, bb))
+        height, width = image.shape[:2]
+        rows = image.reshape(height, -1)
+        sums = np.zeros((4, CHANNELS), np.int64)
+        for top in range(0, height, EXACT_SUM):
+            # Down so few rows float32 sums exactly, in any order, and several times as fast as integers are summed.
+            block = rows[top : top + EXACT_SUM].astype(np.float32)
+            columns = np.zeros((4, block.shape[1]), np.float32)
+            np.matmul(np.ones(len(block), np.float32), block, out=columns[0])
+            # A value beside itself, the next and the one after: rr gg bb, rg gb and rb. The channels stay interleaved,
+            # as parting them costs as much as all of this; a product with the next pixel's value is not looked at.
+            for lag in range(CHANNELS):
+                left, right = block[:, : block.shape[1] - lag], block[:, lag:]
+                np.einsum("ij,ij->j", left, right, out=columns[1 + lag, : left.shape[1]])
+            sums += columns.astype(np.int64).reshape(4, width, CHANNELS).sum(axis=1)
+        (r, g, b), (rr, gg, bb), (rg, gb, _), (rb, _, _) = sums.tolist()
+        return cls(height * width, (r, g, b), (rr, rg, rb, gg, gb, bb))
 
     def __add__(self, other: RgbMoments) -> RgbMoments:
         r, g, b = (x + y for x, y in zip(self.sums, other.sums, strict=True))
@@ -125,11 +133,6 @@ class RgbStatistics:
             eigenvalues=_vector(value["eigenvalues"]),
             eigenvectors=_matrix(value["eigenvectors"]),
         )
-
-
-def _total(rows: NDArray[np.float32]) -> Any:
-    """Sums whole numbers over the last axis; as Python integers."""
-    return rows.astype(np.int64).sum(axis=-1).tolist()
 
 
 def _vector(values: Any) -> Vector:
