@@ -33,7 +33,8 @@ from model.recipe import RECIPES
 from model.training import Trainer, Worker
 from pipeline.dataset import read_dataset, write_json
 from pipeline.finish import Finisher
-from pipeline.loader import Loader, window_decoder
+from pipeline.loader import Loader, bare_decoder
+from pipeline.pixel_stage import IMAGE_SHAPE
 from pipeline.plan import CROP_SIZE, Plan, Views, colour_matrix
 from pipeline.split_reader import SplitReader
 
@@ -95,11 +96,12 @@ def measure(config: BenchmarkConfig) -> Findings:
     batches = (batch for epoch in itertools.count() for batch in loader.run(plan.epoch(epoch)))
     resident = next(batches)
     trainer.step([resident])
-    decoder = window_decoder(reader.image, endless(plan), config.batch_size, config.threads, config.gpu)
+    decoder = bare_decoder(reader.image, endless(plan), config.batch_size, config.threads, config.gpu)
     decoder.run()
     first = next(plan.epoch(0))
-    finisher, means = Finisher(device), np.tile(np.array(info.rgb.mean, np.float32), (len(first), 1))
-    windows = torch.zeros(len(first), CROP_SIZE, CROP_SIZE, 3, dtype=torch.uint8, device=device).unbind()
+    finisher, means = Finisher(device, config.threads), np.tile(np.array(info.rgb.mean, np.float32), (len(first), 1))
+    images = torch.zeros(len(first), *IMAGE_SHAPE, dtype=torch.uint8, device=device)
+    windows = [image[:CROP_SIZE, :CROP_SIZE] for image in images]
     settle = torch.cuda.synchronize if config.gpu else _nothing
     many = 4 * config.steps
     encoded = [torch.from_numpy(reader.image(i % len(reader)).copy()) for i in range(many * config.batch_size)]
@@ -116,7 +118,7 @@ def measure(config: BenchmarkConfig) -> Findings:
             for sample in samples:
                 reader.image(sample).copy()
 
-    def window() -> None:
+    def decoded() -> None:
         for _ in range(many):
             decoder.run()
 
@@ -152,7 +154,7 @@ def measure(config: BenchmarkConfig) -> Findings:
             trainer.step([resident])
 
     jobs = {
-        **dict.fromkeys((decode, read, window, load, augment), many),
+        **dict.fromkeys((decode, read, decoded, load, augment), many),
         **dict.fromkeys((train, compute, forward, gradients), config.steps),
     }
     found: dict[str, list[float]] = {job.__name__: [] for job in jobs}
@@ -164,7 +166,7 @@ def measure(config: BenchmarkConfig) -> Findings:
     middle = {name: statistics.median(values) for name, values in found.items()}
     seconds = config.steps * config.batch_size * config.rounds / middle["train"]
     rates = Rates(middle["decode"], middle["load"], middle["compute"], middle["train"], sum(waits) / seconds)
-    chains = Chains(*(middle[name] for name in ("read", "window", "augment", "forward", "gradients")))
+    chains = Chains(*(middle[name] for name in ("read", "decoded", "augment", "forward", "gradients")))
     gradient_bytes = sum(4 * parameter.numel() for parameter in network.parameters())
     parts = Stages.of(rates, chains, config.batch_size, all_reduce_ms(config, gradient_bytes))
     return Findings(rates, parts, config.threads, config.batch_size, config.machines)

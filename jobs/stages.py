@@ -54,10 +54,10 @@ class Chains:
 
     read: float
     """Copying the bytes of the plan's images out of the mapped shards."""
-    window: float
-    """Reading and decoding each image's window with DALI, and nothing else."""
+    decoded: float
+    """Reading and decoding each image with DALI, and nothing else."""
     augment: float
-    """Mirroring a batch's windows, where they lie, and subtracting the means."""
+    """Cutting and mirroring a batch's windows, where they lie, and subtracting the means."""
     forward: float
     """The network's forward pass and loss."""
     gradients: float
@@ -83,18 +83,18 @@ class Stages:
     @classmethod
     def of(cls, rates: Rates, chains: Chains, batch_size: int, all_reduce: float | None) -> Stages:
         """Differences of chains, none below 0 (a chain may be measured a little faster than a part of it)."""
-        read, window, augment, forward, gradients, load, compute = (
+        read, decoded, augment, forward, gradients, load, compute = (
             1e3 * batch_size / rate
             for rate in (
-                *(chains.read, chains.window, chains.augment, chains.forward, chains.gradients),
+                *(chains.read, chains.decoded, chains.augment, chains.forward, chains.gradients),
                 *(rates.loader_images_per_s, rates.network_images_per_s),
             )
         )
         return cls(
             read=read,
-            decode=max(0.0, window - read),
+            decode=max(0.0, decoded - read),
             augment=augment,
-            hand_over=max(0.0, load - window - augment),
+            hand_over=max(0.0, load - decoded - augment),
             forward=forward,
             backward=max(0.0, gradients - forward),
             update=max(0.0, compute - gradients),

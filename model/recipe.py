@@ -112,8 +112,10 @@ RECIPES = {
     #   Expected:  40.7 % top-1, 18.2 % top-5 by ten crops: the paper's table 2, one network of five convolutions. With
     #              ten classes and biases of 1 most units fell asleep at once (README), and BVLC saw flat loss.
     "paper": Recipe(),
-    # Thousands of images a step: LARS, warm-up and poly of power 2 (arXiv 1708.03888, from which come the rate of 10,
-    # the trust of 0.001 and the two epochs; arXiv 1709.05011 goes to 32,768 images with batch normalisation).
+    # Thousands of images a step: LARS with warm-up (You, Gitman, Ginsburg, arXiv 1708.03888; arXiv 1709.05011 goes to
+    # 32,768 images with batch normalisation). The rate of 10, the trust of 0.001, poly of power 2 and 100 epochs are
+    # those of the authors' solver for 8,192 images, models/bvlc_alexnet/solver_8K.prototxt of borisgin/nvcaffe, which
+    # bounds LARS by the rate and has no warm-up; its twin for batch normalisation rises over 600 steps, four epochs.
     #   Command:   python jobs/train.py --recipe large-batch --workers 8 --gpus ...
     #   Hardware:  8 to 32 GPUs, with 256 to 1,024 images of a step on each.
     #   Expected:  as the default recipe, about 43 % top-1 error by the centre crop: "without loss in accuracy" up to

@@ -9,6 +9,7 @@ import contextlib
 import math
 import weakref
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -47,12 +48,20 @@ def one_thread() -> Iterator[None]:
 
 
 class Finisher:
-    """Makes the batches of one device, each in memory that is its own for as long as any tensor of it lives."""
+    """Makes the batches of one device, each in memory that is its own for as long as any tensor of it lives.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: where the windows lie and the batches go.
+        threads: how many a CPU finishes images with.
+    """
+
+    def __init__(self, device: torch.device, threads: int) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._spare: list[NDArray[np.float32]] = []
+        self._pool = ThreadPoolExecutor(threads)
+        # At once, not when Python next looks: whoever drops a loader counts on its threads' end.
+        weakref.finalize(self, self._pool.shutdown)
 
     def finish(self, windows: Sequence[Tensor], flips: NDArray[np.bool_], means: NDArray[np.float32]) -> Tensor:
         """A batch's images, float32 [n, 3, h, w] in channels_last memory.
@@ -65,10 +74,14 @@ class Finisher:
         shape = (len(windows), *windows[0].shape)
         if self._stream is None:
             output = self._take(shape)
+
+            def finish_piece(start: int) -> None:
+                rows = slice(start, start + PIECE)
+                mirror_and_shift(windows[rows], flips[rows], torch.from_numpy(means[rows]), output[rows])
+
+            # The pool's threads take torch's number of threads from here when they first need it, and keep it.
             with one_thread():
-                for start in range(0, len(windows), PIECE):
-                    rows = slice(start, start + PIECE)
-                    mirror_and_shift(windows[rows], flips[rows], torch.from_numpy(means[rows]), output[rows])
+                list(self._pool.map(finish_piece, range(0, len(windows), PIECE)))
         else:
             # On a stream of its own, since waiting on the current one would wait for the training step that runs there;
             # and waited for, since DALI would take its buffer back while queued kernels still read it.

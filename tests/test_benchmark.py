@@ -17,7 +17,7 @@ from jobs.stages import ADVICE, Chains, Findings, Rates, Stages, stated_ms
 ROOT = Path(__file__).resolve().parent.parent
 # Rates at which a batch of 100 takes 10 ms to read, 60 to read and decode, 15 to mirror and shift; 100 forward and 300
 # with backward.
-CHAINS = Chains(read=10_000.0, window=100 / 0.06, augment=100 / 0.015, forward=1_000.0, gradients=100 / 0.3)
+CHAINS = Chains(read=10_000.0, decoded=100 / 0.06, augment=100 / 0.015, forward=1_000.0, gradients=100 / 0.3)
 
 
 def findings(loader_ms: float, network_ms: float, all_reduce: float | None = None, machines: int = 1) -> Findings:

@@ -27,11 +27,11 @@ def test_each_image_is_mirrored_and_shifted_by_its_own_numbers(n: int) -> None:
     expected = windows.astype(np.float64)
     expected[flips] = expected[flips][:, :, ::-1]
     expected = (expected - means[:, None, None, :]).transpose(0, 3, 1, 2)
-    got = Finisher(CPU).finish(torch.from_numpy(windows).unbind(), flips, means)
-    # Of larger images, as views.
+    got = Finisher(CPU, 1).finish(torch.from_numpy(windows).unbind(), flips, means)
+    # Of larger images, as views, by several threads.
     wide = np.pad(windows, ((0, 0), (1, 2), (3, 4), (0, 0)))
     views = [torch.from_numpy(image)[1:-2, 3:-4] for image in wide]
-    assert torch.equal(Finisher(CPU).finish(views, flips, means), got)
+    assert torch.equal(Finisher(CPU, 3).finish(views, flips, means), got)
     assert got.dtype == torch.float32
     assert got.is_contiguous(memory_format=torch.channels_last)
     # Half of float32's last place at 256.
@@ -39,7 +39,7 @@ def test_each_image_is_mirrored_and_shifted_by_its_own_numbers(n: int) -> None:
 
 
 def test_memory_is_a_batchs_own_for_as_long_as_any_view_of_it_lives() -> None:
-    finisher = Finisher(CPU)
+    finisher = Finisher(CPU, 2)
     kept, copies, places = [], [], set()
     for seed in range(2 * SPARE + 4):
         windows, flips, means = draw(PIECE + seed % 2, seed)
@@ -58,7 +58,7 @@ def test_memory_is_a_batchs_own_for_as_long_as_any_view_of_it_lives() -> None:
 
 
 def test_no_more_memory_is_kept_than_a_loop_needs() -> None:
-    finisher = Finisher(CPU)
+    finisher = Finisher(CPU, 2)
     held = [finisher.finish(torch.from_numpy(w).unbind(), f, m) for w, f, m in (draw(3, s) for s in range(9))]
     places = {batch.data_ptr() for batch in held}
     assert len(places) == 9
@@ -71,16 +71,21 @@ def test_no_more_memory_is_kept_than_a_loop_needs() -> None:
     assert len(finisher._spare) == SPARE
 
 
-def test_images_are_not_shared_out_among_torchs_threads() -> None:
+def test_images_are_not_shared_out_among_torchs_threads_and_its_own_end_with_it() -> None:
     """OpenMP's threads belong to the thread that first asks for them, and so would be new ones here."""
-    windows = np.zeros((PIECE, 227, 227, 3), np.uint8)
-    _, flips, means = draw(PIECE, 0)
+    windows = np.zeros((4 * PIECE, 227, 227, 3), np.uint8)
+    _, flips, means = draw(4 * PIECE, 0)
     found = []
 
     def finish() -> None:
-        before = len(os.listdir("/proc/self/task"))
-        Finisher(CPU).finish(torch.from_numpy(windows).unbind(), flips, means)
+        before, of_python = len(os.listdir("/proc/self/task")), threading.active_count()
+        finisher = Finisher(CPU, 2)
+        for _ in range(3):
+            finisher.finish(torch.from_numpy(windows).unbind(), flips, means)
         found.append((len(os.listdir("/proc/self/task")) - before, torch.get_num_threads()))
+        del finisher
+        # The system may count a thread for a moment after its end.
+        found.append((threading.active_count() - of_python, torch.get_num_threads()))
 
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -90,4 +95,4 @@ def test_images_are_not_shared_out_among_torchs_threads() -> None:
         thread.join()
     finally:
         torch.set_num_threads(threads)
-    assert found == [(0, 3)]
+    assert found == [(2, 3), (0, 3)]

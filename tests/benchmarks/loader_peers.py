@@ -14,18 +14,20 @@ import functools
 import importlib.util
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simplejpeg
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, types
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from jobs.cli import run
 from pipeline.dataset import read_dataset
-from pipeline.loader import PREFETCH, Loader, window_decoder
+from pipeline.loader import PREFETCH, Loader, bare_decoder
 from pipeline.pixel_stage import PixelReader
 from pipeline.plan import COLOUR_STD, CROP_SIZE, Views
 from pipeline.split_reader import SplitReader
@@ -39,17 +41,30 @@ WARM_UP = 4  # Batches; a DataLoader's workers have then begun their third each.
 
 def limit(config: PeerConfig, made: Path) -> Batches:
     """libjpeg-turbo decodes the JPEGs whole, in a bare loop of threads; simplejpeg's copy of it, the fastest here."""
-    encoded = [config.reader.image(i).tobytes() for i in range(len(config.reader))] * REPEATS
-    with concurrent.futures.ThreadPoolExecutor(config.cores) as pool:
-        for number, _ in enumerate(pool.map(simplejpeg.decode_jpeg, encoded), start=1):
+    yield from _bare(simplejpeg.decode_jpeg, [image.tobytes() for image in _images(config)], config.cores)
+
+
+def older_limit(config: PeerConfig, made: Path) -> Batches:
+    """The same by torchvision's copy of libjpeg-turbo."""
+    decode = functools.partial(decode_jpeg, mode=ImageReadMode.RGB)
+    yield from _bare(decode, [torch.from_numpy(image.copy()) for image in _images(config)], config.cores)
+
+
+def _images(config: PeerConfig) -> Iterator[NDArray[np.uint8]]:
+    return (config.reader.image(i) for i in range(len(config.reader)))
+
+
+def _bare(decode: Callable[[Any], object], encoded: list[Any], threads: int) -> Batches:
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for number, _ in enumerate(pool.map(decode, encoded * REPEATS), start=1):
             if number % BATCH == 0:
                 yield None
 
 
 def decoder(config: PeerConfig, made: Path) -> Batches:
-    """This project's DALI pipeline decodes the plan's windows out of memory; nothing is done with them."""
+    """This project's DALI pipeline decodes the plan's images out of memory; nothing is done with them."""
     jpegs = [config.reader.image(i) for i in range(len(config.reader))]
-    pipeline = window_decoder(jpegs.__getitem__, config.endless(), BATCH, config.cores, gpu=False)
+    pipeline = bare_decoder(jpegs.__getitem__, config.endless(), BATCH, config.cores, gpu=False)
     while True:
         pipeline.run()
         yield None
@@ -143,7 +158,8 @@ class Peer:
 
 PEERS = {
     "libjpeg-turbo, whole, no more": Peer(limit),
-    "DALI's decoder, windows, no more": Peer(decoder),
+    "torchvision's libjpeg-turbo, whole, no more": Peer(older_limit),
+    "DALI's decoder, whole, no more": Peer(decoder),
     "ours": Peer(ours),
     "DALI readers.webdataset": Peer(dali),
     "torchvision ImageFolder": Peer(others.torchvision_folder, "folder", loader_sets.make_folder),
