@@ -16,24 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-PIECE = 8  # Images that a CPU finishes at a time: what one operation wrote is in its cache for the next.
+PIECE = 8  # Images that a thread of a CPU finishes at a time.
 SPARE = 3  # Batches' memory that waits for use: a loop holds one batch while it asks for another.
 
 
-def mirror_and_shift(windows: Sequence[Tensor], flips: NDArray[np.bool_], means: Tensor, output: Tensor) -> None:
-    """Mirrors some images and subtracts its mean from each.
-
-    Args:
-        windows: n of uint8 [h, w, 3], each dense in its rows.
-        flips: [n]: which of them are mirrored left to right.
-        means: float32 [n, 3]: what is subtracted from r, g, b.
-        output: float32 [n, h, w, 3], contiguous: takes the result.
-    """
+def _copy(window: Tensor, mirrored: bool, image: Tensor) -> None:
+    """Converts a window to what `image` holds, mirrored left to right or not."""
     # One at a time: torch's operations on some images of a uint8 batch take ten times as long on a CPU.
-    for image, window, mirrored in zip(output, windows, flips.tolist(), strict=True):
-        image.copy_(window.flip(1) if mirrored else window)
-    # As whole rows of pixels: a CPU takes a last dimension of 3 a value at a time.
-    output.flatten(2).sub_(means.repeat(1, output.shape[2])[:, None])
+    image.copy_(window.flip(1) if mirrored else window)
 
 
 @contextlib.contextmanager
@@ -74,10 +64,13 @@ class Finisher:
         shape = (len(windows), *windows[0].shape)
         if self._stream is None:
             output = self._take(shape)
+            images, shifts, mirrored = output.unbind(), _by_row(torch.from_numpy(means), shape), flips.tolist()
 
             def finish_piece(start: int) -> None:
-                rows = slice(start, start + PIECE)
-                mirror_and_shift(windows[rows], flips[rows], torch.from_numpy(means[rows]), output[rows])
+                for i in range(start, min(start + PIECE, len(images))):
+                    _copy(windows[i], mirrored[i], images[i])
+                    # At once, while the image is in the processor's cache.
+                    images[i].flatten(1).sub_(shifts[i])
 
             # The pool's threads take torch's number of threads from here when they first need it, and keep it.
             with one_thread():
@@ -87,7 +80,9 @@ class Finisher:
             # and waited for, since DALI would take its buffer back while queued kernels still read it.
             with torch.cuda.stream(self._stream):
                 output = torch.empty(shape, device=self._device)
-                mirror_and_shift(windows, flips, torch.from_numpy(means).to(self._device), output)
+                for window, mirrored_one, image in zip(windows, flips.tolist(), output, strict=True):
+                    _copy(window, mirrored_one, image)
+                output.flatten(2).sub_(_by_row(torch.from_numpy(means).to(self._device), shape)[:, None])
             self._stream.synchronize()
             output.record_stream(torch.cuda.current_stream(self._device))
         # HWC seen so is torch's channels_last, so no transposition is ever done.
@@ -114,6 +109,11 @@ class Finisher:
         # The tensor's storage, which all its views share, keeps this array and nothing else does.
         weakref.finalize(lent, _give_back, self._spare, memory).atexit = False
         return torch.from_numpy(lent)
+
+
+def _by_row(means: Tensor, shape: Sequence[int]) -> Tensor:
+    """[n, 3] for whole rows of pixels, [n, 3 * width]: a CPU takes a last dimension of 3 a value at a time."""
+    return means.repeat(1, shape[2])
 
 
 def _give_back(spare: list[NDArray[np.float32]], memory: NDArray[np.float32]) -> None:
