@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -149,6 +151,19 @@ def test_fingerprint_follows_contents_and_not_the_place(tmp_path: Path) -> None:
     (tmp_path / "y" / "a" / "0.jpg").write_bytes(b"another size")
     assert listed(tmp_path / "y").fingerprint != before
     assert listed(tmp_path / "x", seed=1).fingerprint != before
+
+
+def test_listing_and_handing_out_images_imports_no_pandas(tmp_path: Path) -> None:
+    """It would take the job, and each of its workers, up to half a second, and 46 MB."""
+    write(tmp_path, "a/1.jpg", "a/2.jpg", "b/3.jpg", "b/4.jpg")
+    script = (
+        "import pickle, sys; from pipeline.sources import read_source;"
+        "listing = read_source(sys.argv[1], None, 0.5, 0);"
+        "print([entry.key for entry in pickle.loads(pickle.dumps(listing.splits['train'][::-1]))]);"
+        "sys.exit('pandas' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.count("_")) == (0, 2), done.stderr
 
 
 def test_permutation_is_a_fixed_function_of_its_arguments() -> None:

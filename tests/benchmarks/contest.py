@@ -58,7 +58,7 @@ def present(names: Sequence[str], installed: Callable[[str], bool]) -> list[str]
 
 
 def take_turns(names: Sequence[str], cores: Sequence[int], rounds: int, rate: Callable[[str, int], float]) -> Rates:
-    """The median rate of each contender on each number of cores; one that fails is left out and named.
+    """The median rate of each contender on each number of cores; where one fails it is left out and named.
 
     Args:
         rate: measures a contender once, in images/s, or raises ValueError.
@@ -66,12 +66,12 @@ def take_turns(names: Sequence[str], cores: Sequence[int], rounds: int, rate: Ca
     found: dict[str, dict[int, list[float]]] = {name: {c: [] for c in cores} for name in names}
     for number in range(rounds):
         for c in cores:
-            for name in list(found):
+            for name in [name for name, by in found.items() if c in by]:
                 try:
                     found[name][c].append(rate(name, c))
                 except ValueError as error:
-                    print(f"left out: {error}", flush=True)
-                    del found[name]
+                    print(f"left out on {c} core(s): {error}", flush=True)
+                    del found[name][c]
                     continue
                 print(f"round {number + 1}, {c} core(s), {name}: {found[name][c][-1]:,.1f} images/s", flush=True)
     return {name: {c: statistics.median(values) for c, values in by.items()} for name, by in found.items()}
@@ -92,7 +92,8 @@ def table(rates: Rates, cores: Sequence[int], what: str, limit: str, limit_name:
     for name, by in rates.items():
         cells = []
         for c in cores:
-            most = rates.get(limit, {}).get(c)
-            cells += [f"{by[c]:,.0f}", f"{by[c] / most:.2f}" if most else ""]
-        rows.append(f"| {name} | {' | '.join(cells)} | {by[cores[-1]] / by[cores[0]]:.2f} x |")
+            mine, most = by.get(c), rates.get(limit, {}).get(c)
+            cells += [f"{mine:,.0f}" if mine else "", f"{mine / most:.2f}" if mine and most else ""]
+        first, last = by.get(cores[0]), by.get(cores[-1])
+        rows.append(f"| {name} | {' | '.join(cells)} | {f'{last / first:.2f} x' if first and last else ''} |")
     return rows
