@@ -3,7 +3,7 @@
     python -m tests.benchmarks.launch_overhead --data SHARDS --work FOLDER
 
 `jobs/train.py` with all that it does besides (exchanges between the workers, ledger, events, printing through Ray), and
-torchrun with the loop alone: both train the network with two gloo workers of one core each. Every step is timed by its
+torchrun with the loop alone: both train the network with gloo workers of one core each. Every step is timed by its
 worker. After some steps one worker is killed, and both start all workers anew, with no checkpoint to read. The goal is
 0.99 of torchrun's images/s. Few images a step make the overhead look its worst.
 """
@@ -44,17 +44,21 @@ class OverheadConfig:
     work: Path
     """A folder to write runs to."""
     batch_size: int = 8
-    """Images per step over both workers."""
+    """Images per step over all workers."""
     steps: int = 25
     """Steps of a turn, the first three of which do not count."""
     rounds: int = 3
     """Each has so many turns."""
+    workers: int = 2
+    """Of one core each. With fewer than there are cores, Ray's own processes have room, as they do on a cluster."""
     json: Path | None = None
     """Also write every turn's figures to this file."""
 
     def __post_init__(self) -> None:
-        if self.steps <= SETTLED or self.rounds < 1 or self.batch_size < 2:
-            raise ValueError(f"--steps must be above {SETTLED}, --rounds at least 1, --batch-size at least 2")
+        if self.steps <= SETTLED or self.rounds < 1 or not 1 <= self.workers <= self.batch_size:
+            raise ValueError(
+                f"--steps must be above {SETTLED}, --rounds at least 1, --workers at least 1 and at most --batch-size"
+            )
 
 
 class Turn(NamedTuple):
@@ -70,12 +74,13 @@ class Turn(NamedTuple):
 def ray_command(config: OverheadConfig, number: int) -> list[str]:
     storage = config.work / f"runs-{os.getpid()}-{number}"
     options = ["--data", config.data, "--storage", storage, "--name", "overhead", "--batch-size", config.batch_size]
-    options += ["--workers", 2, "--cpus-per-worker", 1, "--no-gpus", "--epochs", 1, "--log-every", 1]
+    options += ["--workers", config.workers, "--cpus-per-worker", 1, "--no-gpus", "--epochs", 1, "--log-every", 1]
     return [sys.executable, "jobs/train.py", *map(str, options)]
 
 
 def torchrun_command(config: OverheadConfig, number: int) -> list[str]:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "3"]
+    launch += ["--nproc-per-node", str(config.workers)]
     rank = ["-m", "tests.benchmarks.torchrun_rank", "--data", str(config.data), "--batch-size", str(config.batch_size)]
     return [sys.executable, *launch, *rank]
 
@@ -183,7 +188,7 @@ def main(config: OverheadConfig) -> None:
             print(f"round {number + 1}, {name}: {turns[name][-1]}", flush=True)
     ratios = [ours.images_per_s / theirs.images_per_s for ours, theirs in zip(*turns.values(), strict=True)]
     machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} core(s)"
-    print(f"{machine}, batch {config.batch_size}, medians of {config.rounds} rounds:")
+    print(f"{machine}, {config.workers} worker(s), batch {config.batch_size}, medians of {config.rounds} rounds:")
     for row in table(turns):
         print(row)
     ratio = statistics.median(ratios)
