@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 RUN_FILE = "checkpoint_manager_snapshot.json"  # Ray Train's list of committed checkpoints
 CHECKPOINT_PREFIX = "checkpoint_"
+LIST_READS, LIST_WAIT_S = 20, 0.1  # Ray Train writes its list in place: whoever reads it just then finds a part of it.
 
 
 class CheckpointError(ValueError):
@@ -216,12 +218,17 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
 
 
 def committed(run: str) -> dict[str, State]:
-    """The committed checkpoints of the run at a path or URL, in the order of training: folder name -> state."""
+    """The committed checkpoints of the run at a path or URL, in the order of training: folder name -> state.
+
+    Raises:
+        CheckpointError: if their list stays half written, as a kill while it was written leaves it, or a checkpoint's
+            state cannot be understood.
+    """
     filesystem, path = open_location(run)
     listing = f"{path}/{RUN_FILE}"
     if filesystem.get_file_info(listing).type != arrow_fs.FileType.File:
         return {}
-    value = json.loads(read_text(filesystem, listing))
+    value = _read_list(filesystem, listing)
     results = [
         *value["checkpoint_results"],
         *([value["latest_checkpoint_result"]] if value["latest_checkpoint_result"] else []),
@@ -231,6 +238,21 @@ def committed(run: str) -> dict[str, State]:
         file = f"{path}/{folder}/{STATE_FILE}"
         states[folder] = State.from_json(read_text(filesystem, file), file)
     return dict(sorted(states.items(), key=lambda item: (item[1].progress.epoch, item[1].progress.step)))
+
+
+def _read_list(filesystem: arrow_fs.FileSystem, listing: str) -> dict[str, Any]:
+    for attempt in range(LIST_READS):
+        if attempt:
+            time.sleep(LIST_WAIT_S)
+        try:
+            value: dict[str, Any] = json.loads(read_text(filesystem, listing))
+        except ValueError:
+            continue
+        return value
+    raise CheckpointError(
+        f"the list of checkpoints {listing} is half written, as by a run that was killed: start the run's training "
+        "command again, which takes the list before it"
+    )
 
 
 def best(states: dict[str, State]) -> str | None:

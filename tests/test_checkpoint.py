@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,32 @@ def test_a_state_survives_json(saved: Path) -> None:
     assert (progress.epoch, progress.step) == (1, 0)
     assert math.isfinite(progress.history[0]["val_loss"])
     assert checkpoint.read_state(saved).identity == IDENTITY
+
+
+@pytest.fixture
+def listed(saved: Path, tmp_path: Path) -> Path:
+    """A run with one checkpoint, and Ray Train's list of it."""
+    run = tmp_path / "run"
+    shutil.copytree(saved, run / "checkpoint_0001")
+    results = {"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_0001"}], "latest_checkpoint_result": None}
+    (run / checkpoint.RUN_FILE).write_text(json.dumps(results))
+    return run
+
+
+def test_a_list_that_is_just_written_is_read_again(listed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train empties the file, then writes it: the first look finds nothing, the second a part, the third all."""
+    path = listed / checkpoint.RUN_FILE
+    whole = path.read_text()
+    looks = iter([whole[: len(whole) // 2], whole])
+    path.write_text("")
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda _: path.write_text(next(looks)))
+    assert list(checkpoint.committed(str(listed))) == ["checkpoint_0001"]
+    assert next(looks, None) is None
+
+
+def test_a_list_that_stays_half_written_is_an_error_in_words(listed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = listed / checkpoint.RUN_FILE
+    path.write_text(path.read_text()[:-1])
+    monkeypatch.setattr(checkpoint, "LIST_WAIT_S", 0.0)
+    with pytest.raises(CheckpointError, match=f"{checkpoint.RUN_FILE} is half written.*training command again"):
+        checkpoint.committed(str(listed))
