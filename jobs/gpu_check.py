@@ -24,7 +24,7 @@ from pipeline.plan import Plan, Views, centre_views, colour_matrix, ten_crop_vie
 from pipeline.split_reader import SplitReader
 
 MAX_LEVELS = 5.0  # A value further off than two correct decoders can be...
-MAX_BEYOND = 0.001  # ...which this share of an image's values may be, for what lies at the window's edge.
+MAX_BEYOND = 0.001  # ...which this share of an image's values may be.
 MAX_MEAN = 1.0  # Mean absolute difference of an image. libjpeg's fast inverse DCT, a poor one, differs by 0.98.
 MAX_BIAS = 0.5  # Mean difference of a channel over an image: rounding has no side.
 TEN_CROPS = 10

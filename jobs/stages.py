@@ -57,7 +57,7 @@ class Chains:
     decoded: float
     """Reading and decoding each image with DALI, and nothing else."""
     augment: float
-    """Cutting and mirroring a batch's windows, where they lie, and subtracting the means."""
+    """Mirroring a batch's windows, where they lie, and subtracting the means."""
     forward: float
     """The network's forward pass and loss."""
     gradients: float

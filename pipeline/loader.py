@@ -32,7 +32,7 @@ from pipeline.plan import CROP_SIZE, Views
 from pipeline.rgb_stats import MAX_LEVEL, RgbStatistics
 from pipeline.split_reader import SplitReader
 
-# DALI leaves host memory of less than 32 MB to malloc, which gives the windows of a batch back to the system each time:
+# DALI leaves host memory of less than 32 MB to malloc, which gives the images of a batch back to the system each time:
 # faults on new pages then cost a quarter of the decoding. DALI reads this at its first allocation.
 os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "256k")
 PREFETCH = 2  # Batches that DALI keeps ready; two hide the decoder behind the step, more only take memory.

@@ -44,7 +44,7 @@ def limit(config: PeerConfig, made: Path) -> Batches:
     yield from _bare(simplejpeg.decode_jpeg, [image.tobytes() for image in _images(config)], config.cores)
 
 
-def older_limit(config: PeerConfig, made: Path) -> Batches:
+def torchvision_limit(config: PeerConfig, made: Path) -> Batches:
     """The same by torchvision's copy of libjpeg-turbo."""
     decode = functools.partial(decode_jpeg, mode=ImageReadMode.RGB)
     yield from _bare(decode, [torch.from_numpy(image.copy()) for image in _images(config)], config.cores)
@@ -158,7 +158,7 @@ class Peer:
 
 PEERS = {
     "libjpeg-turbo, whole, no more": Peer(limit),
-    "torchvision's libjpeg-turbo, whole, no more": Peer(older_limit),
+    "torchvision's libjpeg-turbo, whole, no more": Peer(torchvision_limit),
     "DALI's decoder, whole, no more": Peer(decoder),
     "ours": Peer(ours),
     "DALI readers.webdataset": Peer(dali),
