@@ -27,7 +27,7 @@ look: .venv/.installed
 test: .venv/.installed
 	$(BIN)/python -m pytest
 
-# Faults and resizes in the midst of whole training runs: fifteen minutes more.
+# Faults and resizes in the midst of whole training runs: twenty minutes more.
 test-long: .venv/.installed
 	$(BIN)/python -m pytest -m long
 

@@ -65,15 +65,16 @@ def take_turns(names: Sequence[str], cores: Sequence[int], rounds: int, rate: Ca
     """
     found: dict[str, dict[int, list[float]]] = {name: {c: [] for c in cores} for name in names}
     for number in range(rounds):
-        for c in cores:
-            for name in [name for name, by in found.items() if c in by]:
+        for name, by in found.items():
+            # One after the other, so that what the last core adds is seen at one speed of the machine.
+            for c in list(by):
                 try:
-                    found[name][c].append(rate(name, c))
+                    by[c].append(rate(name, c))
                 except ValueError as error:
                     print(f"left out on {c} core(s): {error}", flush=True)
-                    del found[name][c]
+                    del by[c]
                     continue
-                print(f"round {number + 1}, {c} core(s), {name}: {found[name][c][-1]:,.1f} images/s", flush=True)
+                print(f"round {number + 1}, {c} core(s), {name}: {by[c][-1]:,.1f} images/s", flush=True)
     return {name: {c: statistics.median(values) for c, values in by.items()} for name, by in found.items()}
 
 
