@@ -25,7 +25,9 @@ LOOPBACK_INTERFACE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 @contextlib.contextmanager
-def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
+def connected(
+    cpus: int | None = None, in_local_workers: Callable[[], None] | None = None, **options: Any
+) -> Iterator[None]:
     """Joins the cluster that RAY_ADDRESS names (as `ray job submit` sets it), else starts Ray on this machine.
 
     Leaves the one, or stops the other, at the end. A Ray started here has no dashboard and listens on loopback only:
@@ -33,6 +35,7 @@ def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
 
     Args:
         cpus: what a locally started Ray shall offer; None for all of the machine's.
+        in_local_workers: called in each process of a locally started Ray before its work.
         options: more of ray.init's, for either.
 
     Raises:
@@ -40,6 +43,8 @@ def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
     """
     options = {"logging_level": logging.WARNING, **options}
     address = os.environ.get("RAY_ADDRESS")
+    if in_local_workers is not None and not address:
+        options["runtime_env"] = {"worker_process_setup_hook": in_local_workers}
     if address:
         _refuse_unreachable(address)
     try:
@@ -57,6 +62,11 @@ def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def quiet_cleaner() -> None:
+    """Silences what frees a dead run's room in a cluster: without a dashboard it would complain once a second."""
+    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
 
 
 def _start(address: str | None, cpus: int | None, options: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from jobs import checkpoint
 from jobs.backend import NodeTorchConfig
 from jobs.checkpoint import Identity
 from jobs.cli import run
-from jobs.cluster import connected
+from jobs.cluster import connected, quiet_cleaner
 from jobs.interrupt import SigtermInWorkers, sigterm_stops
 from jobs.keeping import Keeper, StorageError, mend_list, storage_error
 from jobs.ledger import LedgerError, prove
@@ -125,7 +125,7 @@ def main(config: TrainConfig) -> None:
             print(f"the run {config.name} is finished already; --epochs extends it, another --name starts anew")
             print_result(data, run_location, state.progress.history, plan)
             return
-    with connected():
+    with connected(in_local_workers=quiet_cleaner):
         nodes = alive_nodes()
         resources = Resources.of(config, nodes)
         refuse_shortage(resources, nodes, recipe)
