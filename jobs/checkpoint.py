@@ -33,6 +33,7 @@ STATE_FILE = "state.json"
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 RUN_FILE = "checkpoint_manager_snapshot.json"  # Ray Train's list of committed checkpoints
+SPARE_FILE = f"{RUN_FILE}.spare"  # The list as it was after the last checkpoint that was wholly committed.
 CHECKPOINT_PREFIX = "checkpoint_"
 LIST_READS, LIST_WAIT_S = 20, 0.1  # Ray Train writes its list in place: whoever reads it just then finds a part of it.
 
@@ -221,14 +222,13 @@ def committed(run: str) -> dict[str, State]:
     """The committed checkpoints of the run at a path or URL, in the order of training: folder name -> state.
 
     Raises:
-        CheckpointError: if their list stays half written, as a kill while it was written leaves it, or a checkpoint's
-            state cannot be understood.
+        CheckpointError: if their list stays half written, and there is none before it, or a checkpoint's state cannot
+            be understood.
     """
     filesystem, path = open_location(run)
-    listing = f"{path}/{RUN_FILE}"
-    if filesystem.get_file_info(listing).type != arrow_fs.FileType.File:
+    if filesystem.get_file_info(f"{path}/{RUN_FILE}").type != arrow_fs.FileType.File:
         return {}
-    value = _read_list(filesystem, listing)
+    value = _read_list(filesystem, path)
     results = [
         *value["checkpoint_results"],
         *([value["latest_checkpoint_result"]] if value["latest_checkpoint_result"] else []),
@@ -240,7 +240,8 @@ def committed(run: str) -> dict[str, State]:
     return dict(sorted(states.items(), key=lambda item: (item[1].progress.epoch, item[1].progress.step)))
 
 
-def _read_list(filesystem: arrow_fs.FileSystem, listing: str) -> dict[str, Any]:
+def _read_list(filesystem: arrow_fs.FileSystem, path: str) -> dict[str, Any]:
+    listing = f"{path}/{RUN_FILE}"
     for attempt in range(LIST_READS):
         if attempt:
             time.sleep(LIST_WAIT_S)
@@ -249,10 +250,16 @@ def _read_list(filesystem: arrow_fs.FileSystem, listing: str) -> dict[str, Any]:
         except ValueError:
             continue
         return value
-    raise CheckpointError(
-        f"the list of checkpoints {listing} is half written, as by a run that was killed: start the run's training "
-        "command again, which takes the list before it"
-    )
+    try:
+        # Of one that stays half written, as a full disk or a kill leaves it, the one before: Ray Train removes
+        # checkpoints only after it has written the list without them.
+        spare: dict[str, Any] = json.loads(read_text(filesystem, f"{path}/{SPARE_FILE}"))
+    except (FileNotFoundError, ValueError):
+        raise CheckpointError(
+            f"the list of checkpoints {listing} is half written, as by a run that was killed, and there is none before "
+            "it: start the run's training command again, which starts it anew"
+        ) from None
+    return spare
 
 
 def best(states: dict[str, State]) -> str | None:

@@ -17,10 +17,8 @@ from pyarrow import fs as arrow_fs
 from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode, UserCallback
 from ray.train.v2.api.exceptions import ControllerError
 
-from jobs.checkpoint import RUN_FILE
+from jobs.checkpoint import RUN_FILE, SPARE_FILE
 from pipeline.storage import is_url, open_location, shown
-
-SPARE_FILE = f"{RUN_FILE}.spare"
 
 
 class StorageError(ValueError):

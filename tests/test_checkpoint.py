@@ -91,6 +91,18 @@ def test_a_list_that_is_just_written_is_read_again(listed: Path, monkeypatch: py
     assert next(looks, None) is None
 
 
+def test_of_a_list_that_stays_half_written_the_one_before_is_taken(
+    listed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a full disk leaves it: whoever evaluates or reports then has the checkpoints before."""
+    path = listed / checkpoint.RUN_FILE
+    (listed / checkpoint.SPARE_FILE).write_text(path.read_text())
+    path.write_text("")
+    monkeypatch.setattr(checkpoint, "LIST_WAIT_S", 0.0)
+    assert list(checkpoint.committed(str(listed))) == ["checkpoint_0001"]
+    assert path.read_text() == ""
+
+
 def test_a_list_that_stays_half_written_is_an_error_in_words(listed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = listed / checkpoint.RUN_FILE
     path.write_text(path.read_text()[:-1])
