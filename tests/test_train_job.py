@@ -14,7 +14,6 @@ import pytest
 from safetensors.torch import load_file
 
 from jobs import checkpoint
-from jobs.keeping import mend_list
 from tests.processes import outside_clusters, run_here
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,8 +89,6 @@ def test_a_run_killed_in_an_epoch_ends_with_the_same_weights(run: Path, shard_se
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    # Ray Train's processes outlive the driver by a moment, and may be killed while they write their list.
-    mend_list(str(tmp_path / "whole"))
     before = list(checkpoint.committed(str(tmp_path / "whole")))
     assert before
     assert not list(checkpoint.committed(str(tmp_path / "whole")).values())[-1].progress.finished
