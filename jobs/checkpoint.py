@@ -92,7 +92,7 @@ class State:
         }
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> State:
+    def from_json(cls, text: str | bytes, where: str) -> State:
         """Parses `state.json`.
 
         Raises:
@@ -115,7 +115,7 @@ class State:
                 Progress.from_json(value["progress"]),
                 str(value.get("origin", "")),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{where} is no {STATE_FILE} of this program: {error!r}") from error
 
 
@@ -144,7 +144,7 @@ def read_state(folder: Path) -> State:
         CheckpointError: if the folder is no checkpoint.
     """
     try:
-        text = (folder / STATE_FILE).read_text("utf-8")
+        text = (folder / STATE_FILE).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"{folder} is no checkpoint: it has no {STATE_FILE}; give a checkpoint_* folder"
@@ -222,8 +222,8 @@ def committed(run: str) -> dict[str, State]:
     """The committed checkpoints of the run at a path or URL, in the order of training: folder name -> state.
 
     Raises:
-        CheckpointError: if their list stays half written, and there is none before it, or a checkpoint's state cannot
-            be understood.
+        CheckpointError: if their list stays half written, and there is none before it, or names what is no checkpoint
+            of the run, or a checkpoint's state cannot be understood.
     """
     filesystem, path = open_location(run)
     if filesystem.get_file_info(f"{path}/{RUN_FILE}").type != arrow_fs.FileType.File:
@@ -234,10 +234,21 @@ def committed(run: str) -> dict[str, State]:
         *([value["latest_checkpoint_result"]] if value["latest_checkpoint_result"] else []),
     ]
     states = {}
-    for folder in {result["checkpoint_dir_name"] for result in results}:
+    for folder in {_own_folder(result["checkpoint_dir_name"], f"{path}/{RUN_FILE}") for result in results}:
         file = f"{path}/{folder}/{STATE_FILE}"
         states[folder] = State.from_json(read_text(filesystem, file), file)
     return dict(sorted(states.items(), key=lambda item: (item[1].progress.epoch, item[1].progress.step)))
+
+
+def _own_folder(name: object, where: str) -> str:
+    """The name of a checkpoint's folder, if it is one within the run: Ray Train removes those that have had their time.
+
+    Raises:
+        CheckpointError: if it is another, as in a list that somebody made.
+    """
+    if not isinstance(name, str) or not name.startswith(CHECKPOINT_PREFIX) or "/" in name:
+        raise CheckpointError(f"{where} names {name!r}, which is no checkpoint of this run: use another --name")
+    return name
 
 
 def _read_list(filesystem: arrow_fs.FileSystem, path: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 PAPER_REDUCTIONS = 3  # section 5: "reduced three times prior to termination"
@@ -25,6 +26,10 @@ class Plateau:
     """A further plateau came after the last reduction."""
     reason: str = ""
     """What the last epoch decided, for a person."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.lr) or self.lr < 0:
+            raise ValueError(f"the rate of the next epoch is {self.lr}; it must be a finite number, not below 0")
 
     def after(self, epoch: int, metric: float, patience: int, name: str = "top1_error") -> Plateau:
         """The state after an epoch's validation.

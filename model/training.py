@@ -81,8 +81,16 @@ class Progress:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Progress:
+        """What `to_json` gave.
+
+        Raises:
+            TypeError, ValueError, KeyError: for anything else.
+        """
         fields = dict(value)
-        return cls(schedule=Plateau(**fields.pop("schedule")), **fields)
+        progress = cls(schedule=Plateau(**fields.pop("schedule")), **fields)
+        if not all(type(number) is int and number >= 0 for number in (progress.epoch, progress.step)):
+            raise ValueError(f"training cannot be after epoch {progress.epoch!r}, step {progress.step!r}")
+        return progress
 
 
 class Due(enum.Enum):

@@ -117,13 +117,14 @@ class DatasetInfo:
         """Rebuilds the description from parsed JSON.
 
         Raises:
-            DatasetError: if it is of another schema version or a field is missing or of the wrong kind.
+            DatasetError: if it is of another schema version, a field is missing or of the wrong kind, or it contradicts
+                itself.
         """
         version = value.get("schema_version")
         if version != SCHEMA_VERSION:
             raise DatasetError(f"its schema version is {version}, this program reads {SCHEMA_VERSION}: shard it again")
         try:
-            return cls(
+            info = cls(
                 classes=tuple(ClassLabel(int(c["index"]), str(c["wnid"]), str(c["name"])) for c in value["classes"]),
                 splits={
                     name: Split(
@@ -143,19 +144,33 @@ class DatasetInfo:
                 source_fingerprint=str(value["source_fingerprint"]),
                 set_aside=int(value["set_aside"]),
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            info._refuse_contradictions()
+        # int() of Infinity, which Python's JSON knows, is an OverflowError.
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise DatasetError(f"a field is missing or of the wrong kind ({type(error).__name__}: {error})") from error
+        return info
+
+    def _refuse_contradictions(self) -> None:
+        """Raises ValueError for what can be of no set."""
+        if [label.index for label in self.classes] != list(range(len(self.classes))):
+            raise ValueError("the classes are not numbered from 0 on, in order")
+        for name, split in self.splits.items():
+            rows = split.shards
+            if min((number for row in rows for number in (row.samples, row.bytes)), default=0) < 0:
+                raise ValueError(f"a shard of {name} has less than nothing")
+            if len({row.name for row in rows}) < len(rows):
+                raise ValueError(f"two shards of {name} have one name")
 
 
-def shard_name(name: str) -> str:
+def shard_name(name: object) -> str:
     """The name itself, if a shard may have it.
 
     Raises:
         ValueError: otherwise.
     """
-    if not name or not all(c.isalnum() or c in "-_" for c in name):
+    if not isinstance(name, str) or not name or not all(c.isalnum() or c in "-_" for c in name):
         raise ValueError(f"a shard cannot be named {name!r}")
-    return str(name)
+    return name
 
 
 def read_dataset(root: Path) -> DatasetInfo:
@@ -166,7 +181,7 @@ def read_dataset(root: Path) -> DatasetInfo:
     """
     path = root / DATASET_FILE
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()
     except FileNotFoundError:
         state = "is unfinished: it has no dataset.json" if root.is_dir() else "does not exist"
         raise DatasetError(
@@ -176,7 +191,7 @@ def read_dataset(root: Path) -> DatasetInfo:
     return parse_dataset(text, str(path))
 
 
-def parse_dataset(text: str, where: str) -> DatasetInfo:
+def parse_dataset(text: str | bytes, where: str) -> DatasetInfo:
     """Parses the contents of a `dataset.json`.
 
     Raises:
@@ -187,7 +202,8 @@ def parse_dataset(text: str, where: str) -> DatasetInfo:
         if not isinstance(value, dict):
             raise DatasetError("it holds no JSON object")
         return DatasetInfo.from_json(value)
-    except (json.JSONDecodeError, DatasetError) as error:
+    # Of JSON that goes too deep, whose numbers are too long or that is no UTF-8, Python's errors are others.
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"{where} cannot be used: {error}") from error
 
 

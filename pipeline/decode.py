@@ -61,6 +61,26 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     return np.array(_by_pillow(data)) if pixels is None else pixels
 
 
+def claimed_size(data: bytes | NDArray[np.uint8]) -> tuple[int, int]:
+    """The width and height that an image file's header claims; nothing is decoded, and no memory taken for as much.
+
+    Raises:
+        ImageError: if it has none in one of FORMATS.
+    """
+    try:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        return width, height
+    except ValueError:
+        pass
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(bytes(data)), formats=FORMATS) as image:
+                return image.size
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ImageError(f"it does not decode: {' '.join(str(error).split())}") from error
+
+
 def _flawless_jpeg(data: bytes) -> NDArray[np.uint8] | None:
     """A usual JPEG's pixels; None for what Pillow must judge: other formats, inks, and any flaw libjpeg notices.
 

@@ -26,6 +26,8 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.dataset import DatasetError, ImageError
+from pipeline.decode import ImageError as NoImageError
+from pipeline.decode import claimed_size
 from pipeline.finish import Finisher
 from pipeline.pixel_stage import IMAGE_SHAPE, PixelReader
 from pipeline.plan import CROP_SIZE, Views
@@ -181,7 +183,19 @@ class Loader:
                 sample, image = self._substitute(error)
             samples.append(sample)
             images.append(image)
+            self._refuse_other_size(sample, image)
         return dataclasses.replace(views, samples=np.array(samples, np.int64)), images
+
+    def _refuse_other_size(self, sample: int, image: NDArray[np.uint8]) -> None:
+        """Raises LoaderError for a JPEG whose header claims another size; DALI would take memory for any."""
+        if isinstance(self._reader, PixelReader):
+            return
+        try:
+            width, height = claimed_size(image)
+        except NoImageError as error:
+            raise LoaderError(self._reader.describe(sample, str(error))) from error
+        if (width, height) != IMAGE_SHAPE[:2]:
+            raise LoaderError(self._reader.describe(sample, f"it is {width} x {height}, not 256 x 256"))
 
     def run(self, views: Iterable[Views], substitute: Substitute | None = None) -> Iterator[Batch]:
         """Yields one batch for each `Views`, in order; starting again, even before the end, drops what was under way.
@@ -203,11 +217,8 @@ class Loader:
             except StopIteration:
                 self._rewind()
                 return
-            # DALI's, also for images of several sizes.
             except RuntimeError as error:
                 raise LoaderError(self._diagnose(str(error))) from error
-            if decoded.shape[1:] != IMAGE_SHAPE:
-                raise LoaderError(self._diagnose(f"it gave {list(decoded.shape)}"))
             done, _ = self._in_flight.popleft()
             # Views, not copies.
             windows = [
@@ -235,7 +246,7 @@ class Loader:
         self._running = False
 
     def _diagnose(self, error: str) -> str:
-        """Names the sample under way that does not decode to an image as it should be."""
+        """Names the sample under way that does not decode."""
         if isinstance(self._reader, PixelReader):
             return f"DALI failed: {error}"
         for views, _ in self._in_flight:
@@ -245,7 +256,4 @@ class Loader:
                         image.load()
                 except OSError as reason:
                     return self._reader.describe(sample, f"it does not decode: {reason}")
-                if image.size != IMAGE_SHAPE[:2]:
-                    width, height = image.size
-                    return self._reader.describe(sample, f"it is {width} x {height}, not 256 x 256")
         return f"DALI failed: {error}"

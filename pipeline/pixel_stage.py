@@ -32,10 +32,11 @@ from pipeline.dataset import (
     write_atomically,
     write_json,
 )
+from pipeline.decode import ImageError, claimed_size
 from pipeline.shard_file import allow_open_files
 from pipeline.shard_index import parse_index
-from pipeline.split_reader import SplitReader, place_of
-from pipeline.staging import alone_at, read_remote_dataset
+from pipeline.split_reader import Classes, SplitReader, place_of
+from pipeline.staging import alone_at, chunks, read_remote_dataset
 from pipeline.storage import open_location, read_text, shown
 
 KIND_FILE = "pixels.json"
@@ -86,9 +87,10 @@ def _decode_set(location: str, info: DatasetInfo, target: Path, report: Callable
         )
     write_json(target / KIND_FILE, {"fingerprint": info.fingerprint, "image": list(IMAGE_SHAPE), "dtype": "uint8"})
     report(f"decoding {need / 1e9:.2f} GB of pixels, {len(missing)} of {len(work)} shards, into {target}")
+    classes = Classes(info)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for number, (split, row) in enumerate(missing, start=1):
-            _decode_shard(filesystem, path, target, split, row, pool)
+            _decode_shard(filesystem, path, target, split, row, classes, pool)
             if number % max(1, len(missing) // 20) == 0:
                 report(f"decoded {number} of {len(missing)} shards")
     write_json(target / DATASET_FILE, info.to_json())
@@ -104,11 +106,21 @@ def _is_whole(folder: Path, row: ShardRow) -> bool:
 
 
 def _decode_shard(
-    filesystem: fs.FileSystem, path: str, target: Path, split: str, row: ShardRow, pool: concurrent.futures.Executor
+    filesystem: fs.FileSystem,
+    path: str,
+    target: Path,
+    split: str,
+    row: ShardRow,
+    classes: Classes,
+    pool: concurrent.futures.Executor,
 ) -> None:
     source = f"{path}/{split}/{row.name}"
-    with filesystem.open_input_stream(f"{source}.tar") as stream:
-        tar = np.frombuffer(stream.read(), np.uint8)
+    data = bytearray()
+    for chunk in chunks(filesystem, f"{source}.tar"):
+        data += chunk
+        if len(data) > row.bytes:
+            break
+    tar = np.frombuffer(data, np.uint8)
     digest = hashlib.sha256(tar.data).hexdigest()
     if digest != row.sha256:
         raise DatasetError(
@@ -118,18 +130,22 @@ def _decode_shard(
     index = parse_index(read_text(filesystem, f"{source}.idx").encode(), f"{source}.idx")
     if len(index) != row.samples:
         raise DatasetError(f"{source}.idx lists {len(index)} samples, {DATASET_FILE} says {row.samples}")
+    index.refuse_beyond(len(tar), f"{source}.tar")
+    labels = classes.labels((tar[at : at + size].tobytes() for at, size in index.labels), index, f"{source}.tar")
 
     def decode(sample: int) -> NDArray[np.uint8]:
         offset, size = index.images[sample]
-        name = index.name(sample)
+        jpeg, where = tar[offset : offset + size].copy(), f"{source}.tar: {index.name(sample)}"
         try:
-            image = decode_jpeg(torch.from_numpy(tar[offset : offset + size].copy()), mode=ImageReadMode.RGB)
+            width, height = claimed_size(jpeg)
+            if (width, height) != IMAGE_SHAPE[:2]:
+                raise DatasetError(f"{where}: it is {width} x {height}, not 256 x 256")
+            image = decode_jpeg(torch.from_numpy(jpeg), mode=ImageReadMode.RGB)
+        except ImageError as error:
+            raise DatasetError(f"{where}: {error}") from error
         except RuntimeError as error:
-            raise DatasetError(f"{source}.tar: {name} does not decode: {error}") from error
-        pixels: NDArray[np.uint8] = image.permute(1, 2, 0).contiguous().numpy()
-        if pixels.shape != IMAGE_SHAPE:
-            raise DatasetError(f"{source}.tar: {name} is {pixels.shape[1]} x {pixels.shape[0]}, not 256 x 256")
-        return pixels
+            raise DatasetError(f"{where}: it does not decode: {error}") from error
+        return np.asarray(image.permute(1, 2, 0).contiguous())
 
     images = list(pool.map(decode, range(len(index))))
     pixels = np.stack(images) if images else np.zeros((0, *IMAGE_SHAPE), np.uint8)
@@ -140,7 +156,7 @@ def _decode_shard(
             "source_sha256": row.sha256,
             "bytes": pixels.nbytes,
             "sha256": hashlib.sha256(pixels.data).hexdigest(),
-            "labels": [int(tar[at : at + digits].tobytes()) for at, digits in index.labels],
+            "labels": labels.tolist(),
             "keys": [index.key(sample) for sample in range(len(index))],
         },
     )
@@ -192,15 +208,17 @@ class PixelReader:
         self._maps: list[NDArray[np.uint8]] = []
         self._rows = [row for row in info.splits[split].shards if row.samples]
         self._first = list(itertools.accumulate((row.samples for row in self._rows), initial=0))
-        self.labels = np.empty(self._first[-1], np.int32)
+        # Of each shard when its file has been looked at: what dataset.json says is not trusted with memory.
+        labels = [np.empty(0, np.int32)]
         # A map keeps its file open.
         allow_open_files(len(self._rows))
-        for row, first in zip(self._rows, self._first, strict=False):
+        for row in self._rows:
             opening()
-            self.labels[first : first + row.samples] = _read_description(self._folder, row)["labels"]
+            labels.append(np.array(_read_description(self._folder, row)["labels"], np.int32))
             with (self._folder / f"{row.name}.rgb").open("rb") as file:
                 mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
             self._maps.append(mapped.reshape(-1, *IMAGE_SHAPE))
+        self.labels = np.concatenate(labels)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -8,6 +8,7 @@ point enters once, at the end. The eigenvectors and eigenvalues are the p and la
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,8 @@ class RgbStatistics:
 
 def _vector(values: Any) -> Vector:
     r, g, b = (float(value) for value in values)
+    if not all(map(math.isfinite, (r, g, b))):
+        raise ValueError(f"{(r, g, b)} are not finite numbers")
     return r, g, b
 
 

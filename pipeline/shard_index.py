@@ -52,6 +52,17 @@ class ShardIndex:
         found = np.frombuffer(self.text, np.uint8)[np.minimum(places, len(self.text) - 1)]
         return ((found == wanted) | (wanted == 0)).all(axis=1)
 
+    def refuse_beyond(self, size: int, where: str) -> None:
+        """Raises DatasetError, naming the tar `where` of `size` bytes, if samples lie beyond its end or in each other.
+
+        Else an index of small numbers could have a tar's bytes read for every sample again.
+        """
+        beyond = np.maximum(self.images.sum(axis=1), self.labels.sum(axis=1)) > size
+        if beyond.any():
+            raise DatasetError(f"{where}: sample {self.name(beyond.argmax())} lies beyond the end of the file")
+        if self.images[:, 1].sum() + self.labels[:, 1].sum() > size:
+            raise DatasetError(f"{where}: by its index the samples have more bytes than the file")
+
 
 def read_index(path: Path) -> ShardIndex:
     """Reads a shard's index.

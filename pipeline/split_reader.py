@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,17 +47,19 @@ class SplitReader:
         self._files: list[ShardFile] = []
         self._places: list[NDArray[np.unsignedinteger]] = []
         self._checksums: list[NDArray[np.uint32] | None] = []
-        self.labels = np.empty(self._first[-1], np.int32)
-        classes = _Classes(info)
+        # Of each shard when it has been looked at: what dataset.json says of their number is not trusted with memory.
+        labels = [np.empty(0, np.int32)]
+        classes = Classes(info)
         allow_open_files(len(self._rows))
-        for row, first in zip(self._rows, self._first, strict=False):
+        for row in self._rows:
             opening()
             try:
-                self.labels[first : first + row.samples] = self._open(row, classes)
+                labels.append(self._open(row, classes))
             except FileNotFoundError as error:
                 raise DatasetError(f"{error.filename} is missing: {self._advice(row.name)}") from None
             except (DatasetError, ShardError) as error:
                 raise DatasetError(f"{error}: {self._advice(row.name)}") from error
+        self.labels = np.concatenate(labels)
         self.unchecked = sum(checksums is None for checksums in self._checksums)
 
     def __len__(self) -> int:
@@ -108,7 +110,7 @@ class SplitReader:
     def _advice(self, shard: str) -> str:
         return mend_advice(self._root, self.split, shard, self._annotated)
 
-    def _open(self, row: ShardRow, classes: _Classes) -> NDArray[np.int64]:
+    def _open(self, row: ShardRow, classes: Classes) -> NDArray[np.int32]:
         """Opens one shard, checks it and returns its labels, [samples]."""
         path = self._path(row.name, ".tar")
         file = ShardFile(path)
@@ -120,10 +122,11 @@ class SplitReader:
                 f"{path.with_suffix('.idx')} lists {len(index)} samples, dataset.json says {row.samples}"
             )
         checksums = read_checksums(path.with_suffix(".json"), row.sha256, row.samples)
-        beyond = np.maximum(index.images.sum(axis=1), index.labels.sum(axis=1)) > file.size
-        if beyond.any():
-            raise DatasetError(f"{path}: sample {index.name(beyond.argmax())} lies beyond the end of the file")
-        labels = classes.labels(file, index, path)
+        index.refuse_beyond(file.size, str(path))
+        try:
+            labels = classes.labels(file.read_each(index.labels.tolist()), index, str(path))
+        except ChangedError as error:
+            raise DatasetError(f"{path} {error}") from error
         self._files.append(file)
         # No place in the file is beyond what its size fits.
         self._places.append(index.images.astype(np.uint32 if file.size < 2**32 else np.uint64))
@@ -142,7 +145,7 @@ def place_of(sample: int, first: Sequence[int]) -> tuple[int, int]:
     return shard, sample - first[shard]
 
 
-class _Classes:
+class Classes:
     """What a label of a set may be."""
 
     def __init__(self, info: DatasetInfo) -> None:
@@ -152,33 +155,35 @@ class _Classes:
         beginnings = [beginning(label.wnid).encode() for label in info.classes]
         self._beginnings = None if info.annotated else np.array(beginnings)
 
-    def labels(self, file: ShardFile, index: ShardIndex, path: Path) -> NDArray[np.int64]:
-        """A shard's labels, [samples], as its tar has them.
+    def labels(self, texts: Iterable[bytes], index: ShardIndex, where: str) -> NDArray[np.int32]:
+        """A shard's labels, [samples].
+
+        Args:
+            texts: what the tar has for each.
+            where: the tar, for errors.
 
         Raises:
             DatasetError: if one cannot be read, is no class of the set, or is of another class than the sample's key.
         """
-        texts: list[bytes] = []
+        found: list[bytes] = []
         try:
-            for text in file.read_each(index.labels.tolist()):
-                texts.append(text)
+            for text in texts:
+                found.append(text)
         except DamagedError as error:
-            raise DatasetError(f"{path}: the label of sample {index.name(len(texts))} {error}") from error
-        except ChangedError as error:
-            raise DatasetError(f"{path} {error}") from error
+            raise DatasetError(f"{where}: the label of sample {index.name(len(found))} {error}") from error
         known = self._by_text
-        labels = np.array([known[text] if text in known else self._number(text) for text in texts], np.int64)
+        labels = np.array([known[text] if text in known else self._number(text) for text in found], np.int32)
         if (labels < 0).any():
             bad = int(labels.argmin())
-            text = texts[bad].strip()
-            raise DatasetError(f"{path}: sample {index.name(bad)} has the label {text!r} of {self._count} classes")
+            text = found[bad].strip()
+            raise DatasetError(f"{where}: sample {index.name(bad)} has the label {text!r} of {self._count} classes")
         if self._beginnings is not None:
             # One bit makes a digit another digit, but keys begin with their class.
             fitting = index.begin_with(self._beginnings[labels])
             if not fitting.all():
                 bad = int(fitting.argmin())
                 raise DatasetError(
-                    f"{path}: sample {index.name(bad)} has the label {labels[bad]}, which is of another class"
+                    f"{where}: sample {index.name(bad)} has the label {labels[bad]}, which is of another class"
                 )
         return labels
 

@@ -200,6 +200,10 @@ def _copy_tar(filesystem: fs.FileSystem, source: str, tar: Path, row: ShardRow, 
             for chunk in chunks(filesystem, source):
                 digest.update(chunk)
                 file.write(chunk)
+                # There is room on the disk for what was stated.
+                if file.tell() > row.bytes:
+                    break
+            size = file.tell()
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
@@ -212,6 +216,8 @@ def _copy_tar(filesystem: fs.FileSystem, source: str, tar: Path, row: ShardRow, 
         return
     temporary.unlink()
     said = f"its sha256 is {found[:12]}..., not {row.sha256[:12]}..."
+    if size > row.bytes:
+        said = f"it has more than {row.bytes} bytes"
     if found not in wrong:
         wrong.add(found)
         raise SourceReadError(f"{source} arrived otherwise than it was sent, or is damaged: {said}")

@@ -83,9 +83,18 @@ def open_location(location: str) -> tuple[fs.FileSystem, str]:
 
 
 def read_text(filesystem: fs.FileSystem, path: str) -> str:
-    """The whole of a text file."""
+    """The whole of a text file.
+
+    Raises:
+        ValueError: if it is no UTF-8.
+        OSError: if it cannot be read.
+    """
     with filesystem.open_input_stream(path) as stream:
-        return str(stream.read().decode("utf-8"))
+        data = stream.read()
+    try:
+        return str(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
 
 
 @functools.lru_cache
