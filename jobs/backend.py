@@ -1,13 +1,17 @@
-"""Ray Train's set-up of torch on every worker, by the node's own interface and address (`jobs.network`)."""
+"""Ray Train where it is done otherwise here: torch is set up by the node's own interface and address (`jobs.network`),
+Ctrl-C is not an abort, and a Ray of one machine has nobody look after a dead run's room."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from datetime import timedelta
+from typing import Any
 
 import ray
-from ray.train.torch import TorchConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.worker_group import ExecutionGroup
 
 from jobs.network import join, open_meeting
@@ -32,3 +36,19 @@ class NodeTorchConfig(TorchConfig):
     @property
     def backend_cls(self) -> type[NodeBackend]:
         return NodeBackend
+
+
+class NodeTrainer(TorchTrainer):
+    """Ray Train's trainer, which leaves signals to its caller."""
+
+    def _register_sigint_handler(self, controller: object) -> None:
+        """Ray Train would take Ctrl-C for a wish to leave at once, without a word or a checkpoint."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        if os.environ.get("RAY_ADDRESS"):
+            return callbacks
+        # An actor frees the room of a run whose driver died, as the dashboard tells. A Ray that was started for this
+        # run has none, and ends with its driver; the actor would complain once a second, or ask another Ray on this
+        # machine, which does not know the run, and take the room of the living.
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]

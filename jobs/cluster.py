@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -12,7 +13,7 @@ from typing import Any
 import ray
 import ray.exceptions
 from ray._common.utils import get_default_ray_temp_dir
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 
 RETRIES = 3
 CONNECT_SECONDS = 10
@@ -25,9 +26,7 @@ LOOPBACK_INTERFACE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 @contextlib.contextmanager
-def connected(
-    cpus: int | None = None, in_local_workers: Callable[[], None] | None = None, **options: Any
-) -> Iterator[None]:
+def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
     """Joins the cluster that RAY_ADDRESS names (as `ray job submit` sets it), else starts Ray on this machine.
 
     Leaves the one, or stops the other, at the end. A Ray started here has no dashboard and listens on loopback only:
@@ -35,7 +34,6 @@ def connected(
 
     Args:
         cpus: what a locally started Ray shall offer; None for all of the machine's.
-        in_local_workers: called in each process of a locally started Ray before its work.
         options: more of ray.init's, for either.
 
     Raises:
@@ -43,8 +41,6 @@ def connected(
     """
     options = {"logging_level": logging.WARNING, **options}
     address = os.environ.get("RAY_ADDRESS")
-    if in_local_workers is not None and not address:
-        options["runtime_env"] = {"worker_process_setup_hook": in_local_workers}
     if address:
         _refuse_unreachable(address)
     try:
@@ -64,11 +60,6 @@ def connected(
         ray.shutdown()
 
 
-def quiet_cleaner() -> None:
-    """Silences what frees a dead run's room in a cluster: without a dashboard it would complain once a second."""
-    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
-
-
 def _start(address: str | None, cpus: int | None, options: dict[str, Any]) -> None:
     if address:
         ray.init(**options)
@@ -78,7 +69,23 @@ def _start(address: str | None, cpus: int | None, options: dict[str, Any]) -> No
         os.environ.update(LOOPBACK_SWITCH | LOOPBACK_INTERFACE)
         # "local", because a bare init would join any Ray that happens to run on this machine.
         # Its dashboard is a dozen more processes and 4 s more to wait for.
-        ray.init("local", num_cpus=cpus, include_dashboard=False, **options)
+        with _groups_of_their_own():
+            ray.init("local", num_cpus=cpus, include_dashboard=False, **options)
+
+
+@contextlib.contextmanager
+def _groups_of_their_own() -> Iterator[None]:
+    """Keeps what Ray starts out of this process's group.
+
+    A SIGTERM to the group, as timeout(1) sends it, would end Ray before a last checkpoint is written. Ray's processes
+    do not outlive this one all the same: the kernel kills them with it.
+    """
+    popen = services.ConsolePopen
+    services.ConsolePopen = functools.partial(popen, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
 
 
 def _refuse_unreachable(address: str) -> None:

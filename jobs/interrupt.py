@@ -1,4 +1,4 @@
-"""Stops that are announced: SIGTERM to the driver or to a worker, and a spot node's drain.
+"""Stops that are announced: SIGTERM or Ctrl-C to the driver, SIGTERM to a worker, and a spot node's drain.
 
 Whoever gets the signal leaves a word in the cluster's key-value store; worker 0 looks for it in a thread of its own,
 and the workers' next exchange (`Beat`) tells all of them, so that they write one checkpoint at the same step.
@@ -28,6 +28,9 @@ from model.training import Due, Worker
 
 LOOK_SECONDS = 1.0
 BEAT_SECONDS = 1.0  # Between exchanges; a step that takes longer has one each.
+AGAIN_SECONDS = (
+    1.0  # timeout(1) sends SIGTERM twice, to the process and to its group; a person who insists takes longer.
+)
 SLOW = 2.0  # Times the other workers' median
 SLOW_EXCHANGES = 3  # In a row, before it is said: any machine stumbles.
 _NAMESPACE = "alexnet-trainer"
@@ -49,30 +52,43 @@ def asked_to_stop() -> str | None:
 
 
 @contextlib.contextmanager
-def sigterm_stops() -> Iterator[None]:
-    """While it lasts, SIGTERM to this process, the driver, asks the workers to stop; a second one ends it at once."""
+def signals_stop() -> Iterator[None]:
+    """While it lasts, SIGTERM or SIGINT (Ctrl-C) to this process, the driver, asks the workers to stop.
+
+    A later one does what it would have done before.
+    """
     seen = threading.Event()
     over = threading.Event()
+    first, name = 0.0, ""
 
     def handle(signum: int, frame: object) -> None:
-        if seen.is_set():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
+        nonlocal first, name
+        if not seen.is_set():
+            first, name = time.monotonic(), signal.Signals(signum).name
+        elif time.monotonic() - first > AGAIN_SECONDS:
+            signal.signal(signum, before[signum])
+            os.kill(os.getpid(), signum)
         seen.set()
 
     def tell() -> None:
         # In a thread, because a handler may interrupt the very call to Ray that it would make.
         seen.wait()
         if not over.is_set():
-            print("SIGTERM: a checkpoint is written after the step under way", file=sys.stderr, flush=True)
-            ask_to_stop("SIGTERM to the driver")
+            line = f"{name}: a checkpoint is written after the step under way; a second one leaves without it"
+            print(line, file=sys.stderr, flush=True)
+            ask_to_stop(f"{name} to the driver")
 
     threading.Thread(target=tell, daemon=True).start()
-    before = signal.signal(signal.SIGTERM, handle)
+    before = {int(signum): signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    for signum, was in before.items():
+        # Shells let what they start in the background, and nohup lets all, live through a Ctrl-C.
+        if was is not signal.SIG_IGN:
+            signal.signal(signum, handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for signum, was in before.items():
+            signal.signal(signum, was)
         over.set()
         seen.set()
 

@@ -14,15 +14,14 @@ from pathlib import Path
 from shlex import quote
 
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
 from jobs import checkpoint
-from jobs.backend import NodeTorchConfig
+from jobs.backend import NodeTorchConfig, NodeTrainer
 from jobs.checkpoint import Identity
 from jobs.cli import run
-from jobs.cluster import connected, quiet_cleaner
-from jobs.interrupt import SigtermInWorkers, sigterm_stops
+from jobs.cluster import connected
+from jobs.interrupt import SigtermInWorkers, signals_stop
 from jobs.keeping import Keeper, StorageError, mend_list, storage_error
 from jobs.ledger import LedgerError, prove
 from jobs.nodes import Node, alive_nodes, refuse_unshared
@@ -125,7 +124,7 @@ def main(config: TrainConfig) -> None:
             print(f"the run {config.name} is finished already; --epochs extends it, another --name starts anew")
             print_result(data, run_location, state.progress.history, plan)
             return
-    with connected(in_local_workers=quiet_cleaner):
+    with connected():
         nodes = alive_nodes()
         resources = Resources.of(config, nodes)
         refuse_shortage(resources, nodes, recipe)
@@ -207,7 +206,7 @@ def launch(
     if workers.elastic:
         # Ray Train learns of a lost node after up to 20 s; till then it waits for that node's room, 60 s by default.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", ROOM_SECONDS)
-    trainer = TorchTrainer(
+    trainer = NodeTrainer(
         train_worker,
         train_loop_config=assignment,
         torch_config=NodeTorchConfig(),
@@ -230,7 +229,7 @@ def launch(
         ),
     )
     try:
-        with sigterm_stops():
+        with signals_stop():
             outcome = trainer.fit().return_value
     except TrainingFailedError as error:
         cause = error.controller_failure if isinstance(error, ControllerError) else None
