@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pyarrow import fs
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipeline.dataset import (
     DATASET_FILE,
@@ -32,7 +30,7 @@ from pipeline.dataset import (
     write_atomically,
     write_json,
 )
-from pipeline.decode import ImageError, claimed_size
+from pipeline.decode import ImageError, claimed_size, decode
 from pipeline.shard_file import allow_open_files
 from pipeline.shard_index import parse_index
 from pipeline.split_reader import Classes, SplitReader, place_of
@@ -133,21 +131,18 @@ def _decode_shard(
     index.refuse_beyond(len(tar), f"{source}.tar")
     labels = classes.labels((tar[at : at + size].tobytes() for at, size in index.labels), index, f"{source}.tar")
 
-    def decode(sample: int) -> NDArray[np.uint8]:
+    def pixels_of(sample: int) -> NDArray[np.uint8]:
         offset, size = index.images[sample]
-        jpeg, where = tar[offset : offset + size].copy(), f"{source}.tar: {index.name(sample)}"
+        jpeg, where = tar[offset : offset + size], f"{source}.tar: {index.name(sample)}"
         try:
             width, height = claimed_size(jpeg)
             if (width, height) != IMAGE_SHAPE[:2]:
                 raise DatasetError(f"{where}: it is {width} x {height}, not 256 x 256")
-            image = decode_jpeg(torch.from_numpy(jpeg), mode=ImageReadMode.RGB)
+            return decode(jpeg.tobytes())
         except ImageError as error:
             raise DatasetError(f"{where}: {error}") from error
-        except RuntimeError as error:
-            raise DatasetError(f"{where}: it does not decode: {error}") from error
-        return np.asarray(image.permute(1, 2, 0).contiguous())
 
-    images = list(pool.map(decode, range(len(index))))
+    images = list(pool.map(pixels_of, range(len(index))))
     pixels = np.stack(images) if images else np.zeros((0, *IMAGE_SHAPE), np.uint8)
     write_atomically(target / split / f"{row.name}.rgb", pixels.tobytes())
     write_json(
