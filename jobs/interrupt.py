@@ -7,7 +7,6 @@ and the workers' next exchange (`Beat`) tells all of them, so that they write on
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
 import statistics
@@ -55,7 +54,7 @@ def asked_to_stop() -> str | None:
 def signals_stop() -> Iterator[None]:
     """While it lasts, SIGTERM or SIGINT (Ctrl-C) to this process, the driver, asks the workers to stop.
 
-    A later one does what it would have done before.
+    A later one is a KeyboardInterrupt.
     """
     seen = threading.Event()
     over = threading.Event()
@@ -66,8 +65,7 @@ def signals_stop() -> Iterator[None]:
         if not seen.is_set():
             first, name = time.monotonic(), signal.Signals(signum).name
         elif time.monotonic() - first > AGAIN_SECONDS:
-            signal.signal(signum, before[signum])
-            os.kill(os.getpid(), signum)
+            raise KeyboardInterrupt
         seen.set()
 
     def tell() -> None:
@@ -79,7 +77,7 @@ def signals_stop() -> Iterator[None]:
             ask_to_stop(f"{name} to the driver")
 
     threading.Thread(target=tell, daemon=True).start()
-    before = {int(signum): signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
     for signum, was in before.items():
         # Shells let what they start in the background, and nohup lets all, live through a Ctrl-C.
         if was is not signal.SIG_IGN:
