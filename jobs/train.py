@@ -1,8 +1,8 @@
 """Trains AlexNet on a shard set, on any number of workers, as the paper did (or by a named deviation).
 
-Run the same command again to continue a run that was stopped. Started plainly, it uses this machine; under
-`ray job submit --working-dir . -- python jobs/train.py ...` it uses the cluster. A setting whose default is None
-follows from the recipe or from the machine; the run begins by printing what came of it.
+Ctrl-C or SIGTERM writes a checkpoint and leaves; the same command continues any run that was stopped. Started plainly,
+it uses this machine; under `ray job submit --working-dir . -- python jobs/train.py ...` it uses the cluster. A setting
+whose default is None follows from the recipe or from the machine; the run begins by printing what came of it.
 """
 
 from __future__ import annotations
