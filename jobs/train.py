@@ -206,6 +206,9 @@ def launch(
     if workers.elastic:
         # Ray Train learns of a lost node after up to 20 s; till then it waits for that node's room, 60 s by default.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", ROOM_SECONDS)
+    if not os.environ.get("RAY_ADDRESS"):
+        # No node of a Ray that was started for this run is taken away: one actor less, at each start and all the time.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     trainer = NodeTrainer(
         train_worker,
         train_loop_config=assignment,
