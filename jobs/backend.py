@@ -4,7 +4,6 @@ Ctrl-C is not an abort, and a Ray of one machine has nobody look after a dead ru
 from __future__ import annotations
 
 import dataclasses
-import os
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +13,7 @@ from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBacken
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.worker_group import ExecutionGroup
 
+from jobs.cluster import on_cluster
 from jobs.network import join, open_meeting
 
 
@@ -46,7 +46,7 @@ class NodeTrainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
-        if os.environ.get("RAY_ADDRESS"):
+        if on_cluster():
             return callbacks
         # An actor frees the room of a run whose driver died, as the dashboard tells. A Ray that was started for this
         # run has none, and ends with its driver; the actor would complain once a second, or ask another Ray on this

@@ -25,6 +25,11 @@ LOOPBACK_SWITCH = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 LOOPBACK_INTERFACE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
+def on_cluster() -> bool:
+    """Whether `connected` joins a cluster, and does not start a Ray that is this command's own."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 @contextlib.contextmanager
 def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
     """Joins the cluster that RAY_ADDRESS names (as `ray job submit` sets it), else starts Ray on this machine.

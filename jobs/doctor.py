@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from jobs import checks
 from jobs.checks import Finding, finding
 from jobs.cli import GpuChoice, one_line, run
-from jobs.cluster import CONNECT_SECONDS, connected
+from jobs.cluster import CONNECT_SECONDS, connected, on_cluster
 from jobs.inspector import Facts, Inspector, Rank, bus_bandwidth
 from jobs.nodes import NoAnswer, Node, alive_nodes, collect, on
 from pipeline.dataset import DatasetInfo, read_dataset, write_json
@@ -109,7 +109,7 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
     )
     if facts:
         inspectors = {node: inspectors[node] for node in facts}
-        one_machine = not os.environ.get("RAY_ADDRESS")
+        one_machine = not on_cluster()
         yield checks.check_versions(facts)
         yield checks.check_token(facts, one_machine)
         yield from checks.check_limits(facts)

@@ -27,9 +27,7 @@ from model.training import Due, Worker
 
 LOOK_SECONDS = 1.0
 BEAT_SECONDS = 1.0  # Between exchanges; a step that takes longer has one each.
-AGAIN_SECONDS = (
-    1.0  # timeout(1) sends SIGTERM twice, to the process and to its group; a person who insists takes longer.
-)
+AGAIN_SECONDS = 1.0  # A person who insists takes longer than timeout(1), which signals the process and its group.
 SLOW = 2.0  # Times the other workers' median
 SLOW_EXCHANGES = 3  # In a row, before it is said: any machine stumbles.
 _NAMESPACE = "alexnet-trainer"

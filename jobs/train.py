@@ -20,7 +20,7 @@ from jobs import checkpoint
 from jobs.backend import NodeTorchConfig, NodeTrainer
 from jobs.checkpoint import Identity
 from jobs.cli import run
-from jobs.cluster import connected
+from jobs.cluster import connected, on_cluster
 from jobs.interrupt import SigtermInWorkers, signals_stop
 from jobs.keeping import Keeper, StorageError, mend_list, storage_error
 from jobs.ledger import LedgerError, prove
@@ -206,7 +206,7 @@ def launch(
     if workers.elastic:
         # Ray Train learns of a lost node after up to 20 s; till then it waits for that node's room, 60 s by default.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", ROOM_SECONDS)
-    if not os.environ.get("RAY_ADDRESS"):
+    if not on_cluster():
         # No node of a Ray that was started for this run is taken away: one actor less, at each start and all the time.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     trainer = NodeTrainer(
@@ -260,7 +260,7 @@ def refuse_shortage(resources: Resources, nodes: Sequence[Node], recipe: Recipe)
     each = f"{resources.cpus_per_worker} core(s){' and a GPU' if resources.gpus else ''} each"
     there = ", ".join(f"{node.address} with {node.cpus} core(s) and {node.gpus} GPU(s)" for node in nodes[:5])
     short = f"the run needs room for {fewest} worker(s) of {each}, and there is room for {room} now ({there})"
-    if not os.environ.get("RAY_ADDRESS"):
+    if not on_cluster():
         raise ValueError(f"{short}: use fewer --workers, --cpus-per-worker or --no-gpus")
     print(f"waiting for the cluster to grow: {short}", flush=True)
 

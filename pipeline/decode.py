@@ -27,6 +27,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile
 
+from pipeline.dataset import IMAGE_SIZE
+
 # ImageNet's largest image has 61 million pixels; a header that claims more than this is a mistake or an attack.
 # Pillow's own limit is a little higher, and is heeded too.
 MAX_PIXELS = 80_000_000
@@ -61,12 +63,18 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     return np.array(_by_pillow(data)) if pixels is None else pixels
 
 
-def claimed_size(data: bytes | NDArray[np.uint8]) -> tuple[int, int]:
-    """The width and height that an image file's header claims; nothing is decoded, and no memory taken for as much.
+def refuse_other_size(data: bytes | NDArray[np.uint8]) -> None:
+    """Looks at an image file's header alone, so that no memory is taken for what it claims.
 
     Raises:
-        ImageError: if it has none in one of FORMATS.
+        ImageError: if it claims another size than a set's images have, or there is no header in one of FORMATS.
     """
+    width, height = _claimed_size(data)
+    if (width, height) != (IMAGE_SIZE, IMAGE_SIZE):
+        raise ImageError(f"it is {width} x {height}, not {IMAGE_SIZE} x {IMAGE_SIZE}")
+
+
+def _claimed_size(data: bytes | NDArray[np.uint8]) -> tuple[int, int]:
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         return width, height

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from pipeline.dataset import DatasetError, ImageError
 from pipeline.decode import ImageError as NoImageError
-from pipeline.decode import claimed_size
+from pipeline.decode import refuse_other_size
 from pipeline.finish import Finisher
-from pipeline.pixel_stage import IMAGE_SHAPE, PixelReader
+from pipeline.pixel_stage import PixelReader
 from pipeline.plan import CROP_SIZE, Views
 from pipeline.rgb_stats import MAX_LEVEL, RgbStatistics
 from pipeline.split_reader import SplitReader
@@ -191,11 +191,9 @@ class Loader:
         if isinstance(self._reader, PixelReader):
             return
         try:
-            width, height = claimed_size(image)
+            refuse_other_size(image)
         except NoImageError as error:
             raise LoaderError(self._reader.describe(sample, str(error))) from error
-        if (width, height) != IMAGE_SHAPE[:2]:
-            raise LoaderError(self._reader.describe(sample, f"it is {width} x {height}, not 256 x 256"))
 
     def run(self, views: Iterable[Views], substitute: Substitute | None = None) -> Iterator[Batch]:
         """Yields one batch for each `Views`, in order; starting again, even before the end, drops what was under way.

@@ -30,7 +30,7 @@ from pipeline.dataset import (
     write_atomically,
     write_json,
 )
-from pipeline.decode import ImageError, claimed_size, decode
+from pipeline.decode import ImageError, decode, refuse_other_size
 from pipeline.shard_file import allow_open_files
 from pipeline.shard_index import parse_index
 from pipeline.split_reader import Classes, SplitReader, place_of
@@ -135,9 +135,7 @@ def _decode_shard(
         offset, size = index.images[sample]
         jpeg, where = tar[offset : offset + size], f"{source}.tar: {index.name(sample)}"
         try:
-            width, height = claimed_size(jpeg)
-            if (width, height) != IMAGE_SHAPE[:2]:
-                raise DatasetError(f"{where}: it is {width} x {height}, not 256 x 256")
+            refuse_other_size(jpeg)
             return decode(jpeg.tobytes())
         except ImageError as error:
             raise DatasetError(f"{where}: {error}") from error

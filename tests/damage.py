@@ -6,7 +6,13 @@ import dataclasses
 import os
 import shutil
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.split_reader import SplitReader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +49,21 @@ def places(root: Path, split: str) -> list[Place]:
 def own_copy(shard_set: Path, folder: Path) -> Path:
     """A set that may be damaged."""
     return Path(shutil.copytree(shard_set, folder))
+
+
+class OtherImages:
+    """A reader's images, but for some that are others, vouched for like the rest.
+
+    Args:
+        others: by sample, uint8 [size] each.
+    """
+
+    def __init__(self, reader: SplitReader, others: Mapping[int, NDArray[np.uint8]]) -> None:
+        self._reader, self._others = reader, others
+        self.split, self.labels, self.describe = reader.split, reader.labels, reader.describe
+
+    def image(self, sample: int) -> NDArray[np.uint8]:
+        return self._others[sample] if sample in self._others else self._reader.image(sample)
 
 
 def overwrite(path: Path, offset: int, data: bytes) -> None:

@@ -31,7 +31,7 @@ from pipeline.pixel_stage import stage_pixels
 from pipeline.plan import centre_views
 from pipeline.split_reader import SplitReader
 from pipeline.staging import stage
-from tests.damage import own_copy
+from tests.damage import OtherImages, own_copy
 from tests.runs import ROOT
 from tests.test_training import IDENTITY, Recorder, SmallData, make_trainer
 
@@ -194,10 +194,6 @@ def rewrite_index(root: Path, change: Callable[[list[str]], None]) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def part(fields: list[str], extension: str) -> int:
-    return fields.index(extension)
-
-
 @pytest.mark.parametrize("extension", ["jpg", "cls"])
 @pytest.mark.parametrize(
     ("offset", "size", "reason"),
@@ -215,7 +211,7 @@ def test_an_index_that_points_elsewhere_is_refused(
     whole = (hostile / "train" / "train-000000.tar").stat().st_size
 
     def change(fields: list[str]) -> None:
-        at = part(fields, extension)
+        at = fields.index(extension)
         fields[at + 1 : at + 3] = [offset, size.replace("WHOLE", str(whole))]
 
     rewrite_index(hostile, change)
@@ -235,24 +231,13 @@ def bomb(side: int) -> bytes:
     return data[: frame + 5] + side.to_bytes(2, "big") * 2 + data[frame + 9 :]
 
 
-class Bombed:
-    """A set's images, one of them a bomb whose bytes are vouched for."""
-
-    def __init__(self, reader: SplitReader, image: bytes) -> None:
-        self._reader, self._image = reader, image
-        self.split, self.labels, self.describe = reader.split, reader.labels, reader.describe
-
-    def image(self, sample: int) -> np.ndarray:
-        return np.frombuffer(self._image, np.uint8) if sample == 3 else self._reader.image(sample)
-
-
 @pytest.mark.parametrize(("image", "what"), [(bomb(20_000), "it is 20000 x 20000"), (b"GIF89a", "it does not decode")])
 def test_an_image_that_claims_to_be_huge_is_named_before_it_is_decoded(
     shard_set: Path, image: bytes, what: str, little_room: None
 ) -> None:
     info = read_dataset(shard_set)
     reader = SplitReader(shard_set, info, "train")
-    loader = Loader(Bombed(reader, image), info.rgb, 10, CPU, 1)  # type: ignore[arg-type]
+    loader = Loader(OtherImages(reader, {3: np.frombuffer(image, np.uint8)}), info.rgb, 10, CPU, 1)  # type: ignore[arg-type]
     with pytest.raises(DatasetError, match=f"train image {reader.key(3)} of train-000000: {what}"):
         list(loader.run(centre_views(np.arange(10)).chunks(10)))
 

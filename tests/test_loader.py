@@ -19,6 +19,7 @@ from pipeline.dataset import read_dataset
 from pipeline.loader import Loader, LoaderError
 from pipeline.plan import Plan, Views, centre_views, colour_matrix, ten_crop_views
 from pipeline.split_reader import SplitReader
+from tests.damage import OtherImages
 
 CPU = torch.device("cpu")
 
@@ -165,44 +166,19 @@ def test_a_dropped_loader_leaves_no_thread_and_no_memory(shard_set: Path, reader
     assert grown - memory < 100e6
 
 
-class DamagedReader:
-    """The same images, but one of them cut short."""
-
-    def __init__(self, reader: SplitReader, sample: int) -> None:
-        self._reader = reader
-        self._sample = sample
-        self.split, self.labels, self.describe = reader.split, reader.labels, reader.describe
-
-    def image(self, sample: int) -> NDArray[np.uint8]:
-        data = self._reader.image(sample)
-        return data[: len(data) // 3] if sample == self._sample else data
-
-
 def test_an_image_that_does_not_decode_is_named(shard_set: Path, reader: SplitReader) -> None:
-    damaged = Loader(DamagedReader(reader, 8), read_dataset(shard_set).rgb, 10, CPU, 1)  # type: ignore[arg-type]
+    whole = reader.image(8)
+    damaged = Loader(OtherImages(reader, {8: whole[: len(whole) // 3]}), read_dataset(shard_set).rgb, 10, CPU, 1)  # type: ignore[arg-type]
     with pytest.raises(LoaderError, match=reader.key(8)):
         list(damaged.run(centre_views(np.arange(20)).chunks(10)))
-
-
-class LargerReader:
-    """The same images, but some of them of another size."""
-
-    def __init__(self, reader: SplitReader, samples: tuple[int, ...]) -> None:
-        self._reader = reader
-        self._samples = samples
-        self.split, self.labels, self.describe = reader.split, reader.labels, reader.describe
-
-    def image(self, sample: int) -> NDArray[np.uint8]:
-        if sample not in self._samples:
-            return self._reader.image(sample)
-        larger = io.BytesIO()
-        Image.new("RGB", (300, 280)).save(larger, "JPEG")
-        return np.frombuffer(larger.getvalue(), np.uint8)
 
 
 @pytest.mark.parametrize("samples", [(8,), tuple(range(5, 10))])
 def test_an_image_of_another_size_is_named(shard_set: Path, reader: SplitReader, samples: tuple[int, ...]) -> None:
     """One among others, and a batch that holds no other."""
-    larger = Loader(LargerReader(reader, samples), read_dataset(shard_set).rgb, 5, CPU, 1)  # type: ignore[arg-type]
+    file = io.BytesIO()
+    Image.new("RGB", (300, 280)).save(file, "JPEG")
+    others = dict.fromkeys(samples, np.frombuffer(file.getvalue(), np.uint8))
+    larger = Loader(OtherImages(reader, others), read_dataset(shard_set).rgb, 5, CPU, 1)  # type: ignore[arg-type]
     with pytest.raises(LoaderError, match=f"{reader.key(samples[0])}.*300 x 280, not 256 x 256"):
         list(larger.run(centre_views(np.arange(20)).chunks(5)))
