@@ -15,7 +15,7 @@ from jobs.progress import Progress
 from model.alexnet import AlexNet
 from pipeline.dataset import DatasetInfo
 from pipeline.loader import Batch, Loader
-from pipeline.plan import centre_views
+from pipeline.plan import center_crops
 from pipeline.rgb_stats import RgbStatistics
 from pipeline.split_reader import SplitReader
 
@@ -114,7 +114,7 @@ class Asker:
         samples = np.arange(min(images, len(reader)))
         loader = Loader(reader, self._rgb, self._batch_size, self._device, self._threads)
         with Progress(len(samples), f"{reader.split} images") as progress:
-            for batch in loader.run(centre_views(samples).chunks(self._batch_size)):
+            for batch in loader.run(center_crops(samples).chunks(self._batch_size)):
                 yield batch
                 progress.advance(len(batch))
 

@@ -3,7 +3,7 @@
 Four rates over the same shard set, in one run: decoding its JPEGs whole and nothing else (the limit), the loader alone,
 the network alone on a batch that stays where it is, and both together; then each stage's part of the time.
 
-With --check-gpu: compares the GPU loader's pixels and labels with the CPU loader's, and times both, instead.
+With --check-gpu: first compares the GPU's loader with the CPU's (`make gpu` is the whole command).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import concurrent.futures
 import dataclasses
 import itertools
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,22 +19,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from nvidia.dali import Pipeline
+from nvidia.dali import __version__ as dali_version
 from torch.nn import functional as F
 from torchvision.io import decode_jpeg
 
 from jobs import gpu_check, stages
 from jobs.checkpoint import Identity
-from jobs.cli import run, say_unchecked
-from jobs.device import choose_device
+from jobs.cli import run
+from jobs.device import choose_device, processor
 from jobs.stages import Chains, Findings, Rates, Stages
 from jobs.worker import make_network
 from model.recipe import RECIPES
 from model.training import Trainer, Worker
-from pipeline.dataset import read_dataset, write_json
-from pipeline.finish import Finisher
-from pipeline.loader import Loader, bare_decoder
-from pipeline.pixel_stage import IMAGE_SHAPE
-from pipeline.plan import CROP_SIZE, Plan, Views, colour_matrix
+from pipeline.dataset import DatasetInfo, read_dataset, write_json
+from pipeline.loader import GpuDecoder, Loader, define
+from pipeline.plan import Plan, PlannedBatch, colour_matrix
 from pipeline.split_reader import SplitReader
 
 
@@ -46,7 +46,9 @@ class BenchmarkConfig:
     json: Path | None = None
     """Also write the figures to this file."""
     check_gpu: bool = False
-    """Check the GPU's stream against the CPU's and time both; nothing else is measured."""
+    """First check the GPU's batches against the CPU's, and memory over 1,000 batches."""
+    gpu_decoder: GpuDecoder = "cuda"
+    """What decodes JPEGs on a GPU, as in jobs/train.py."""
     batch_size: int = 128
     """Images per step of this one process."""
     gpu: bool = dataclasses.field(default_factory=torch.cuda.is_available)
@@ -80,10 +82,9 @@ def rate(images: int, action: Callable[[], object], settle: Callable[[], None]) 
 
 
 def measure(config: BenchmarkConfig) -> Findings:
-    """Runs all chains turn and turn about, so that a machine that slows down slows all of them."""
+    """Runs all chains in turn, so that a machine that slows down slows all of them."""
     info = read_dataset(config.data)
     reader = SplitReader(config.data, info, "train")
-    say_unchecked(reader)
     recipe = dataclasses.replace(RECIPES["default"], batch_size=config.batch_size)
     plan = Plan(len(reader), config.batch_size, recipe.seed, colour_matrix(info.rgb, recipe.colour))
     device = choose_device(config.gpu)
@@ -92,21 +93,19 @@ def measure(config: BenchmarkConfig) -> Findings:
     precision = torch.bfloat16 if config.gpu else torch.float32
     trainer = Trainer(network, recipe, Worker(0, 1, device, precision))
     network.train()
-    loader = Loader(reader, info.rgb, config.batch_size, device, config.threads)
-    batches = (batch for epoch in itertools.count() for batch in loader.run(plan.epoch(epoch)))
+    loader = Loader(reader, info.rgb, config.batch_size, device, config.threads, gpu_decoder=config.gpu_decoder)
+    batches = loader.run(endless(plan))
     resident = next(batches)
     trainer.step([resident])
-    decoder = bare_decoder(reader.image, endless(plan), config.batch_size, config.threads, config.gpu)
-    decoder.run()
-    first = next(plan.epoch(0))
-    finisher, means = Finisher(device, config.threads), np.tile(np.array(info.rgb.mean, np.float32), (len(first), 1))
-    images = torch.zeros(len(first), *IMAGE_SHAPE, dtype=torch.uint8, device=device)
-    windows = [image[:CROP_SIZE, :CROP_SIZE] for image in images]
     settle = torch.cuda.synchronize if config.gpu else _nothing
     many = 4 * config.steps
+    to_read = list(itertools.islice(endless(plan), many))
     encoded = [torch.from_numpy(reader.image(i % len(reader)).copy()) for i in range(many * config.batch_size)]
-    to_read = [views.samples for views in itertools.islice(endless(plan), many)]
+    graph = bare_graph(config, reader.read(to_read[0].samples), info)
+    decoded = np.stack([reader.decoded(sample) for sample in to_read[0].samples.tolist()])
+    cropping = bare_graph(config, decoded, info)
     waits: list[float] = []
+    host: list[float] = []
 
     def decode() -> None:
         with concurrent.futures.ThreadPoolExecutor(config.threads) as pool:
@@ -114,21 +113,22 @@ def measure(config: BenchmarkConfig) -> Findings:
                 pass
 
     def read() -> None:
-        for samples in to_read:
-            for sample in samples:
-                reader.image(sample).copy()
+        for planned in to_read:
+            reader.read(planned.samples)
 
-    def decoded() -> None:
+    def run_graph() -> None:
         for _ in range(many):
-            decoder.run()
-
-    def load() -> None:
-        for _ in itertools.islice(batches, many):
-            pass
+            graph.run()
 
     def augment() -> None:
         for _ in range(many):
-            finisher.finish(windows, first.flips, means)
+            cropping.run()
+
+    def load() -> None:
+        worked = time.thread_time()
+        for _ in itertools.islice(batches, many):
+            pass
+        host.append(time.thread_time() - worked)
 
     def train() -> None:
         for _ in range(config.steps):
@@ -154,7 +154,7 @@ def measure(config: BenchmarkConfig) -> Findings:
             trainer.step([resident])
 
     jobs = {
-        **dict.fromkeys((decode, read, decoded, load, augment), many),
+        **dict.fromkeys((decode, read, run_graph, load, augment), many),
         **dict.fromkeys((train, compute, forward, gradients), config.steps),
     }
     found: dict[str, list[float]] = {job.__name__: [] for job in jobs}
@@ -165,11 +165,36 @@ def measure(config: BenchmarkConfig) -> Findings:
         print(f"round {number} of {config.rounds}: {shown}", flush=True)
     middle = {name: statistics.median(values) for name, values in found.items()}
     seconds = config.steps * config.batch_size * config.rounds / middle["train"]
-    rates = Rates(middle["decode"], middle["load"], middle["compute"], middle["train"], sum(waits) / seconds)
-    chains = Chains(*(middle[name] for name in ("read", "decoded", "augment", "forward", "gradients")))
+    rates = Rates(
+        middle["decode"],
+        middle["load"],
+        middle["compute"],
+        middle["train"],
+        sum(waits) / seconds,
+        1e6 * statistics.median(host) / (many * config.batch_size),
+    )
+    chains = Chains(*(middle[name] for name in ("read", "run_graph", "augment", "forward", "gradients")))
     gradient_bytes = sum(4 * parameter.numel() for parameter in network.parameters())
     parts = Stages.of(rates, chains, config.batch_size, all_reduce_ms(config, gradient_bytes))
     return Findings(rates, parts, config.threads, config.batch_size, config.machines)
+
+
+def bare_graph(config: BenchmarkConfig, images: NDArray[np.uint8], info: DatasetInfo) -> Pipeline:
+    """The loader's graph, built, fed the same batch again and again: center crops."""
+    n = len(images)
+    center, mean = np.full(n, 0.5, np.float32), np.tile(255 * np.array(info.rgb.mean, np.float32), (n, 1))
+    inputs = (images, center, center, np.zeros(n, np.int32), mean)
+    pipeline = define(
+        lambda: inputs,
+        n,
+        config.threads,
+        "gpu" if config.gpu else "cpu",
+        0 if config.gpu else None,
+        pixels=images.ndim > 2,
+        gpu_decoder=config.gpu_decoder,
+    )
+    pipeline.build()
+    return pipeline
 
 
 def all_reduce_ms(config: BenchmarkConfig, gradient_bytes: int) -> float | None:
@@ -179,7 +204,7 @@ def all_reduce_ms(config: BenchmarkConfig, gradient_bytes: int) -> float | None:
     return None if config.gpu else stages.measured_ms(gradient_bytes, config.rounds)
 
 
-def endless(plan: Plan) -> Iterator[Views]:
+def endless(plan: Plan) -> Iterator[PlannedBatch]:
     """Epoch after epoch."""
     for epoch in itertools.count():
         yield from plan.epoch(epoch)
@@ -190,21 +215,28 @@ def _nothing() -> None:
 
 
 def main(config: BenchmarkConfig) -> None:
+    checked = None
     if config.check_gpu:
-        if not torch.cuda.is_available():
+        if not config.gpu or not torch.cuda.is_available():
             raise ValueError("--check-gpu needs a GPU, but torch sees none here: run it on a machine with one")
         device = choose_device(True)
-        print(f"{torch.cuda.get_device_name(device)} against this machine's CPU, batch {config.batch_size}")
-        for line in gpu_check.check(config.data, device, config.batch_size, config.steps, config.threads):
-            print(line)
-        return
+        print(f"{torch.cuda.get_device_name(device)} against this machine's CPU, batch {config.batch_size}", flush=True)
+        checked = gpu_check.check(
+            config.data, device, config.batch_size, config.steps, config.threads, gpu_decoder=config.gpu_decoder
+        )
+        print("\n".join(checked.lines()), flush=True)
     findings = measure(config)
-    name = torch.cuda.get_device_name(0) if config.gpu else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(0) if config.gpu else processor()
     print(f"{name}, {config.threads} thread(s), batch {config.batch_size}; images/s, medians of {config.rounds}:")
     for line in findings.lines():
         print(line)
     if config.json is not None:
-        write_json(config.json, findings.to_json())
+        versions = {"torch": torch.__version__, "dali": dali_version, "gpu_decoder": config.gpu_decoder}
+        value = {"device": name, **versions, **findings.to_json()}
+        write_json(config.json, value if checked is None else {**value, "gpu_check": dataclasses.asdict(checked)})
+    if checked is not None:
+        # After the file: what a check finds is wanted most where it fails.
+        checked.refuse_problems(device)
 
 
 if __name__ == "__main__":

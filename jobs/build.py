@@ -10,7 +10,7 @@ import ray
 
 from jobs.cluster import LostError, stream
 from jobs.progress import Progress
-from pipeline.annotation import ShardAnnotation, ShardError
+from pipeline.annotation import ShardError
 from pipeline.set_lock import at_work
 from pipeline.shard_set import SetPlan
 from pipeline.shards import BuiltShard, ShardPlan, SourceReadError, Step, build_in_steps
@@ -37,8 +37,8 @@ class _Tally:
 
 def build_all(
     output: Path, plan: SetPlan, set_aside: bool, workers: int | None, progress: Progress
-) -> list[ShardAnnotation]:
-    """Builds every shard, no more at a time than there are workers; annotations in the plan's order.
+) -> list[BuiltShard]:
+    """Builds every shard, no more at a time than there are workers; in the plan's order.
 
     Raises:
         BadImageError, ShardError, SourceReadError: see `build_in_steps`; also if a shard's workers died again and
@@ -46,7 +46,7 @@ def build_all(
     """
     # Attempts are counted here and not by Ray, which would not tell a task which one it is.
     task = ray.remote(_build).options(num_cpus=1, max_retries=0, num_returns="streaming", name="build_shard")
-    done: dict[int, ShardAnnotation] = {}
+    done: dict[int, BuiltShard] = {}
     reached: dict[int, Step] = {}
     tally = _Tally(len(plan.shards), progress)
     calls = ((output, shard, plan.image, set_aside) for shard in plan.shards)
@@ -56,7 +56,7 @@ def build_all(
                 reached[number] = item
                 tally.reach(number, item.images, item.rejected)
                 continue
-            done[number] = item.annotation
+            done[number] = item
             reached.pop(number, None)
             tally.reach(number, len(plan.shards[number].entries), len(item.annotation.rejected), worked=not item.kept)
     except LostError as error:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from pipeline.dataset import DatasetInfo
 from pipeline.rgb_stats import RgbStatistics
 from pipeline.storage import open_location, read_text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 STATE_FILE = "state.json"
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -36,6 +37,14 @@ RUN_FILE = "checkpoint_manager_snapshot.json"  # Ray Train's list of committed c
 SPARE_FILE = f"{RUN_FILE}.spare"  # The list as it was after the last checkpoint that was wholly committed.
 CHECKPOINT_PREFIX = "checkpoint_"
 LIST_READS, LIST_WAIT_S = 20, 0.1  # Ray Train writes its list in place: whoever reads it just then finds a part of it.
+
+
+# What has a run's images decoded as before.
+DECODER_CURES = {
+    "libjpeg-turbo": "--no-gpus, or --stage DIR --stage-as pixels on GPUs",
+    "nvjpeg-cuda": "--gpus --gpu-decoder cuda --stage-as jpeg",
+    "nvjpeg-hardware": "--gpus --gpu-decoder hardware --stage-as jpeg",
+}
 
 
 class CheckpointError(ValueError):
@@ -53,10 +62,17 @@ class Identity:
     """The classes, by label."""
     rgb: RgbStatistics
     """Of the training set: evaluation must subtract the same mean."""
+    decoder: str = "libjpeg-turbo"
+    """What decided the images' pixels (`pipeline.loader.decoder_name`)."""
+    precision: str = "float32"
+    """float32, or bfloat16 for autocast."""
 
     @classmethod
-    def of(cls, recipe: Recipe, info: DatasetInfo) -> Identity:
-        return cls(recipe, info.fingerprint, tuple(label.wnid for label in info.classes), info.rgb)
+    def of(
+        cls, recipe: Recipe, info: DatasetInfo, decoder: str = "libjpeg-turbo", precision: str = "float32"
+    ) -> Identity:
+        wnids = tuple(label.wnid for label in info.classes)
+        return cls(recipe, info.fingerprint, wnids, info.rgb, decoder, precision)
 
     def differences(self, other: Identity) -> list[str]:
         """What differs from another run, one phrase each.
@@ -71,6 +87,10 @@ class Identity:
         ]
         if self.dataset != other.dataset:
             found.append(f"the shard set is {other.dataset[:12]}, was {self.dataset[:12]}")
+        if self.decoder != other.decoder:
+            found.append(f"the JPEG decoder is {other.decoder}, was {self.decoder} ({DECODER_CURES[self.decoder]})")
+        if self.precision != other.precision:
+            found.append(f"the precision is {other.precision}, was {self.precision} (--precision {self.precision})")
         return found
 
 
@@ -111,12 +131,21 @@ class State:
                     str(identity["dataset"]),
                     tuple(identity["wnids"]),
                     RgbStatistics.from_json(identity["rgb"]),
+                    _one_of(DECODER_CURES, identity["decoder"]),
+                    _one_of(("float32", "bfloat16"), identity["precision"]),
                 ),
                 Progress.from_json(value["progress"]),
                 str(value.get("origin", "")),
             )
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{where} is no {STATE_FILE} of this program: {error!r}") from error
+
+
+def _one_of(names: Collection[str], value: object) -> str:
+    """Raises ValueError for any other value."""
+    if not isinstance(value, str) or value not in names:
+        raise ValueError(f"{value!r} is none of {', '.join(names)}")
+    return value
 
 
 def save(folder: Path, trainer: Trainer, identity: Identity) -> None:

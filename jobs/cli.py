@@ -7,13 +7,9 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
 import tyro
-
-if TYPE_CHECKING:
-    from pipeline.pixel_stage import PixelReader
-    from pipeline.split_reader import SplitReader
 
 Config = TypeVar("Config")
 Switch = Annotated[
@@ -69,17 +65,6 @@ def _refuse_urls(config: object) -> None:
 def say(line: str) -> None:
     """Tells a person, beside what the command prints as its result."""
     print(line, file=sys.stderr, flush=True)
-
-
-def say_unchecked(reader: SplitReader | PixelReader) -> None:
-    """Says what of a split's images cannot be checked against damage, if any."""
-    if reader.unchecked:
-        print(f"{unchecked(reader)}: a damaged image there is found only if it does not decode", flush=True)
-
-
-def unchecked(reader: SplitReader | PixelReader) -> str:
-    """A clause on what of a split's images cannot be checked."""
-    return f"{reader.unchecked} {reader.split} shard(s) have no checksums in their annotations"
 
 
 def one_line(error: BaseException) -> str:

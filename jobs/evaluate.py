@@ -16,18 +16,16 @@ from pyarrow import fs as arrow_fs
 
 from jobs import checkpoint
 from jobs.checkpoint import CheckpointError
-from jobs.cli import run, say_unchecked
+from jobs.cli import run
 from jobs.device import choose_device
 from jobs.progress import Progress
 from jobs.worker import make_network
 from model.metrics import Score, evaluate
 from pipeline.dataset import read_dataset, write_json
 from pipeline.loader import Batch, Loader
-from pipeline.pixel_stage import open_split
-from pipeline.plan import centre_views, ten_crop_views
+from pipeline.plan import TEN_CROPS, center_crops
+from pipeline.split_reader import SplitReader
 from pipeline.storage import join, open_location
-
-TEN = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +77,12 @@ def local_checkpoint(location: str) -> Iterator[tuple[str, Path]]:
         yield location, Path(folder)
 
 
-def counted(batches: Iterator[Batch], views: int, total: int) -> Iterator[Batch]:
+def counted(batches: Iterator[Batch], total: int) -> Iterator[Batch]:
     """The same batches, with their images shown as progress."""
     with Progress(total, "images") as progress:
         for batch in batches:
             yield batch
-            progress.advance(len(batch) // views)
+            progress.advance(len(batch))
 
 
 def main(config: EvaluateConfig) -> None:
@@ -97,16 +95,13 @@ def main(config: EvaluateConfig) -> None:
         network = make_network(identity).to(memory_format=torch.channels_last).to(device)
         checkpoint.load_network(folder, network)
 
-    reader = open_split(config.data, info, "val")
-    say_unchecked(reader)
-    views = TEN if config.ten_crop else 1
+    reader = SplitReader(config.data, info, "val")
+    views = len(TEN_CROPS) if config.ten_crop else 1
     # The mean is the training run's, not this set's: it is part of what was learnt.
-    loader = Loader(reader, identity.rgb, config.batch_size * views, device, config.threads)
-    chunks = np.array_split(np.arange(len(reader)), max(1, -(-len(reader) // config.batch_size)))
-    see = ten_crop_views if config.ten_crop else centre_views
-    batches = loader.run(see(samples) for samples in chunks)
+    loader = Loader(reader, identity.rgb, config.batch_size, device, config.threads, ten_crop=config.ten_crop)
+    batches = loader.run(center_crops(np.arange(len(reader))).chunks(config.batch_size))
     started = time.perf_counter()
-    score = Score.of(evaluate(network, counted(batches, views, len(reader)), device, views))
+    score = Score.of(evaluate(network, counted(batches, len(reader)), device, views))
     crops = "ten crops" if config.ten_crop else "centre crop"
     if state.origin:
         print(f"{location} is {state.origin}")

@@ -41,10 +41,10 @@ def gallery(answers: Answers, data: Path, info: DatasetInfo) -> str:
     )
 
 
-def _thumbnail(encoded: NDArray[np.uint8], label: str) -> str:
+def _thumbnail(pixels: NDArray[np.uint8], label: str) -> str:
     buffer = io.BytesIO()
-    with Image.open(io.BytesIO(encoded.tobytes())) as image:
-        image.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=80)
+    small = Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    small.save(buffer, "JPEG", quality=80)
     source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return f'<img class="thumbnail" src="{source}" alt="{html.escape(label)}">'
 
@@ -59,7 +59,7 @@ def _cards(answers: Answers, val: SplitReader, names: list[str]) -> list[str]:
             for label, value in zip(top.tolist(), values.tolist(), strict=True)
         )
         name = html.escape(names[truth])
-        image = _thumbnail(val.image(sample), names[truth])
+        image = _thumbnail(val.decoded(sample), names[truth])
         cards.append(f'<figure class="card">{image}<div><figcaption>{name}</figcaption><ol>{bars}</ol></div></figure>')
     return cards
 
@@ -68,11 +68,11 @@ def _neighbours(answers: Answers, val: SplitReader, train: SplitReader, names: l
     rows = []
     for sample, nearest in enumerate(answers.nearest.tolist()):
         truth = int(val.labels[sample])
-        cells = [f"<td>{_thumbnail(val.image(sample), names[truth])}<small>{html.escape(names[truth])}</small></td>"]
+        cells = [f"<td>{_thumbnail(val.decoded(sample), names[truth])}<small>{html.escape(names[truth])}</small></td>"]
         for other in nearest:
             label = int(train.labels[other])
             same = "right" if label == truth else ""
-            image = _thumbnail(train.image(other), names[label])
+            image = _thumbnail(train.decoded(other), names[label])
             cells.append(f'<td class="{same}">{image}<small>{html.escape(names[label])}</small></td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
     head = f'<tr><th>validation</th><th colspan="{answers.nearest.shape[1]}">training, nearest first</th></tr>'

@@ -1,33 +1,37 @@
-"""The GPU loader's stream against the CPU's: the same plan decoded by both, compared pixel by pixel, and timed.
+"""Whether a GPU's loader does what the CPU's does.
+
+Given the same decoded pixels, both must give the same batches, bit for bit: crop, flip, mean and color are exact.
+From JPEGs, the GPU's images must not depend on how a plan is cut into batches. Its decoder is another one than the
+CPU's, so that these two are compared with a tolerance.
 
 Two correct JPEG decoders differ. Their inverse DCTs may differ by 1, interpolating chroma rounds once more, and the
 conversion to RGB weighs chroma by up to 1.772: blue may differ by 1 + 1.772 * 2 + 0.5, that is 5 levels. So values may
-differ by 5, one in a thousand by more, and an image by 1 level on average. What this finds: another window, mirroring,
-colour shift, mean or channel order, and chroma that is repeated instead of interpolated.
+differ by 5, one in a thousand by more, and an image by 1 level on average. What this finds: another channel
+order, and chroma that is repeated instead of interpolated.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
-from collections.abc import Callable, Iterable, Iterator
+import resource
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.dataset import read_dataset
-from pipeline.loader import Batch, Loader
-from pipeline.plan import Plan, Views, centre_views, colour_matrix, ten_crop_views
-from pipeline.split_reader import SplitReader
+from pipeline.dataset import IMAGE_BYTES, IMAGE_SHAPE, read_dataset
+from pipeline.loader import Batch, GpuDecoder, Loader, Reader
+from pipeline.plan import Plan, PlannedBatch, center_crops, colour_matrix
+from pipeline.split_reader import Allocate, SplitReader
 
 MAX_LEVELS = 5.0  # A value further off than two correct decoders can be...
 MAX_BEYOND = 0.001  # ...which this share of an image's values may be.
 MAX_MEAN = 1.0  # Mean absolute difference of an image. libjpeg's fast inverse DCT, a poor one, differs by 0.98.
 MAX_BIAS = 0.5  # Mean difference of a channel over an image: rounding has no side.
-TEN_CROPS = 10
 
 
 class GpuCheckError(ValueError):
@@ -88,7 +92,7 @@ def compare(reference: Iterable[Batch], other: Iterable[Batch]) -> Comparison:
                     "bias": "levels of mean difference in a channel",
                     "beyond": f"of its values differ by more than {MAX_LEVELS:g} levels",
                 }[name]
-                sample = int(one.samples[image])
+                sample = int(one.samples[image * len(one) // len(one.images)])
                 value = float(found[image, column])
                 problems.setdefault(name, f"batch {number}, sample {sample}: {value:.4g} {what} (at most {limit:g})")
     every = torch.cat(rows) if rows else torch.zeros(0, 4)
@@ -100,67 +104,140 @@ def compare(reference: Iterable[Batch], other: Iterable[Batch]) -> Comparison:
     return Comparison(count, float(every[:, 0].mean()), mean, bias, beyond, largest, tuple(problems.values()))
 
 
-def streams(train: SplitReader, val: SplitReader, plan: Plan, steps: int) -> dict[str, tuple[SplitReader, list[Views]]]:
-    """What is compared: training with all its draws, validation's centre, and the ten crops, some steps of each."""
-    first = np.array_split(np.arange(len(val)), max(1, len(val) // plan.batch_size))[:steps]
-    ten = np.array_split(np.arange(len(val)), max(1, TEN_CROPS * len(val) // plan.batch_size))[:steps]
-    return {
-        "training": (train, list(itertools.islice(plan.epoch(0), steps))),
-        "centre crop": (val, [view for samples in first for view in centre_views(samples).chunks(plan.batch_size)]),
-        "ten crops": (val, [view for samples in ten for view in ten_crop_views(samples).chunks(plan.batch_size)]),
-    }
+class DecodedOnHost:
+    """A reader's images, decoded by libjpeg-turbo as they are read: a loader's own decoder has no part in them."""
+
+    pixels = True
+
+    def __init__(self, reader: SplitReader) -> None:
+        self._reader = reader
+        self.labels, self.describe = reader.labels, reader.describe
+
+    def read(self, samples: NDArray[np.int64], allocate: Allocate) -> NDArray[np.uint8]:
+        rows = allocate((len(samples), IMAGE_BYTES)).reshape(-1, *IMAGE_SHAPE)
+        for row, sample in zip(rows, samples.tolist(), strict=True):
+            row[:] = self._reader.decoded(sample)
+        return rows
 
 
-def check(data: Path, device: torch.device, batch_size: int, steps: int, threads: int) -> list[str]:
-    """Compares and times a loader on `device` with one on the CPU; returns the report's lines.
+def equal(reference: Iterable[Batch], other: Iterable[Batch]) -> str:
+    """Where two streams differ in any bit of an image, a label or a sample, however they are cut; empty if nowhere."""
+    one, two = (_rows(batches) for batches in (reference, other))
+    for number, (mine, its) in enumerate(itertools.zip_longest(one, two)):
+        if mine is None or its is None:
+            return f"one stream has {number} images and the other has more"
+        for name, a, b in zip(("sample", "label"), mine[1:], its[1:], strict=True):
+            if a != b:
+                return f"image {number} is of {name} {b}, not {a}"
+        if not torch.equal(mine[0], its[0]):
+            off = (mine[0] - its[0]).abs()
+            return f"image {number}, sample {mine[1]}: {int((off > 0).sum())} values differ, by up to {off.max():g}"
+    return ""
 
-    Raises:
-        GpuCheckError: if a stream is out of tolerance.
+
+def _rows(batches: Iterable[Batch]) -> Iterator[tuple[Tensor, int, int]]:
+    """Image, sample and label of each row; of ten crops all ten in one."""
+    for batch in batches:
+        images = batch.images.cpu().unflatten(0, (len(batch), -1))
+        labels = batch.labels.cpu().unflatten(0, (len(batch), -1))[:, 0].tolist()
+        yield from zip(images, batch.samples.tolist(), labels, strict=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuCheck:
+    """What the check found."""
+
+    agrees: dict[str, str]
+    """By what was compared: in words, how well it agrees."""
+    problems: tuple[str, ...]
+    host_mb_grown: float
+    """Growth of the process's memory over `memory_batches`."""
+    device_mb_grown: float
+    """The same of the device's."""
+    memory_batches: int
+
+    def lines(self) -> list[str]:
+        """What a person reads."""
+        memory = f"host {self.host_mb_grown:+.0f} MB, device {self.device_mb_grown:+.0f} MB"
+        return [
+            *(f"{name}: {words}" for name, words in self.agrees.items()),
+            f"memory over {self.memory_batches} batches: {memory}",
+        ]
+
+    def refuse_problems(self, device: torch.device) -> None:
+        """Raises GpuCheckError if there are any."""
+        if self.problems:
+            raise GpuCheckError(f"the loader on {device} is not the CPU's: {'; '.join(self.problems)}")
+
+
+def check(
+    data: Path,
+    device: torch.device,
+    batch_size: int,
+    steps: int,
+    threads: int,
+    memory_batches: int = 1000,
+    gpu_decoder: GpuDecoder = "cuda",
+) -> GpuCheck:
+    """Compares a loader on `device` with one on the CPU.
+
+    Args:
+        batch_size: images a batch.
+        steps: how many batches of each kind are compared.
     """
     info = read_dataset(data)
     train, val = SplitReader(data, info, "train"), SplitReader(data, info, "val")
-    plan = Plan(len(train), batch_size, 0, colour_matrix(info.rgb))
-    lines, problems = [], []
-    loaders: dict[SplitReader, tuple[Loader, Loader]] = {
-        reader: (
-            Loader(reader, info.rgb, batch_size, torch.device("cpu"), threads),
-            Loader(reader, info.rgb, batch_size, device, threads),
-        )
-        for reader in (train, val)
-    }
-    for name, (reader, views) in streams(train, val, plan, steps).items():
-        host, other = loaders[reader]
-        found = compare(host.run(views), other.run(views))
-        verdict = "differs" if found.problems else "agrees"
-        lines.append(
-            f"{name}: {found.images} images, mean absolute difference {found.mean:.3f} levels (worst image "
+    plan = Plan(len(train), min(batch_size, len(train)), 0, colour_matrix(info.rgb))
+    planned = list(itertools.islice(plan.epoch(0), steps))
+    center = list(itertools.islice(center_crops(np.arange(len(val))).chunks(batch_size), steps))
+    ten = list(itertools.islice(center_crops(np.arange(len(val))).chunks(max(1, batch_size // 10)), steps))
+
+    def run(
+        reader: Reader, batches: list[PlannedBatch], where: torch.device, ten_crop: bool = False
+    ) -> Iterator[Batch]:
+        largest = max(map(len, batches))
+        return Loader(reader, info.rgb, largest, where, threads, ten_crop, gpu_decoder).run(batches)
+
+    cpu = torch.device("cpu")
+    kinds = {"training": (train, planned, False), "center crop": (val, center, False), "ten crops": (val, ten, True)}
+    agrees, problems = {}, []
+    for name, (reader, batches, ten_crop) in kinds.items():
+        pixels = DecodedOnHost(reader)
+        wrong = equal(run(pixels, batches, cpu, ten_crop), run(pixels, batches, device, ten_crop))
+        agrees[f"{name}, from equal pixels"] = wrong or "equal to the CPU's, bit for bit"
+        problems += [f"{name}, from equal pixels: {wrong}"] if wrong else []
+    cut = [part for batch in planned for part in batch.chunks(batch_size // 2 + 1)]
+    wrong = equal(run(train, planned, device), run(train, cut, device))
+    agrees["training, in batches of two sizes"] = wrong or "equal, bit for bit"
+    problems += [f"training, in batches of two sizes: {wrong}"] if wrong else []
+    for name, (reader, batches, ten_crop) in kinds.items():
+        found = compare(run(reader, batches, cpu, ten_crop), run(reader, batches, device, ten_crop))
+        agrees[f"{name}, from JPEGs"] = (
+            f"{found.images} images, mean absolute difference {found.mean:.3f} levels (worst image "
             f"{found.worst_mean:.3f}), worst bias {found.worst_bias:.3f}, largest difference {found.largest:.0f}, "
-            f"at most {found.worst_beyond:.3%} of an image beyond {MAX_LEVELS:g}: {verdict}"
+            f"at most {found.worst_beyond:.3%} of an image beyond {MAX_LEVELS:g}"
         )
-        problems += [f"{name}, {problem}" for problem in found.problems]
-    host, other = loaders[train]
-    for name, loader in (("cpu", host), (str(device), other)):
-        lines.append(
-            f"loader on {name}: {images_per_s(loader, plan, steps, device):,.0f} images/s, {threads} thread(s)"
-        )
-    if problems:
-        print("\n".join(lines))
-        raise GpuCheckError(f"the stream on {device} is not the CPU's: {'; '.join(problems)}")
-    return lines
+        problems += [f"{name}, from JPEGs: {problem}" for problem in found.problems]
+    loader = Loader(train, info.rgb, plan.batch_size, device, threads, gpu_decoder=gpu_decoder)
+    host, on_device = memory_growth(loader, plan, memory_batches, device)
+    return GpuCheck(agrees, tuple(problems), host, on_device, memory_batches)
 
 
-def images_per_s(loader: Loader, plan: Plan, steps: int, device: torch.device) -> float:
-    """A loader's rate over some steps, after a first one that fills its queues."""
+def memory_growth(loader: Loader, plan: Plan, count: int, device: torch.device) -> tuple[float, float]:
+    """How many MB this process and the device hold more after so many batches than after the first tenth of them."""
+    batches = loader.run(itertools.chain.from_iterable(plan.epoch(epoch) for epoch in itertools.count()))
+    first = (0.0, 0.0)
+    for number, _ in enumerate(itertools.islice(batches, count)):
+        if number == count // 10:
+            first = _held_mb(device)
+    last = _held_mb(device)
+    return last[0] - first[0], last[1] - first[1]
 
-    def views() -> Iterator[Views]:
-        for epoch in itertools.count():
-            yield from plan.epoch(epoch)
 
-    settle: Callable[[], None] = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
-    batches = loader.run(itertools.islice(views(), steps + 1))
-    next(batches)
-    settle()
-    started = time.perf_counter()
-    images = sum(len(batch) for batch in batches)
-    settle()
-    return images / (time.perf_counter() - started)
+def _held_mb(device: torch.device) -> tuple[float, float]:
+    """MB that this process holds in memory, and that are taken on the device, by whomever."""
+    host = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+    if device.type != "cuda":
+        return host, 0.0
+    free, total = torch.cuda.mem_get_info(device)
+    return host, (total - free) / 1e6

@@ -20,12 +20,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
-from PIL import Image
 
 from jobs.cli import run
 from pipeline.dataset import IMAGE_SIZE, DatasetInfo, read_dataset, write_atomically
 from pipeline.loader import Loader
-from pipeline.plan import CROP_SIZE, Plan, Views, colour_matrix
+from pipeline.plan import CROP_SIZE, Augmentation, Plan, colour_matrix
 from pipeline.rgb_stats import MAX_LEVEL
 from pipeline.split_reader import SplitReader
 
@@ -73,7 +72,9 @@ class Seen:
     """[n, 227, 227, 3]: as the network gets it, the mean added again."""
     exaggerated: NDArray[np.uint8]
     """[n, 227, 227, 3]: with a larger colour shift."""
-    views: Views
+    drawn: Augmentation
+    samples: NDArray[np.int64]
+    """[n]: their rows in the sample index."""
     names: list[str]
     """Each image's class."""
 
@@ -87,20 +88,21 @@ def look(config: LookConfig, info: DatasetInfo, reader: SplitReader) -> Seen:
     plan = Plan(len(reader), min(config.batch_size, len(reader)), config.seed, colour_matrix(info.rgb, config.colour))
     if config.step >= plan.steps:
         raise ValueError(f"step {config.step} was asked for, but an epoch has {plan.steps}: use a lower --step")
-    views = next(plan.epoch(config.epoch, config.step)).part(0, config.images)
-    loader = Loader(reader, info.rgb, len(views), torch.device("cpu"), os.cpu_count() or 1)
-    (batch,) = loader.run([views])
+    planned = next(next(plan.epoch(config.epoch, config.step)).chunks(config.images))
+    drawn = planned.draw(planned.samples)
+    loader = Loader(reader, info.rgb, len(planned), torch.device("cpu"), os.cpu_count() or 1)
+    (batch,) = loader.run([planned])
     mean = np.array(info.rgb.mean) * MAX_LEVEL
     network = batch.images.permute(0, 2, 3, 1).numpy().astype(np.float64) + mean
-    shift = views.shifts[:, None, None, :].astype(np.float64)
-    stored = [np.asarray(Image.open(io.BytesIO(reader.image(s).tobytes())).convert("RGB")) for s in views.samples]
+    shift = drawn.shifts[:, None, None, :].astype(np.float64)
     return Seen(
-        stored=np.stack(stored),
+        stored=np.stack([reader.decoded(sample) for sample in planned.samples.tolist()]),
         window=levels(network - shift),
         network=levels(network),
         exaggerated=levels(network + (config.exaggerate - 1) * shift),
-        views=views,
-        names=[info.classes[label].name for label in reader.labels[views.samples]],
+        drawn=drawn,
+        samples=planned.samples,
+        names=[info.classes[label].name for label in reader.labels[planned.samples]],
     )
 
 
@@ -111,7 +113,7 @@ def levels(values: NDArray[np.float64]) -> NDArray[np.uint8]:
 
 def picture(seen: Seen, config: LookConfig, summary: str) -> Figure:
     """The rows, under a heading for each column."""
-    rows = len(seen.views)
+    rows = len(seen.samples)
     figure = Figure(figsize=(WIDTH_INCHES, ROW_INCHES * rows + 1.5), layout="constrained")
     figure.suptitle(summary, fontsize=12)
     headings = (
@@ -122,10 +124,10 @@ def picture(seen: Seen, config: LookConfig, summary: str) -> Figure:
     )
     grid = figure.subplots(rows, 4, squeeze=False)
     for row, axes in enumerate(grid):
-        top, left = (int(offset) for offset in seen.views.crops[row])
-        mirrored = bool(seen.views.flips[row])
-        red, green, blue = seen.views.shifts[row]
-        show(axes[0], around(seen.stored[row], top, left), f"{seen.names[row]}, image {seen.views.samples[row]}")
+        top, left = (int(offset) for offset in seen.drawn.crops[row])
+        mirrored = bool(seen.drawn.flips[row])
+        red, green, blue = seen.drawn.shifts[row]
+        show(axes[0], around(seen.stored[row], top, left), f"{seen.names[row]}, image {seen.samples[row]}")
         axes[0].add_patch(Rectangle((left - 0.5, top - 0.5), CROP_SIZE, CROP_SIZE, fill=False, color=MARK, linewidth=2))
         show(axes[1], seen.window[row], f"top {top}, left {left}" + (", mirrored" if mirrored else ""))
         if mirrored:
@@ -165,14 +167,14 @@ def main(config: LookConfig) -> None:
     shares = ", ".join(f"{value / sum(info.rgb.eigenvalues):.1%}" for value in info.rgb.eigenvalues)
     summary = (
         f"Epoch {config.epoch + 1}, step {config.step + 1} of {config.data.name}, seed {config.seed}: "
-        f"the first {len(seen.views)} images of the batch.\n"
+        f"the first {len(seen.samples)} images of the batch.\n"
         f"Colour: three draws of N(0, 0.1) along the components of the set's RGB, {shares} of its variance"
     )
     buffer = io.BytesIO()
     with mpl.rc_context({"font.family": "sans-serif"}):
         picture(seen, config, summary).savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     write_atomically(config.output, buffer.getvalue())
-    print(f"{len(seen.views)} images of one batch: {config.output}")
+    print(f"{len(seen.samples)} images of one batch: {config.output}")
 
 
 if __name__ == "__main__":

@@ -194,10 +194,10 @@ def _make(output: Path, plan: SetPlan, config: ShardConfig, lock: JobLock) -> tu
     claim_folder(output, plan)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     with connected(config.workers, **quiet), Progress(plan.listing.images, "images") as progress:
-        annotations = build_all(output, plan, config.on_bad_image == "set-aside", config.workers, progress)
+        built = build_all(output, plan, config.on_bad_image == "set-aside", config.workers, progress)
         rate = progress.rate
     lock.shut_out_workers()
-    return finish(output, plan, annotations, config.max_bad_fraction), rate
+    return finish(output, plan, built, config.max_bad_fraction), rate
 
 
 def _print_summary(output: Path, info: DatasetInfo, rate: float | None) -> None:

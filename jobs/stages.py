@@ -46,6 +46,8 @@ class Rates:
     train_images_per_s: float
     data_wait: float
     """The fraction of training time spent waiting for the loader."""
+    host_us_per_image: float
+    """Processor time that the loader takes of the thread that trains, in microseconds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +55,11 @@ class Chains:
     """Images per second of the chains from which the stages follow."""
 
     read: float
-    """Copying the bytes of the plan's images out of the mapped shards."""
-    decoded: float
-    """Reading and decoding each image with DALI, and nothing else."""
+    """Reading and checking the bytes of the plan's images, by one thread."""
+    graph: float
+    """The whole graph of DALI, its input in memory."""
     augment: float
-    """Mirroring a batch's windows, where they lie, and subtracting the means."""
+    """The same from decoded pixels."""
     forward: float
     """The network's forward pass and loss."""
     gradients: float
@@ -71,9 +73,9 @@ class Stages:
     read: float
     decode: float
     augment: float
-    """Mirror, colour, mean and conversion."""
+    """Crop, flip, mean and color jitter."""
     hand_over: float
-    """What the loader takes beyond the others: plan, labels, waiting for DALI and for each other."""
+    """What the loader takes beyond its graph: reading that is not hidden behind it, and waiting for each other."""
     forward: float
     backward: float
     update: float
@@ -83,18 +85,18 @@ class Stages:
     @classmethod
     def of(cls, rates: Rates, chains: Chains, batch_size: int, all_reduce: float | None) -> Stages:
         """Differences of chains, none below 0 (a chain may be measured a little faster than a part of it)."""
-        read, decoded, augment, forward, gradients, load, compute = (
+        read, graph, augment, forward, gradients, load, compute = (
             1e3 * batch_size / rate
             for rate in (
-                *(chains.read, chains.decoded, chains.augment, chains.forward, chains.gradients),
+                *(chains.read, chains.graph, chains.augment, chains.forward, chains.gradients),
                 *(rates.loader_images_per_s, rates.network_images_per_s),
             )
         )
         return cls(
             read=read,
-            decode=max(0.0, decoded - read),
+            decode=max(0.0, graph - augment),
             augment=augment,
-            hand_over=max(0.0, load - decoded - augment),
+            hand_over=max(0.0, load - graph),
             forward=forward,
             backward=max(0.0, gradients - forward),
             update=max(0.0, compute - gradients),
@@ -180,6 +182,7 @@ class Findings:
             f"  loader alone                {rates.loader_images_per_s:10.1f}",
             f"  network alone               {rates.network_images_per_s:10.1f}",
             f"  training                    {rates.train_images_per_s:10.1f}   waiting for data {rates.data_wait:.2%}",
+            f"  the loader takes {rates.host_us_per_image:.1f} us an image of the thread that trains",
             f"ms for a batch of {self.batch_size}, each stage by itself; the loader's run beside the network's:",
             *bars,
             self.verdict,

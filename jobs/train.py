@@ -25,12 +25,12 @@ from jobs.interrupt import SigtermInWorkers, signals_stop
 from jobs.keeping import Keeper, StorageError, mend_list, storage_error
 from jobs.ledger import LedgerError, prove
 from jobs.nodes import Node, alive_nodes, refuse_unshared
-from jobs.skipped import summary
 from jobs.trackers import refuse_missing
 from jobs.train_config import TrainConfig, Workers
 from jobs.worker import Assignment, train_worker
 from model.recipe import Recipe
-from pipeline.dataset import DATASET_FILE, DatasetError, DatasetInfo, read_dataset
+from pipeline.dataset import DATASET_FILE, DatasetError, DatasetInfo, is_decoded, read_dataset
+from pipeline.loader import decoder_name
 from pipeline.plan import Plan, colour_matrix
 from pipeline.staging import read_remote_dataset
 from pipeline.storage import is_url, join, on_disk, open_location, shown
@@ -119,7 +119,9 @@ def main(config: TrainConfig) -> None:
     done = checkpoint.committed(run_location)
     if done:
         folder, state = list(done.items())[-1]
-        checkpoint.refuse_other(state, Identity.of(recipe, info), join(run_location, folder))
+        # Whether there are GPUs, which decide decoder and precision, is known later.
+        own = Identity.of(recipe, info, state.identity.decoder, state.identity.precision)
+        checkpoint.refuse_other(state, own, join(run_location, folder))
         if checkpoint.finished(state, recipe):
             print(f"the run {config.name} is finished already; --epochs extends it, another --name starts anew")
             print_result(data, run_location, state.progress.history, plan)
@@ -133,11 +135,17 @@ def main(config: TrainConfig) -> None:
         refuse_local_paths(config)
         changed = "".join(f", {name} {value}" for name, value in config.changes().items())
         precision = config.precision if config.precision != "auto" else ("bfloat16" if resources.gpus else "float32")
+        pixels = config.stage_as == "pixels" or (config.stage is None and is_decoded(Path(data)))
+        decoder = decoder_name(pixels, resources.gpus, config.gpu_decoder)
+        if done:
+            own = Identity.of(recipe, info, decoder, precision)
+            checkpoint.refuse_other(state, own, join(run_location, folder))
         print(
             f"{'continuing' if done else 'starting'} run {config.name}: recipe {config.recipe}{changed}, "
             f"{len(info.classes)} classes; an epoch is {plan.steps} steps of {recipe.batch_size} and leaves out "
             f"{plan.left_out} of {plan.samples} images; {_counted(resources.workers)} on "
-            f"{'GPU' if resources.gpus else 'CPU'} with {resources.cpus_per_worker} core(s) each; {precision}",
+            f"{'GPU' if resources.gpus else 'CPU'} with {resources.cpus_per_worker} core(s) each; {precision}; "
+            f"JPEGs decoded by {decoder}",
             flush=True,
         )
         history = launch(config, recipe, data, resources, precision)
@@ -193,9 +201,9 @@ def launch(
         micro_batch=min(config.micro_batch, -(-recipe.batch_size // workers.fewest)),
         threads=resources.cpus_per_worker,
         precision=precision,
+        gpu_decoder=config.gpu_decoder,
         log_every=config.log_every,
         checkpoint_every=config.checkpoint_every,
-        skips=run_location if config.skip_corrupt else None,
         checkpoint_seconds=None if config.checkpoint_minutes is None else 60 * config.checkpoint_minutes,
         hang_seconds=config.hang_seconds,
     )
@@ -299,11 +307,7 @@ def print_result(data: str, run: str, history: list[dict[str, float]], plan: Pla
         f"done: {len(history)} epochs; lowest validation error {lowest['top1_error']:.1%} top-1, "
         f"{lowest['top5_error']:.1%} top-5, after epoch {lowest['epoch']}"
     )
-    if skipped := summary(run, data):
-        print(skipped)
-    else:
-        # With substitutes, an epoch is another than the plan's on purpose.
-        print(ledger_line(run, plan))
+    print(ledger_line(run, plan))
     print(f"best checkpoint: {join(run, str(checkpoint.best(checkpoint.committed(run))))}")
     # A URL may have options, whose & a shell would take for its own.
     print(f"next: python jobs/evaluate.py --data {quote(on_disk(data))} --checkpoint {quote(run)} --ten-crop")

@@ -146,6 +146,9 @@ class TrainConfig:
     """Cores of each worker: the cluster's, shared evenly."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on GPU, float32 on CPU."""
+    gpu_decoder: Literal["cuda", "hardware"] = "cuda"
+    """What decodes JPEGs on a GPU. cuda: the same pixels on every GPU. hardware: the JPEG engine of A100, H100 and
+    later, which leaves the GPU to the network; its pixels differ from cuda's by some levels, so a run keeps to one."""
     tracker: Literal["mlflow", "wandb"] | None = None
     """Send metrics to MLflow (at MLFLOW_TRACKING_URI) or Weights & Biases (by WANDB_API_KEY) as well as to
     TensorBoard's events."""
@@ -157,8 +160,6 @@ class TrainConfig:
     """Minutes between checkpoints within an epoch, besides the others."""
     keep: int = 2
     """How many checkpoints to keep besides the newest: those with the lowest validation error."""
-    skip_corrupt: bool = False
-    """Take the next image of the epoch for one that is corrupt, and list it in STORAGE/NAME/skipped; else stop."""
     max_failures: int = 3
     """How often to start again from the last checkpoint after losing a worker or a node."""
     hang_seconds: float = 120.0
@@ -175,8 +176,6 @@ class TrainConfig:
                 raise ValueError(f"--{field.replace('_', '-')} is {getattr(self, field)}; it must not be below 0")
         if self.stage_as == "pixels" and self.stage is None:
             raise ValueError("--stage-as pixels needs --stage, a folder on each node's own disk")
-        if self.stage_as == "pixels" and self.skip_corrupt:
-            raise ValueError("--skip-corrupt is for JPEGs; leave it out: --stage-as pixels decodes each image first")
         if self.checkpoint_minutes is not None and not self.checkpoint_minutes > 0:
             raise ValueError(f"--checkpoint-minutes is {self.checkpoint_minutes}; it must be above 0")
         if not self.resize_seconds > 0:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,26 +17,23 @@ from safetensors import SafetensorError
 
 from jobs import checkpoint
 from jobs.checkpoint import CHECKPOINT_PREFIX, Identity
-from jobs.cli import say_unchecked, unchecked
+from jobs.data import WorkerData
 from jobs.device import processor
 from jobs.hang import Watch, WatchedData
 from jobs.interrupt import Beat, Lookout
 from jobs.keeping import Outbox, refuse_unseen, storage_error
 from jobs.ledger import Ledger
-from jobs.skipped import SkipList
 from jobs.trackers import Tracked, Tracker, make_trackers
 from model.alexnet import AlexNet
 from model.guards import DivergedError
 from model.metrics import LabelledImages, Score
 from model.recipe import Recipe
 from model.training import Due, StoppedError, Trainer, Worker
-from pipeline.dataset import DatasetError, read_dataset
-from pipeline.loader import Batch, Loader
-from pipeline.pixel_stage import open_split, stage_pixels
-from pipeline.plan import Plan, centre_views, colour_matrix, share
-from pipeline.split_reader import SplitReader
+from pipeline.dataset import DatasetError
+from pipeline.loader import Batch, GpuDecoder
+from pipeline.pixel_stage import stage_pixels
+from pipeline.plan import share
 from pipeline.staging import stage
-from pipeline.substitutes import Substitutes
 
 WORST_ERROR = 2.0  # Of a checkpoint within an epoch, which has none yet
 
@@ -63,68 +59,16 @@ class Assignment:
     """Cores of one worker: decoder threads, and the network's threads on CPU."""
     precision: str
     """float32 or bfloat16."""
+    gpu_decoder: GpuDecoder
+    """Which of nvJPEG's decoders is used on a GPU."""
     log_every: int
     """Steps between progress lines."""
     checkpoint_every: int
     """Steps between checkpoints within an epoch; 0 for none."""
-    skips: str | None
-    """The run's folder, a local path or URL, to list skipped images in; None to stop at an image that is corrupt."""
     checkpoint_seconds: float | None
     """Time between checkpoints within an epoch; None for none."""
     hang_seconds: float
     """How long a worker may be about one piece of its own work (`jobs.hang`)."""
-
-
-class WorkerData:
-    """One worker's part of a shard set, as the plan deals it (`model.training.TrainingData`)."""
-
-    def __init__(
-        self,
-        data: Path,
-        recipe: Recipe,
-        worker: Worker,
-        micro_batch: int,
-        threads: int,
-        skips: SkipList | None = None,
-        opening: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.info = read_dataset(data)
-        self._train = open_split(data, self.info, "train", opening)
-        self._val = open_split(data, self.info, "val", opening)
-        self._plan = Plan(len(self._train), recipe.batch_size, recipe.seed, colour_matrix(self.info.rgb, recipe.colour))
-        self._worker = worker
-        self._micro_batch = micro_batch
-        self._skips = skips
-        # What is not known to be corrupt cannot be skipped: it would stop the run in the decoder, or be learnt from.
-        if skips is not None and self._train.unchecked:
-            raise DatasetError(
-                f"{unchecked(self._train)}, which --skip-corrupt needs: make the set again, or leave --skip-corrupt out"
-            )
-        if worker.rank == 0:
-            say_unchecked(self._train)
-            say_unchecked(self._val)
-        self._train_loader = Loader(self._train, self.info.rgb, micro_batch, worker.device, threads)
-        self._val_loader = Loader(self._val, self.info.rgb, micro_batch, worker.device, threads)
-
-    @property
-    def steps(self) -> int:
-        return self._plan.steps
-
-    def training(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
-        parts = self._plan.epoch(epoch, first_step, self._worker.rank, self._worker.world)
-        substitute = None
-        if self._skips is not None and isinstance(self._train, SplitReader):
-            substitute = Substitutes(self._train, self._plan, epoch, self._skips.add)
-        chunks = (chunk for views in parts for chunk in views.chunks(self._micro_batch))
-        batches = self._train_loader.run(chunks, substitute)
-        per_step = -(-len(share(self._plan.batch_size, self._worker.rank, self._worker.world)) // self._micro_batch)
-        while step := list(itertools.islice(batches, per_step)):
-            yield step
-
-    def validation(self) -> Iterator[Batch]:
-        part = share(len(self._val), self._worker.rank, self._worker.world)
-        samples = np.arange(part.start, part.stop)
-        return self._val_loader.run(centre_views(samples).chunks(self._micro_batch))
 
 
 class Reporter:
@@ -265,12 +209,12 @@ def _train(assignment: Assignment, watch: Watch) -> dict[str, Any]:
             folder = stage_pixels(assignment.data, Path(assignment.stage), report, assignment.threads)
         else:
             folder = stage(assignment.data, Path(assignment.stage), report)
-    skips = SkipList(assignment.skips, worker.rank) if assignment.skips else None
-    opening = functools.partial(watch.begin, "opening the shard set")
-    opening()
-    data = WorkerData(folder, assignment.recipe, worker, assignment.micro_batch, assignment.threads, skips, opening)
+    watch.begin("opening the shard set")
+    data = WorkerData(
+        folder, assignment.recipe, worker, assignment.micro_batch, assignment.threads, assignment.gpu_decoder
+    )
     watch.end()
-    identity = Identity.of(assignment.recipe, data.info)
+    identity = Identity.of(assignment.recipe, data.info, data.decoder, assignment.precision)
     trainer = Trainer(
         make_network(identity).to(memory_format=torch.channels_last).to(device),
         assignment.recipe,

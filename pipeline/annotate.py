@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import mmap
-import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.annotation import ShardAnnotation, ShardError, read_annotation
@@ -16,6 +16,7 @@ from pipeline.dataset import INDEX_VERSION, write_atomically, write_json
 from pipeline.decode import ImageError
 from pipeline.label_names import merge_stated, stated_wnid
 from pipeline.rgb_stats import RgbMoments
+from pipeline.sample_index import shard_rows
 from pipeline.shard_samples import Fault, Sample, key_hash, read_samples, stored_pixels
 from pipeline.tar_source import whole
 
@@ -42,6 +43,8 @@ class AnnotatedShard:
     """What the samples of each label state to be its wnid."""
     key_hashes: NDArray[np.uint64]
     """[samples]: `key_hash` of each key."""
+    rows: pa.RecordBatch | None
+    """Its part of the sample index; None where there are faults."""
 
 
 @dataclasses.dataclass
@@ -55,7 +58,7 @@ class _Contents:
     keys: list[str] = dataclasses.field(default_factory=list)
     wnids: dict[int, str] = dataclasses.field(default_factory=dict)
     index: list[str] = dataclasses.field(default_factory=list)
-    checksums: list[int] = dataclasses.field(default_factory=list)
+    rows: pa.RecordBatch | None = None
     moments: RgbMoments = RgbMoments()  # noqa: RUF009 (frozen)
 
     def report(self, split: str, name: str, annotation: ShardAnnotation | None, kept: bool) -> AnnotatedShard:
@@ -70,6 +73,7 @@ class _Contents:
             self.keys[int(labels.argmax())] if self.keys else "",
             self.wnids,
             np.array([key_hash(key) for key in self.keys], np.uint64),
+            self.rows,
         )
 
 
@@ -105,9 +109,11 @@ def annotate_shard(root: Path, split: str, name: str, classes: int | None) -> An
                 f"its tar has changed since it was annotated: bring it back, or remove {name}.json to take it as it is"
             )
         _read(contents, path, data, classes, decode=found is None)
+        text = "\n".join([f"{INDEX_VERSION} {len(contents.index)}", *contents.index, ""])
+        contents.rows = None if contents.faults else shard_rows(data, text)
     if not contents.faults and not contents.keys:
         return fault("its tar holds no sample: remove it")
-    index = "\n".join([f"{INDEX_VERSION} {len(contents.index)}", *contents.index, ""]).encode()
+    index = text.encode()
     index_path = path.with_suffix(".idx")
     there = index_path.read_bytes() if index_path.exists() else None
     if found is None and there not in (None, index):
@@ -126,7 +132,6 @@ def annotate_shard(root: Path, split: str, name: str, classes: int | None) -> An
         inputs=digest,
         moments=contents.moments,
         rejected=(),
-        crc32=tuple(contents.checksums),
     )
     write_json(path.with_suffix(".json"), annotation.to_json())
     return contents.report(split, name, annotation, kept=False)
@@ -151,7 +156,6 @@ def _read(contents: _Contents, path: Path, data: mmap.mmap, classes: int | None,
         contents.labels.append(label)
         contents.keys.append(sample.key)
         contents.index.append(sample.index_line)
-        contents.checksums.append(zlib.crc32(sample.jpeg))
     if len(contents.faults) >= MAX_FAULTS:
         contents.faults.append(Fault("more of it may be wrong: the rest was not read", contents.shard))
 

@@ -35,6 +35,7 @@ from pipeline.decode import ImageError
 from pipeline.label_names import LabelNames, contradiction, merge_stated, name_labels
 from pipeline.pictures import write_pictures
 from pipeline.rgb_stats import RgbMoments, RgbStatistics
+from pipeline.sample_index import describe_index, index_file, index_is_whole, pack_index
 from pipeline.shard_samples import Fault, read_samples, stored_pixels
 from pipeline.shard_set import REJECTS_FILE, UNFINISHED_FILE, ShardSetError
 from pipeline.source_files import SourceError
@@ -149,7 +150,8 @@ def describe(
             merge_stated(stated[split], shard.wnids)
             if split == "train":
                 moments += shard.annotation.moments
-        splits[split] = Split(sum(row.samples for row in rows), sum(row.bytes for row in rows), tuple(rows))
+        part = Split(sum(row.samples for row in rows), sum(row.bytes for row in rows), tuple(rows))
+        splits[split] = describe_index(part, _index(shards, split))
     names = given or name_labels(_count_classes(root, shards), stated["train"])
     faults += [
         Fault(
@@ -178,6 +180,10 @@ def describe(
     )
     # Its tars are their own source.
     return dataclasses.replace(info, source_fingerprint=info.fingerprint), names, faults
+
+
+def _index(shards: Sequence[AnnotatedShard], split: str) -> bytes:
+    return pack_index([shard.rows for shard in shards if shard.split == split and shard.rows is not None])
 
 
 def _count_classes(root: Path, shards: Sequence[AnnotatedShard]) -> int:
@@ -212,13 +218,15 @@ def finish_annotated(root: Path, shards: Sequence[AnnotatedShard], info: Dataset
         OSError: if they cannot be written.
     """
     if (root / DATASET_FILE).exists():
-        if read_dataset(root) == info:
+        if read_dataset(root) == info and all(index_is_whole(root, *split) for split in info.splits.items()):
             return False
         (root / DATASET_FILE).unlink()
     for shard in shards:
         assert shard.annotation is not None
         path = root / shard.split / f"{shard.name}.json"
         write_json(path, dataclasses.replace(shard.annotation, rgb=info.rgb).to_json())
+    for split in info.splits:
+        write_atomically(root / index_file(split), _index(shards, split))
     write_atomically(root / REJECTS_FILE, b"")
     write_pictures(root, info)
     write_json(root / DATASET_FILE, info.to_json())

@@ -61,8 +61,6 @@ class ShardAnnotation:
     moments: RgbMoments
     """Of the shard's own stored pixels."""
     rejected: tuple[Reject, ...]
-    crc32: tuple[int, ...] = ()
-    """Of each sample's JPEG: tells which image of a damaged shard is damaged. Empty in the oldest annotations."""
     rgb: RgbStatistics | None = None
     """Of the whole training split; None until the set is finished."""
 
@@ -75,7 +73,6 @@ class ShardAnnotation:
             "inputs": self.inputs,
             "moments": self.moments.to_json(),
             "rejected": [reject.to_json() for reject in self.rejected],
-            "crc32": list(self.crc32),
             "rgb": None if self.rgb is None else self.rgb.to_json(),
         }
 
@@ -89,7 +86,6 @@ class ShardAnnotation:
             inputs=str(value["inputs"]),
             moments=RgbMoments.from_json(value["moments"]),
             rejected=tuple(Reject.from_json(reject) for reject in value["rejected"]),
-            crc32=tuple(int(checksum) for checksum in value.get("crc32", ())),
             rgb=None if value["rgb"] is None else RgbStatistics.from_json(value["rgb"]),
         )
 

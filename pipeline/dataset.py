@@ -19,7 +19,11 @@ from pipeline.rgb_stats import RgbStatistics
 SCHEMA_VERSION = 1
 DATASET_FILE = "dataset.json"
 STAGED_FILE = "staged.json"  # In a staged copy: where it was copied from.
+DECODED_FILE = "pixels.json"  # In a staged copy that holds decoded pixels.
 IMAGE_SIZE = 256  # The paper, section 2: shorter side to 256, then the central 256 x 256.
+IMAGE_SHAPE = (IMAGE_SIZE, IMAGE_SIZE, 3)
+IMAGE_BYTES = IMAGE_SIZE * IMAGE_SIZE * 3
+MAX_JPEG_BYTES = 4 * 2**20  # Twenty times what the pixels take: no index has memory taken for more.
 SPLITS = ("train", "val")
 INDEX_VERSION = "v1.2"
 IMAGE_COMPONENTS = ("jpg", "jpeg")  # Extensions of a sample's image; this program writes the first.
@@ -29,14 +33,6 @@ TEMPORARY_SUFFIX = ".tmp"  # Of files being written aside; no reader looks at th
 
 class DatasetError(ValueError):
     """A shard set that is missing, unfinished, of another version, or does not match its own description."""
-
-
-class ImageError(DatasetError):
-    """One image whose bytes cannot be read, or are not those that were written."""
-
-    def __init__(self, message: str, sample: int = -1, shard: str = "", key: str = "", reason: str = "") -> None:
-        super().__init__(message)
-        self.sample, self.shard, self.key, self.reason = sample, shard, key, reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +67,10 @@ class Split:
     samples: int
     bytes: int
     shards: tuple[ShardRow, ...]
+    index_sha256: str = ""
+    """Of the sample index, SPLIT.arrow; empty in a set of version 0.1, which has none."""
+    labels_crc32: int = 0
+    """Of the labels in it, int32 little-endian."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +134,8 @@ class DatasetInfo:
                             ShardRow(shard_name(s["name"]), int(s["samples"]), int(s["bytes"]), str(s["sha256"]))
                             for s in split["shards"]
                         ),
+                        str(split.get("index_sha256", "")),
+                        int(split.get("labels_crc32", 0)),
                     )
                     for name, split in value["splits"].items()
                     if name in SPLITS
@@ -225,19 +227,25 @@ def rebuild_advice(root: Path, shard: str, settings: str = "", annotated: bool =
     )
 
 
+def is_decoded(root: Path) -> bool:
+    """Whether a folder is a cache of decoded pixels, finished or not."""
+    return (root / DECODED_FILE).exists()
+
+
 def mend_advice(root: Path, split: str, shard: str, annotated: bool) -> str:
     """What to do about one damaged shard of a set that may be a staged copy."""
     try:
         origin = json.loads((root / STAGED_FILE).read_bytes())["from"]
     except FileNotFoundError:
         return rebuild_advice(root, shard, annotated=annotated)
+    file = root / split / f"{shard}{'.rgb' if is_decoded(root) else '.tar'}"
     return (
-        f"this is a staged copy, so delete {root / split / shard}.tar and run the same command again, which copies it "
-        f"from {origin}; if it is damaged there too, {rebuild_advice(Path('SET'), shard, annotated=annotated)}"
+        f"this is a staged copy, so delete {file} and run the same command again, which stages it from {origin}; if it "
+        f"is damaged there too, {rebuild_advice(Path('SET'), shard, annotated=annotated)}"
     )
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Writes a file aside, flushes it to the disk and renames it: a reader or a kill never meets half a file."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
     try:

@@ -63,18 +63,19 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     return np.array(_by_pillow(data)) if pixels is None else pixels
 
 
-def refuse_other_size(data: bytes | NDArray[np.uint8]) -> None:
-    """Looks at an image file's header alone, so that no memory is taken for what it claims.
+def decode_stored(jpeg: bytes) -> NDArray[np.uint8]:
+    """The pixels of a JPEG as a shard set holds it, [256, 256, 3].
 
     Raises:
-        ImageError: if it claims another size than a set's images have, or there is no header in one of FORMATS.
+        ImageError: if it is of another size, by its header, or does not decode.
     """
-    width, height = _claimed_size(data)
+    width, height = _claimed_size(jpeg)
     if (width, height) != (IMAGE_SIZE, IMAGE_SIZE):
         raise ImageError(f"it is {width} x {height}, not {IMAGE_SIZE} x {IMAGE_SIZE}")
+    return decode(jpeg)
 
 
-def _claimed_size(data: bytes | NDArray[np.uint8]) -> tuple[int, int]:
+def _claimed_size(data: bytes) -> tuple[int, int]:
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         return width, height
@@ -83,7 +84,7 @@ def _claimed_size(data: bytes | NDArray[np.uint8]) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(bytes(data)), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 return image.size
     except (OSError, Image.DecompressionBombError) as error:
         raise ImageError(f"it does not decode: {' '.join(str(error).split())}") from error

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.dataset import DatasetInfo, Split, write_atomically
+from pipeline.dataset import DatasetInfo, write_atomically
 from pipeline.rgb_stats import MAX_LEVEL, RgbMoments, RgbStatistics
 from pipeline.split_reader import SplitReader
 
@@ -62,29 +62,25 @@ def write_pictures(root: Path, info: DatasetInfo) -> None:
 def choose(root: Path, info: DatasetInfo) -> list[Row]:
     """Up to ROWS classes, evenly spread over those that have enough images in a few shards, with COLUMNS images."""
     shards = info.splits["train"].shards
-    some = tuple(shards[i] for i in _spread(len(shards), SHARDS_READ))
-    part = Split(sum(row.samples for row in some), sum(row.bytes for row in some), some)
-    reader = SplitReader(root, dataclasses.replace(info, splits={"train": part}), "train")
-    counts = np.bincount(reader.labels, minlength=len(info.classes))
+    reader = SplitReader(root, info, "train")
+    parts = [reader.index.of_shard(i) for i in _spread(len(shards), SHARDS_READ).tolist()]
+    some = np.concatenate([np.arange(part.start, part.stop) for part in parts])
+    labels = reader.labels[some]
+    counts = np.bincount(labels, minlength=len(info.classes))
     # The fullest classes, but any with a full row is as good as another.
     order = np.argsort(-np.minimum(counts, COLUMNS), kind="stable")
     full = np.flatnonzero(counts >= COLUMNS)
     candidates = full if len(full) >= ROWS else np.sort(order[: min(ROWS, np.count_nonzero(counts))])
     rows = []
     for label in candidates[_spread(len(candidates), ROWS)].tolist():
-        samples = np.flatnonzero(reader.labels == label)[:COLUMNS].tolist()
-        rows.append(Row(label, tuple(_decoded(reader.image(sample).tobytes()) for sample in samples)))
+        samples = some[labels == label][:COLUMNS].tolist()
+        rows.append(Row(label, tuple(reader.decoded(sample) for sample in samples)))
     return rows
 
 
 def _spread(count: int, most: int) -> NDArray[np.int64]:
     """Up to `most` of the numbers 0 to count - 1, evenly apart."""
     return np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
-
-
-def _decoded(jpeg: bytes) -> NDArray[np.uint8]:
-    with Image.open(io.BytesIO(jpeg)) as image:
-        return np.asarray(image.convert("RGB"))
 
 
 def contact_sheet(info: DatasetInfo, rows: Sequence[Row]) -> bytes:

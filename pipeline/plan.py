@@ -7,7 +7,8 @@ the number of workers, on batch cuts, on the device, or on where a run was stopp
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,13 @@ from pipeline.rgb_stats import MAX_LEVEL, RgbStatistics
 CROP_SIZE = 227  # The paper says 224 (section 4.1); see model/alexnet.py for why the input is 227.
 CROP_OFFSETS = IMAGE_SIZE - CROP_SIZE + 1  # 30 positions in each direction
 CENTRE = (IMAGE_SIZE - CROP_SIZE) // 2
+LAST = CROP_OFFSETS - 1
+# Section 4.1: four corners and the center, then the same flipped; top, left, flip of each.
+TEN_CROPS = tuple(
+    (top, left, flip)
+    for flip in (False, True)
+    for top, left in ((0, 0), (0, LAST), (LAST, 0), (LAST, LAST), (CENTRE, CENTRE))
+)
 COLOUR_STD = 0.1  # section 4.1: alpha ~ N(0, 0.1)
 
 # The last word of the generator's counter keeps the streams of one (seed, epoch, sample) apart.
@@ -28,30 +36,37 @@ _PIECE = 2**15
 
 
 @dataclasses.dataclass(frozen=True)
-class Views:
-    """What a loader shall produce, one row an image; all arrays have length n."""
+class Augmentation:
+    """How each of n images is augmented."""
+
+    crops: NDArray[np.int64]
+    """[n, 2]: top and left of the 227 x 227 crop, 0..29."""
+    flips: NDArray[np.bool_]
+    """[n]: flipped left to right."""
+    shifts: NDArray[np.float32]
+    """[n, 3]: PCA color jitter, added to r, g, b in gray levels (0..255)."""
+
+    def __len__(self) -> int:
+        return len(self.flips)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedBatch:
+    """Which samples a batch holds, and how they are augmented."""
 
     samples: NDArray[np.int64]
-    """[n]: which sample of the split."""
-    crops: NDArray[np.int64]
-    """[n, 2]: top and left of the 227 x 227 window, 0..29."""
-    flips: NDArray[np.bool_]
-    """[n]: mirrored left to right."""
-    shifts: NDArray[np.float32]
-    """[n, 3]: added to r, g, b, in grey levels (0..255)."""
+    """[n]: rows of the split's sample index."""
+    draw: Callable[[NDArray[np.int64]], Augmentation]
+    """Gives the augmentation of any of the samples. Not called here: it costs more than all else in planning, and
+    belongs into the thread that reads the images."""
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def part(self, start: int, stop: int) -> Views:
-        """Rows start..stop."""
-        rows = slice(start, stop)
-        return Views(self.samples[rows], self.crops[rows], self.flips[rows], self.shifts[rows])
-
-    def chunks(self, size: int) -> Iterator[Views]:
-        """The rows in order, `size` at a time; the last chunk may be shorter."""
+    def chunks(self, size: int) -> Iterator[PlannedBatch]:
+        """The samples in order, `size` at a time; the last chunk may be shorter."""
         for start in range(0, len(self), size):
-            yield self.part(start, start + size)
+            yield PlannedBatch(self.samples[start : start + size], self.draw)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,25 +116,39 @@ class Plan:
         # Sorting random keys depends on nothing but these words; numpy's shuffles may change between versions.
         return np.argsort(keys, kind="stable")
 
-    def epoch(self, epoch: int, first_step: int = 0, rank: int = 0, world: int = 1) -> Iterator[Views]:
-        """Each step's part for one rank, from `first_step` to the epoch's end."""
-        order = self.order(epoch)
+    def epoch(
+        self,
+        epoch: int,
+        first_step: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        order: NDArray[np.int64] | None = None,
+    ) -> Iterator[PlannedBatch]:
+        """Each step's part for one rank, from `first_step` to the epoch's end.
+
+        Args:
+            order: `order(epoch)`, where it is known already.
+        """
+        if order is None:
+            order = self.order(epoch)
         mine = share(self.batch_size, rank, world)
+        draw = functools.partial(self.augmentation, epoch)
         for step in range(first_step, self.steps):
             start = step * self.batch_size
-            yield self.views(epoch, order[start + mine.start : start + mine.stop])
+            yield PlannedBatch(order[start + mine.start : start + mine.stop], draw)
 
-    def views(self, epoch: int, samples: NDArray[np.int64]) -> Views:
-        """The crop, flip and colour of each of some samples (int64 [n]) in one epoch."""
+    def augmentation(self, epoch: int, samples: NDArray[np.int64]) -> Augmentation:
+        """The crop, flip and color jitter of each of some samples (int64 [n]) in one epoch."""
         window = philox(samples, (0, epoch, _WINDOW), self.seed)
         # Scaling a 32-bit word to 30 positions is uneven by less than 1e-8.
         crops = (window[:2] * np.uint64(CROP_OFFSETS)) >> np.uint64(32)
         alpha = COLOUR_STD * _normal(philox(samples, (0, epoch, _COLOUR), self.seed))[:3]
-        return Views(
-            samples=samples,
+        # Written out: a matrix product rounds by the number of samples, which is no part of the plan.
+        shifts = [row[0] * alpha[0] + row[1] * alpha[1] + row[2] * alpha[2] for row in self.colour]
+        return Augmentation(
             crops=crops.T.astype(np.int64),
             flips=window[2] >= np.uint64(2**31),
-            shifts=(alpha.T @ self.colour.T).astype(np.float32),
+            shifts=np.stack(shifts, axis=1).astype(np.float32),
         )
 
 
@@ -156,23 +185,11 @@ def share(total: int, rank: int, world: int) -> range:
     return range(rank * total // world, (rank + 1) * total // world)
 
 
-def centre_views(samples: NDArray[np.int64]) -> Views:
-    """The central window of each sample (int64 [n]), as validation sees it."""
-    return _fixed_views(samples, np.array([[CENTRE, CENTRE]]), np.array([False]))
+def center_crops(samples: NDArray[np.int64]) -> PlannedBatch:
+    """The center crop of each sample (int64 [n]), as validation sees it."""
+    return PlannedBatch(samples, _center)
 
 
-def ten_crop_views(samples: NDArray[np.int64]) -> Views:
-    """Ten views a sample (section 4.1): four corners, the centre, then the same mirrored; n samples -> 10 n rows."""
-    end = CROP_OFFSETS - 1
-    five = np.array([[0, 0], [0, end], [end, 0], [end, end], [CENTRE, CENTRE]])
-    return _fixed_views(samples, np.concatenate([five, five]), np.repeat([False, True], 5))
-
-
-def _fixed_views(samples: NDArray[np.int64], crops: NDArray[np.int64], flips: NDArray[np.bool_]) -> Views:
-    n, views = len(samples), len(crops)
-    return Views(
-        samples=np.repeat(samples, views),
-        crops=np.tile(crops, (n, 1)),
-        flips=np.tile(flips, n),
-        shifts=np.zeros((n * views, 3), np.float32),
-    )
+def _center(samples: NDArray[np.int64]) -> Augmentation:
+    n = len(samples)
+    return Augmentation(np.full((n, 2), CENTRE), np.zeros(n, np.bool_), np.zeros((n, 3), np.float32))

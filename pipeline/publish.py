@@ -28,6 +28,7 @@ from pipeline.dataset import (
 )
 from pipeline.pictures import PCA_FILE, SHEET_FILE
 from pipeline.retry import Report, Retry, SourceReadError, reading
+from pipeline.sample_index import index_file
 from pipeline.shard_set import REJECTS_FILE
 from pipeline.staging import CHUNK, chunks, in_streams, read_remote_text
 from pipeline.storage import is_http, is_url, open_location, shown
@@ -160,6 +161,8 @@ class _Copy:
         )
         actions = [functools.partial(self._bring_shard, split, row) for split, row in shards]
         in_streams(actions, self._retry, self._report, "compared")
+        for split in self._info.splits:
+            self._bring(part_of(self._root, index_file(split), AGAIN))
         for name in BESIDE_SHARDS:
             if (self._root / name).exists():
                 self._bring(part_of(self._root, name, AGAIN))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from pipeline.dataset import IMAGE_COMPONENTS, IMAGE_SIZE, LABEL_COMPONENT
+from pipeline.dataset import IMAGE_COMPONENTS, IMAGE_SIZE, LABEL_COMPONENT, MAX_JPEG_BYTES
 from pipeline.decode import ImageError
 from pipeline.source_files import SourceError
 from pipeline.tar_source import Member, Stretch, members
@@ -120,6 +120,8 @@ def stored_pixels(jpeg: bytes, grey: bool) -> NDArray[np.uint8]:
     Raises:
         ImageError: if it is no JPEG of that size, or one that readers turn.
     """
+    if len(jpeg) > MAX_JPEG_BYTES:
+        raise ImageError(f"it has {len(jpeg):,} bytes, and an image of a set has at most {MAX_JPEG_BYTES:,}")
     try:
         with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
             if image.size != (IMAGE_SIZE, IMAGE_SIZE) or image.mode not in ("RGB", *(["L"] if grey else [])):

@@ -30,8 +30,9 @@ from pipeline.dataset import (
 from pipeline.listing import Listing
 from pipeline.pictures import write_pictures
 from pipeline.rgb_stats import RgbMoments, RgbStatistics
+from pipeline.sample_index import describe_index, index_file, index_is_whole, pack_index
 from pipeline.set_lock import LOCK_FILE
-from pipeline.shards import ShardPlan, annotation_path, inputs_digest
+from pipeline.shards import BuiltShard, ShardPlan, annotation_path, inputs_digest
 
 UNFINISHED_FILE = "unfinished.json"
 REJECTS_FILE = "rejects.jsonl"
@@ -110,6 +111,7 @@ def compare_finished(root: Path, plan: SetPlan, but: str = "") -> tuple[DatasetI
         if not dealt_alike or not {row.name for _, row in rows} <= {shard.name for shard in plan.shards}:
             different = "samples per shard"
         whole = None not in annotations and all(_is_there(root, split, row) for split, row in rows)
+        whole = whole and all(index_is_whole(root, split, part) for split, part in info.splits.items())
     if different:
         raise ShardSetError(
             f"{root} holds a finished set of another {different}: give another --output, or delete {root} first"
@@ -196,17 +198,18 @@ def claim_folder(root: Path, plan: SetPlan) -> None:
                 path.unlink()
 
 
-def finish(root: Path, plan: SetPlan, annotations: Sequence[ShardAnnotation], max_bad_fraction: float) -> DatasetInfo:
-    """Merges the shards' moments and writes the set's own files, `dataset.json` last.
+def finish(root: Path, plan: SetPlan, built: Sequence[BuiltShard], max_bad_fraction: float) -> DatasetInfo:
+    """Merges the shards' moments and rows and writes the set's own files, `dataset.json` last.
 
     Args:
-        annotations: one for each of `plan.shards`, in the same order.
+        built: one for each of `plan.shards`, in the same order.
         max_bad_fraction: how much of the whole set may be set aside.
 
     Raises:
         ShardSetError: if too many images were set aside or a split has none left; `rejects.jsonl` is written then, and
             `dataset.json` is not.
     """
+    annotations = [shard.annotation for shard in built]
     assert [annotation.name for annotation in annotations] == [shard.name for shard in plan.shards]
     pairs = list(zip(plan.shards, annotations, strict=True))
     rejected = sorted(
@@ -231,7 +234,13 @@ def finish(root: Path, plan: SetPlan, annotations: Sequence[ShardAnnotation], ma
                     f"{root / name / row.name}.tar was written but is not here: "
                     "--output must lie on a disk that all nodes share"
                 )
-        splits[name] = Split(sum(row.samples for row in rows), sum(row.bytes for row in rows), tuple(rows))
+        indexed = [
+            one.rows for shard, one in zip(plan.shards, built, strict=True) if shard.split == name and len(one.rows)
+        ]
+        index = pack_index(indexed)
+        write_atomically(root / index_file(name), index)
+        split = Split(sum(row.samples for row in rows), sum(row.bytes for row in rows), tuple(rows))
+        splits[name] = describe_index(split, index)
 
     training = sum((a.moments for shard, a in pairs if shard.split == "train"), RgbMoments())
     rgb = RgbStatistics.of(training)

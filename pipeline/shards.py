@@ -17,10 +17,11 @@ import os
 import socket
 import tarfile
 import time
-import zlib
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow as pa
 
 from pipeline.annotation import Reject, ShardAnnotation, ShardError, read_annotation
 from pipeline.dataset import INDEX_VERSION, write_atomically, write_json
@@ -30,6 +31,7 @@ from pipeline.listing import Entries, Entry, Listing
 from pipeline.read_ahead import readings
 from pipeline.resize import Converted, convert, encoder_settings
 from pipeline.rgb_stats import RgbMoments
+from pipeline.sample_index import shard_rows
 from pipeline.source_files import read_bytes, state_of
 from pipeline.sources import permutation
 from pipeline.storage import is_url
@@ -71,6 +73,8 @@ class BuiltShard:
     annotation: ShardAnnotation
     kept: bool
     """Whether it was there already, from an earlier run."""
+    rows: pa.RecordBatch
+    """Its part of the sample index (`sample_index.shard_rows`)."""
 
 
 class Step(NamedTuple):
@@ -184,10 +188,9 @@ def build_in_steps(
         found = _find_shard(root, plan, inputs, image["quality"], converter)
         if found is None:
             every_s = 0.0 if careful else STEP_EVERY_S
-            written = yield from _write_shard(root, plan, inputs, image["quality"], set_aside, converter, every_s)
-            built = BuiltShard(written, kept=False)
+            built = yield from _write_shard(root, plan, inputs, image["quality"], set_aside, converter, every_s)
         else:
-            built = BuiltShard(found, kept=True)
+            built = found
     if built.annotation.rejected and not set_aside:
         raise _bad_image(built.annotation.rejected[0])
     return built
@@ -199,7 +202,7 @@ def annotation_path(root: Path, plan: ShardPlan) -> Path:
 
 def _write_shard(
     root: Path, plan: ShardPlan, inputs: str, quality: int, set_aside: bool, converter: Convert, every_s: float
-) -> Generator[Step, None, ShardAnnotation]:
+) -> Generator[Step, None, BuiltShard]:
     samples: list[tuple[str, int, bytes]] = []
     rejected: list[Reject] = []
     _check_tars(plan.entries)
@@ -231,14 +234,13 @@ def _write_shard(
         path.with_suffix(".tar").unlink(missing_ok=True)
         path.with_suffix(".idx").unlink(missing_ok=True)
     digest = hashlib.sha256(tar).hexdigest()
-    checksums = tuple(zlib.crc32(jpeg) for _, _, jpeg in samples)
-    annotation = ShardAnnotation(plan.name, len(samples), len(tar), digest, inputs, moments, tuple(rejected), checksums)
+    annotation = ShardAnnotation(plan.name, len(samples), len(tar), digest, inputs, moments, tuple(rejected))
     write_json(path, annotation.to_json())
-    return annotation
+    return BuiltShard(annotation, kept=False, rows=shard_rows(tar, index))
 
 
-def _find_shard(root: Path, plan: ShardPlan, inputs: str, quality: int, converter: Convert) -> ShardAnnotation | None:
-    """The annotation of a shard that is there, whole, and what `plan` would give; None otherwise."""
+def _find_shard(root: Path, plan: ShardPlan, inputs: str, quality: int, converter: Convert) -> BuiltShard | None:
+    """A shard that is there, whole, and what `plan` would give; None otherwise."""
     path = annotation_path(root, plan)
     try:
         annotation = read_annotation(path)
@@ -265,7 +267,7 @@ def _find_shard(root: Path, plan: ShardPlan, inputs: str, quality: int, converte
         except ImageError:
             continue
         return None
-    return annotation
+    return BuiltShard(annotation, kept=True, rows=shard_rows(tar, index.decode()))
 
 
 def _check_tars(entries: Entries) -> None:

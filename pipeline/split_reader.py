@@ -1,194 +1,155 @@
-"""Every image of a split one read away.
+"""The images of one split, read a batch at a time and checked: JPEGs from the tars, or pixels from a decoded cache.
 
-Opening a split opens every shard and reads its index, labels and checksums; an image is read, and checked, when a
-decoder asks for it. What is kept of an image are 16 bytes, or 24 where its shard has 4 GiB and more: its name is read
-again when an error has to name it.
+Opening a split maps its sample index and opens every shard. Nothing is parsed, whatever the number of images.
 """
 
 from __future__ import annotations
 
-import bisect
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.annotation import ShardError
-from pipeline.dataset import DatasetError, DatasetInfo, ImageError, ShardRow, mend_advice
-from pipeline.keys import beginning
-from pipeline.shard_file import ChangedError, DamagedError, ShardFile, allow_open_files, read_checksums
-from pipeline.shard_index import MAX_DIGITS, ShardIndex, read_index
+from pipeline.dataset import (
+    IMAGE_BYTES,
+    IMAGE_SHAPE,
+    MAX_JPEG_BYTES,
+    DatasetError,
+    DatasetInfo,
+    is_decoded,
+    mend_advice,
+)
+from pipeline.decode import ImageError, decode_stored
+from pipeline.sample_index import open_index
+from pipeline.shard_file import ChangedError, DamagedError, ShardFile, allow_open_files
+
+END_OF_IMAGE = b"\xff\xd9"
+
+Allocate = Callable[[tuple[int, int]], NDArray[np.uint8]]
+"""(rows, bytes a row) -> memory for them, whose contents do not matter."""
+
+
+def _plain_memory(shape: tuple[int, int]) -> NDArray[np.uint8]:
+    return np.empty(shape, np.uint8)
 
 
 class SplitReader:
     """One split's images, its shards open.
 
-    `labels` is int32 [samples]; `image(i)` is the JPEG bytes of sample i; `unchecked` counts the shards whose images
-    cannot be checked, as their annotations are missing or have no checksums.
+    `index` is the sample index, `labels` int32 [samples] of it. `pixels` tells whether images come decoded.
 
     Args:
-        opening: called before each shard is opened, which may take seconds where the disk is slow.
+        root: a shard set on a disk, or a decoded cache of one.
 
     Raises:
-        DatasetError: if a shard is missing or its size, index, labels or annotation do not match `dataset.json`; of
-            several, the first.
+        DatasetError: if the index or a shard is missing or is not what `dataset.json` says.
         OSError: if more shards are to be opened than the system lets a process open.
     """
 
-    def __init__(self, root: Path, info: DatasetInfo, split: str, opening: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, root: Path, info: DatasetInfo, split: str) -> None:
         if split not in info.splits:
             raise DatasetError(f"the shard set {root} has no {split} split")
         self.split = split
+        self.pixels = is_decoded(root)
         self._root, self._annotated = root, info.annotated
         self._rows = info.splits[split].shards
-        self._first = list(itertools.accumulate((row.samples for row in self._rows), initial=0))
-        self._files: list[ShardFile] = []
-        self._places: list[NDArray[np.unsignedinteger]] = []
-        self._checksums: list[NDArray[np.uint32] | None] = []
-        # Of each shard when it has been looked at: what dataset.json says of their number is not trusted with memory.
-        labels = [np.empty(0, np.int32)]
-        classes = Classes(info)
+        self.index = open_index(root, split, info.splits[split], len(info.classes))
+        self.labels = self.index.labels
         allow_open_files(len(self._rows))
+        self._files = []
         for row in self._rows:
-            opening()
+            path = f"{root}/{split}/{row.name}{'.rgb' if self.pixels else '.tar'}"
             try:
-                labels.append(self._open(row, classes))
-            except FileNotFoundError as error:
-                raise DatasetError(f"{error.filename} is missing: {self._advice(row.name)}") from None
-            except (DatasetError, ShardError) as error:
-                raise DatasetError(f"{error}: {self._advice(row.name)}") from error
-        self.labels = np.concatenate(labels)
-        self.unchecked = sum(checksums is None for checksums in self._checksums)
+                file = ShardFile(path)
+            except FileNotFoundError:
+                raise DatasetError(f"{path} is missing: {self._advice(row.name)}") from None
+            wanted = row.samples * IMAGE_BYTES if self.pixels else row.bytes
+            if file.size != wanted:
+                raise DatasetError(
+                    f"{path} has {file.size} bytes, dataset.json says {wanted}: {self._advice(row.name)}"
+                )
+            self._files.append(file)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def image(self, sample: int) -> NDArray[np.uint8]:
-        """The JPEG bytes of one sample, uint8 [size], checked against its annotation.
+    def read(self, samples: NDArray[np.int64], allocate: Allocate = _plain_memory) -> NDArray[np.uint8]:
+        """The images of some samples, each checked against the index.
+
+        Args:
+            samples: int64 [n].
+
+        Returns:
+            uint8 [n, 256, 256, 3] of pixels, or [n, longest + 2] of JPEGs, each from its row's beginning. What follows
+            a JPEG in its row is an end-of-image marker, and then anything.
 
         Raises:
-            ImageError: if these bytes cannot be read, or are not those that were written.
-            DatasetError: if its shard was cut or written to since it was opened.
+            DatasetError: if an image cannot be read or is not what was written; it names the sample.
         """
-        shard, number = place_of(sample, self._first)
-        checksums = self._checksums[shard]
-        crc32 = None if checksums is None else int(checksums[number])
-        offset, size = self._places[shard][number].tolist()
+        index = self.index
+        sizes = index.sizes[samples]
+        longest = int(sizes.max(initial=0))
+        if longest > MAX_JPEG_BYTES or (self.pixels and (sizes != IMAGE_BYTES).any()):
+            odd = int(samples[(sizes != IMAGE_BYTES if self.pixels else sizes > MAX_JPEG_BYTES).argmax()])
+            raise DatasetError(self.describe(odd, f"the sample index gives it {index.sizes[odd]:,} bytes"))
+        width = IMAGE_BYTES if self.pixels else longest + len(END_OF_IMAGE)
+        rows = allocate((len(samples), width))
+        room = memoryview(rows.reshape(-1).data)
+        # Each line of this loop runs once an image: it holds no numpy call.
+        shards, offsets, checksums = (part[samples].tolist() for part in (index.shards, index.offsets, index.checksums))
+        for row, (shard, offset, size, crc32) in enumerate(
+            zip(shards, offsets, sizes.tolist(), checksums, strict=True)
+        ):
+            start = row * width
+            try:
+                self._files[shard].read_into(room[start : start + size], offset, None if self.pixels else crc32)
+            except (ChangedError, DamagedError) as error:
+                subject = "the shard" if isinstance(error, ChangedError) else "it"
+                raise DatasetError(self.describe(int(samples[row]), f"{subject} {error}")) from error
+        if self.pixels:
+            return rows.reshape(-1, *IMAGE_SHAPE)
+        # A JPEG without its end marker would otherwise be decoded on into whatever the memory held.
+        order, ends = np.arange(len(samples)), sizes.astype(np.int64)
+        for place, value in enumerate(END_OF_IMAGE):
+            rows[order, ends + place] = value
+        return rows
+
+    def image(self, sample: int) -> NDArray[np.uint8]:
+        """One sample: its JPEG's bytes, uint8 [size], or its pixels, uint8 [256, 256, 3].
+
+        Raises:
+            DatasetError: as `read`.
+        """
+        (row,) = self.read(np.array([sample]))
+        return row if self.pixels else row[: self.index.sizes[sample]]
+
+    def decoded(self, sample: int) -> NDArray[np.uint8]:
+        """One sample's pixels, uint8 [256, 256, 3], for showing it.
+
+        Raises:
+            DatasetError: as `read`, or if it does not decode.
+        """
+        image = self.image(sample)
+        if self.pixels:
+            return image
         try:
-            data = self._files[shard].read(offset, size, crc32)
-        except ChangedError as error:
-            raise DatasetError(self.describe(sample, f"the shard {error}")) from error
-        except DamagedError as error:
-            name, key = self._rows[shard].name, self.key(sample)
-            raise ImageError(self.describe(sample, f"it {error}"), int(sample), name, key, str(error)) from error
-        return np.frombuffer(data, np.uint8)
+            return decode_stored(image.tobytes())
+        except ImageError as error:
+            raise DatasetError(self.describe(sample, str(error))) from error
 
     def key(self, sample: int) -> str:
-        """A sample's file name in its shard, less its extension, read from the shard's index.
-
-        Where that is gone, or another than when the shard was opened, "no. N": its number in the shard, from 1.
-        """
-        shard, number = place_of(sample, self._first)
+        """A sample's key in its tar."""
         try:
-            index = read_index(self._path(self._rows[shard].name, ".idx"))
-        except (OSError, DatasetError):
-            index = None
-        if index is None or not np.array_equal(index.images, self._places[shard]):
-            return f"no. {number + 1}"
-        return index.key(number)
+            return self.index.key(sample)
+        except (pa.ArrowException, UnicodeDecodeError):
+            return f"no. {int(sample)}"
 
     def describe(self, sample: int, what: str) -> str:
         """One line on what is wrong with a sample (a clause), where it is, and what to do."""
-        shard = self._rows[place_of(sample, self._first)[0]].name
+        shard = self._rows[self.index.shards[sample]].name
         return f"{self.split} image {self.key(sample)} of {shard}: {what}; {self._advice(shard)}"
-
-    def _path(self, shard: str, suffix: str) -> Path:
-        return self._root / self.split / f"{shard}{suffix}"
 
     def _advice(self, shard: str) -> str:
         return mend_advice(self._root, self.split, shard, self._annotated)
-
-    def _open(self, row: ShardRow, classes: Classes) -> NDArray[np.int32]:
-        """Opens one shard, checks it and returns its labels, [samples]."""
-        path = self._path(row.name, ".tar")
-        file = ShardFile(path)
-        if file.size != row.bytes:
-            raise DatasetError(f"{path} has {file.size} bytes, dataset.json says {row.bytes}")
-        index = read_index(path.with_suffix(".idx"))
-        if len(index) != row.samples:
-            raise DatasetError(
-                f"{path.with_suffix('.idx')} lists {len(index)} samples, dataset.json says {row.samples}"
-            )
-        checksums = read_checksums(path.with_suffix(".json"), row.sha256, row.samples)
-        index.refuse_beyond(file.size, str(path))
-        try:
-            labels = classes.labels(file.read_each(index.labels.tolist()), index, str(path))
-        except ChangedError as error:
-            raise DatasetError(f"{path} {error}") from error
-        self._files.append(file)
-        # No place in the file is beyond what its size fits.
-        self._places.append(index.images.astype(np.uint32 if file.size < 2**32 else np.uint64))
-        self._checksums.append(checksums)
-        return labels
-
-
-def place_of(sample: int, first: Sequence[int]) -> tuple[int, int]:
-    """Which shard a sample is in, and its number there, from 0.
-
-    Args:
-        first: the first sample of each shard, and how many there are in all.
-    """
-    sample = int(sample)  # A list's search compares Python's numbers ten times as fast as numpy's.
-    shard = bisect.bisect_right(first, sample) - 1
-    return shard, sample - first[shard]
-
-
-class Classes:
-    """What a label of a set may be."""
-
-    def __init__(self, info: DatasetInfo) -> None:
-        self._count = len(info.classes)
-        self._by_text = {str(label).encode(): label for label in range(self._count)}
-        # Only this program's keys begin with the class.
-        beginnings = [beginning(label.wnid).encode() for label in info.classes]
-        self._beginnings = None if info.annotated else np.array(beginnings)
-
-    def labels(self, texts: Iterable[bytes], index: ShardIndex, where: str) -> NDArray[np.int32]:
-        """A shard's labels, [samples].
-
-        Args:
-            texts: what the tar has for each.
-            where: the tar, for errors.
-
-        Raises:
-            DatasetError: if one cannot be read, is no class of the set, or is of another class than the sample's key.
-        """
-        found: list[bytes] = []
-        try:
-            for text in texts:
-                found.append(text)
-        except DamagedError as error:
-            raise DatasetError(f"{where}: the label of sample {index.name(len(found))} {error}") from error
-        known = self._by_text
-        labels = np.array([known[text] if text in known else self._number(text) for text in found], np.int32)
-        if (labels < 0).any():
-            bad = int(labels.argmin())
-            text = found[bad].strip()
-            raise DatasetError(f"{where}: sample {index.name(bad)} has the label {text!r} of {self._count} classes")
-        if self._beginnings is not None:
-            # One bit makes a digit another digit, but keys begin with their class.
-            fitting = index.begin_with(self._beginnings[labels])
-            if not fitting.all():
-                bad = int(fitting.argmin())
-                raise DatasetError(
-                    f"{where}: sample {index.name(bad)} has the label {labels[bad]}, which is of another class"
-                )
-        return labels
-
-    def _number(self, text: bytes) -> int:
-        """The label that a text is, as others write them: among white space, or after zeros; -1 where it is none."""
-        digits = text.strip()
-        number = int(digits) if digits.isdigit() and len(digits) <= MAX_DIGITS else -1
-        return number if number < self._count else -1

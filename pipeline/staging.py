@@ -30,6 +30,7 @@ from pipeline.dataset import (
     write_json,
 )
 from pipeline.retry import Report, Retry, SourceReadError, reading
+from pipeline.sample_index import SampleIndex, check_has_index, index_file, index_is_whole, open_index
 from pipeline.storage import open_location, read_text, shown
 
 STREAMS = 8  # Shards copied at a time: one stream of an object store carries a tenth of what a node's network does.
@@ -107,7 +108,8 @@ def _copy(location: str, info: DatasetInfo, target: Path, report: Report) -> Non
     filesystem, path = open_location(location)
     work = [(split, row) for split, part in info.splits.items() for row in part.shards]
     missing = [(split, row) for split, row in work if not _is_whole(target / split / f"{row.name}.tar", row)]
-    if not missing and (target / DATASET_FILE).exists():
+    indexed = all(index_is_whole(target, split, part) for split, part in info.splits.items())
+    if not missing and indexed and (target / DATASET_FILE).exists():
         return
     need = sum(row.bytes for _, row in missing)
     for split in info.splits:
@@ -118,10 +120,12 @@ def _copy(location: str, info: DatasetInfo, target: Path, report: Report) -> Non
             f"staging {shown(location)} needs {need / 1e9:.1f} GB in {target}, which has {free / 1e9:.1f} GB free: "
             "free some, or give a larger disk with --stage"
         )
+    retry = Retry(report)
     report(f"staging {need / 1e9:.2f} GB in {len(missing)} of {len(work)} shards from {shown(location)} to {target}")
+    for split in info.splits:
+        copy_index(filesystem, path, target, split, info, retry)
     # First, so that whoever finds a shard damaged can say where to get it again.
     write_json(target / STAGED_FILE, {"from": shown(location)})
-    retry = Retry(report)
     in_streams(
         [functools.partial(_copy_shard, filesystem, path, target, *item, retry) for item in missing],
         retry,
@@ -130,6 +134,36 @@ def _copy(location: str, info: DatasetInfo, target: Path, report: Report) -> Non
     )
     # What was read at the start, not what may lie there by now.
     write_json(target / DATASET_FILE, info.to_json())
+
+
+def copy_index(
+    filesystem: fs.FileSystem, path: str, target: Path, split: str, info: DatasetInfo, retry: Retry
+) -> SampleIndex:
+    """Copies a split's sample index into a folder, and opens it.
+
+    Args:
+        path: of the set, in the file system.
+
+    Raises:
+        DatasetError: if it is not the one that `dataset.json` describes.
+        OSError: if it cannot be read or written.
+    """
+    part, name = info.splits[split], index_file(split)
+    check_has_index(path, part)
+
+    def copy() -> None:
+        data = b"".join(chunks(filesystem, f"{path}/{name}"))
+        found = hashlib.sha256(data).hexdigest()
+        if found != part.index_sha256:
+            raise SourceReadError(
+                f"{path}/{name} has the sha256 {found[:12]}..., {DATASET_FILE} says {part.index_sha256[:12]}...: it is "
+                "damaged there or in transfer"
+            )
+        write_atomically(target / name, data)
+
+    if not index_is_whole(target, split, part):
+        retry(copy, name)
+    return open_index(target, split, part, len(info.classes))
 
 
 def in_streams(actions: Sequence[Callable[[], int]], retry: Retry, report: Report, did: str) -> None:
@@ -164,19 +198,8 @@ def _is_whole(path: Path, row: ShardRow) -> bool:
 
 
 def _copy_shard(filesystem: fs.FileSystem, path: str, target: Path, split: str, row: ShardRow, retry: Retry) -> int:
-    """Copies one shard's index, annotation and tar, the tar last; the bytes copied."""
+    """Copies one shard's tar; the bytes copied."""
     source, tar = f"{path}/{split}/{row.name}", target / split / f"{row.name}.tar"
-    for suffix in (".idx", ".json"):
-        try:
-            text = retry(
-                functools.partial(read_remote_text, filesystem, source + suffix), f"{split}/{row.name}{suffix}"
-            )
-        except FileNotFoundError:
-            # Sets may be copied without their annotations; training says that it cannot check their images.
-            if suffix != ".json":
-                raise
-        else:
-            write_atomically(tar.with_suffix(suffix), text.encode())
     wrong: set[str] = set()
     retry(functools.partial(_copy_tar, filesystem, f"{source}.tar", tar, row, wrong), f"{split}/{tar.name}")
     return row.bytes

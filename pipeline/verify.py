@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.annotation import ShardAnnotation, ShardError, read_annotation
-from pipeline.dataset import DATASET_FILE, IMAGE_SIZE, INDEX_VERSION, DatasetInfo, ShardRow
+from pipeline.dataset import DATASET_FILE, IMAGE_SIZE, INDEX_VERSION, DatasetError, DatasetInfo, ShardRow
 from pipeline.decode import ImageError
 from pipeline.keys import may_be_of
 from pipeline.rgb_stats import RgbMoments, RgbStatistics
+from pipeline.sample_index import index_file, index_is_whole, open_index, shard_rows
 from pipeline.shard_samples import Fault, Sample, key_hash, read_samples, stored_pixels
 from pipeline.shard_set import REJECTS_FILE
 from pipeline.tar_source import whole
@@ -94,7 +94,10 @@ def check_shard(root: Path, split: str, row: ShardRow, info: DatasetInfo, decode
             per_class[int(sample.label)] += 1
     moments = _decode(samples, faults, shard, info.annotated) if decode else None
     if annotation is not None:
-        faults += _check_annotation(annotation, row, shard, info, samples, moments)
+        faults += _check_annotation(annotation, row, shard, info, moments)
+    # Else the sample index would be blamed for the tar.
+    if len(samples) == row.samples and per_class.sum() == row.samples:
+        faults += _check_rows(root, split, row, shard, info, samples, data)
     hashes = np.array([key_hash(sample.key) for sample in samples], np.uint64)
     return ShardReport(split, shard, tuple(faults), per_class, hashes, annotation)
 
@@ -102,6 +105,14 @@ def check_shard(root: Path, split: str, row: ShardRow, info: DatasetInfo, decode
 def check_set(root: Path, info: DatasetInfo, reports: Sequence[ShardReport]) -> list[Fault]:
     """Checks what no shard tells by itself, from a report of each."""
     faults = list(_check_counts(info))
+    for split, part in info.splits.items():
+        try:
+            open_index(root, split, part, len(info.classes))
+            if not index_is_whole(root, split, part):
+                again = "remove the file, then run the command that made the set again"
+                faults.append(Fault(f"the sha256 of {index_file(split)} is not that of {DATASET_FILE}: {again}"))
+        except DatasetError as error:
+            faults.append(Fault(str(error)))
     for split in info.splits:
         mine = [report for report in reports if report.split == split]
         faults += repeated_keys([report.name for report in mine], [report.key_hashes for report in mine])
@@ -189,10 +200,9 @@ def _check_annotation(
     row: ShardRow,
     shard: str,
     info: DatasetInfo,
-    samples: Sequence[Sample],
     moments: RgbMoments | None,
 ) -> Iterator[Fault]:
-    """Faults between an annotation, `dataset.json`, the samples and the moments of their pixels, if decoded."""
+    """Faults between an annotation, `dataset.json` and the moments of the shard's pixels, if decoded."""
     for name in ("name", "samples", "bytes", "sha256"):
         said, needed = getattr(annotation, name), getattr(row, name)
         if said != needed:
@@ -203,11 +213,29 @@ def _check_annotation(
         yield Fault(f"its annotation's moments are of {annotation.moments.pixels} pixels", shard)
     if moments is not None and moments != annotation.moments:
         yield Fault("the moments of its pixels are not those of its annotation", shard)
-    if len(annotation.crc32) != annotation.samples:
-        yield Fault(f"its annotation has {len(annotation.crc32)} checksums", shard)
-    for sample, checksum in zip(samples, annotation.crc32, strict=False):
-        if zlib.crc32(sample.jpeg) != checksum:
-            yield Fault("its image's bytes are not those that its annotation vouches for", shard, sample.key)
+
+
+def _check_rows(
+    root: Path, split: str, row: ShardRow, shard: str, info: DatasetInfo, samples: Sequence[Sample], tar: bytes
+) -> Iterator[Fault]:
+    """Faults between a tar and its part of the sample index, where there is one to be read."""
+    part = info.splits[split]
+    try:
+        index = open_index(root, split, part, len(info.classes))
+    except DatasetError:
+        return  # `check_set` says so.
+    rows = index.of_shard(part.shards.index(row))
+    found = shard_rows(tar, "\n".join([INDEX_VERSION, *(sample.index_line for sample in samples)]))
+    if len(found) != rows.stop - rows.start:
+        yield Fault(f"the sample index has {rows.stop - rows.start} samples of it, its tar {len(found)}", shard)
+        return
+    for name, stated in (("offset", index.offsets), ("size", index.sizes), ("label", index.labels)):
+        for sample in np.flatnonzero(found[name].to_numpy() != stated[rows])[:1].tolist():
+            yield Fault(f"the sample index gives it another {name} than its tar", shard, samples[sample].key)
+    for sample in np.flatnonzero(found["crc32"].to_numpy() != index.checksums[rows]).tolist():
+        yield Fault("its image's bytes are not those that the sample index vouches for", shard, samples[sample].key)
+    if not found["key"].equals(index.keys.slice(rows.start, len(found))):
+        yield Fault("the sample index gives its samples other keys than its tar", shard)
 
 
 def _check_counts(info: DatasetInfo) -> Iterator[Fault]:

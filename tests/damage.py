@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.split_reader import SplitReader
+from pipeline.split_reader import END_OF_IMAGE, Allocate, SplitReader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +58,19 @@ class OtherImages:
         others: by sample, uint8 [size] each.
     """
 
+    pixels = False
+
     def __init__(self, reader: SplitReader, others: Mapping[int, NDArray[np.uint8]]) -> None:
         self._reader, self._others = reader, others
-        self.split, self.labels, self.describe = reader.split, reader.labels, reader.describe
+        self.labels, self.describe = reader.labels, reader.describe
 
-    def image(self, sample: int) -> NDArray[np.uint8]:
-        return self._others[sample] if sample in self._others else self._reader.image(sample)
+    def read(self, samples: NDArray[np.int64], allocate: Allocate) -> NDArray[np.uint8]:
+        images = [self._others.get(sample, self._reader.image(sample)) for sample in samples.tolist()]
+        rows = allocate((len(images), max(map(len, images)) + len(END_OF_IMAGE)))
+        for row, image in zip(rows, images, strict=True):
+            row[: len(image)] = image
+            row[len(image) :][: len(END_OF_IMAGE)] = list(END_OF_IMAGE)
+        return rows
 
 
 def overwrite(path: Path, offset: int, data: bytes) -> None:

@@ -53,6 +53,5 @@ def build_shard_set(source: Path, output: Path) -> Path:
     image = encoder_settings(90)
     plan = SetPlan(listing, image, 0, 10, tuple(plan_shards(listing, 0, 10)))
     claim_folder(output, plan)
-    annotations = [build_shard(output, shard, image, set_aside=True).annotation for shard in plan.shards]
-    finish(output, plan, annotations, max_bad_fraction=0.0)
+    finish(output, plan, [build_shard(output, shard, image, set_aside=True) for shard in plan.shards], 0.0)
     return output

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.annotation import ShardAnnotation
 from pipeline.resize import encoder_settings
 from pipeline.shard_set import SetPlan, claim_folder, finish
-from pipeline.shards import build_shard, plan_shards
+from pipeline.shards import BuiltShard, build_shard, plan_shards
 from pipeline.sources import read_source
 
 PER_SHARD = 4
@@ -19,9 +18,9 @@ def planned(source: Path, quality: int = 90, seed: int = 0, per_shard: int = PER
     return SetPlan(listing, encoder_settings(quality), seed, per_shard, shards)
 
 
-def build_all(output: Path, plan: SetPlan) -> list[ShardAnnotation]:
+def build_all(output: Path, plan: SetPlan) -> list[BuiltShard]:
     claim_folder(output, plan)
-    return [build_shard(output, shard, plan.image, set_aside=True).annotation for shard in plan.shards]
+    return [build_shard(output, shard, plan.image, set_aside=True) for shard in plan.shards]
 
 
 def make(output: Path, plan: SetPlan, max_bad_fraction: float = 0.0) -> Path:

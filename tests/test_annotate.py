@@ -20,7 +20,7 @@ from pipeline.annotation import read_annotation
 from pipeline.dataset import DatasetError, DatasetInfo, read_dataset
 from pipeline.label_names import CONFLICT, name_labels
 from pipeline.loader import Loader
-from pipeline.plan import centre_views
+from pipeline.plan import center_crops
 from pipeline.split_reader import SplitReader
 from pipeline.verify import check_set, check_shard
 from tests.foreign_shards import (
@@ -72,7 +72,7 @@ def check_reading(root: Path, info: DatasetInfo) -> None:
         assert reader.labels.tolist() == [int(one["cls"]) for one in expected]
         assert [reader.image(i).tobytes() for i in range(len(reader))] == [jpeg_of(one) for one in expected]
         loader = Loader(reader, info.rgb, len(reader), torch.device("cpu"), 1)
-        (batch,) = loader.run([centre_views(np.arange(len(reader)))])
+        (batch,) = loader.run([center_crops(np.arange(len(reader)))])
         assert batch.labels.tolist() == reader.labels.tolist()
         pixels = np.stack([np.asarray(picture_of(one)) for one in expected]).astype(np.float64)
         window = pixels[:, 14:241, 14:241] - 255 * np.array(info.rgb.mean)
@@ -122,6 +122,8 @@ def test_the_tars_stay_as_they_are_and_nothing_else_is_left(foreign: Path, done:
         "rejects.jsonl",
         "contact_sheet.jpg",
         "rgb_pca.png",
+        "train.arrow",
+        "val.arrow",
         *(str(Path(name).with_suffix(suffix)) for name in digests(foreign) for suffix in (".tar", ".idx", ".json")),
     }
 

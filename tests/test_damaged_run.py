@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -11,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from jobs import checkpoint
+from jobs.checkpoint import Identity, State
 from jobs.evaluate import EvaluateConfig
 from jobs.evaluate import main as evaluate
-from jobs.skipped import read_skips
-from model.recipe import RECIPES
+from jobs.worker import make_network
+from model.recipe import RECIPES, Recipe
+from model.schedule import Plateau
+from model.training import Progress
 from pipeline.dataset import DatasetError, read_dataset
 from pipeline.plan import Plan, colour_matrix
 from tests.damage import Place, flip_in_the_middle, own_copy, places
@@ -26,13 +28,13 @@ PROMPT_S = 60  # Seconds, of which Ray's shutdown has most; a worker that waits 
 
 
 @pytest.fixture(scope="module")
-def damaged(shard_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Place, Place]:
-    """A set, its corrupt image and the one that follows it in the first epoch."""
+def damaged(shard_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Place]:
+    """A set and its corrupt image."""
     root = own_copy(shard_set, tmp_path_factory.mktemp("damaged") / "shards")
     plan = Plan(45, BATCH, RECIPES["default"].seed, colour_matrix(read_dataset(root).rgb))
-    bad, following = (places(root, "train")[sample] for sample in plan.order(0)[AT : AT + 2])
+    bad = places(root, "train")[plan.order(0)[AT]]
     flip_in_the_middle(bad)
-    return root, bad, following
+    return root, bad
 
 
 def train(root: Path, storage: Path, *flags: str) -> tuple[int, list[tuple[float, str]], str]:
@@ -53,8 +55,8 @@ def train(root: Path, storage: Path, *flags: str) -> tuple[int, list[tuple[float
 
 
 @pytest.mark.slow
-def test_a_corrupt_image_ends_the_run_with_one_line(damaged: tuple[Path, Place, Place], tmp_path: Path) -> None:
-    root, bad, _ = damaged
+def test_a_corrupt_image_ends_the_run_with_one_line(damaged: tuple[Path, Place], tmp_path: Path) -> None:
+    root, bad = damaged
     status, lines, errors = train(root, tmp_path / "runs")
     assert status == 1, errors
     # A traceback of ours, of whichever process, would end in a second line that names the image. Ray's own actors may
@@ -74,47 +76,14 @@ def test_a_corrupt_image_ends_the_run_with_one_line(damaged: tuple[Path, Place, 
     assert steps[-1][0] < PROMPT_S
 
 
-@pytest.fixture(scope="module")
-def finished(damaged: tuple[Path, Place, Place], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A run with --skip-corrupt, and what it said."""
-    storage = tmp_path_factory.mktemp("finished") / "runs"
-    status, lines, errors = train(damaged[0], storage, "--skip-corrupt")
-    assert status == 0, errors
-    return storage / "a", [text for _, text in lines]
-
-
-@pytest.mark.slow
-def test_skip_corrupt_finishes_and_says_what_it_left_out(
-    damaged: tuple[Path, Place, Place], finished: tuple[Path, list[str]]
-) -> None:
-    root, bad, following = damaged
-    run, said = finished
-    (skip,) = read_skips(str(run))
-    assert (skip.epoch, skip.shard, skip.key, skip.substitute) == (1, bad.shard, bad.key, following.key)
-    assert len([text for text in said if f"skipping a corrupt image, {skip}" in text]) == 1
-    (final,) = [text for text in said if text.startswith("skipped 1 corrupt image(s), 1 time(s) in all, listed in ")]
-    assert final.endswith(f"find the damage in {bad.shard} with: python jobs/verify_shards.py --data {root}")
-    (progress,) = [state.progress for state in checkpoint.committed(str(run)).values()]
-    assert progress.finished
-    assert progress.history[0]["images"] == 44
-
-
-@pytest.mark.slow
-def test_evaluation_says_what_it_cannot_check_and_never_skips(
-    shard_set: Path, finished: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluation_names_a_corrupt_image(shard_set: Path, tmp_path: Path) -> None:
     root = own_copy(shard_set, tmp_path / "shards")
-    config = EvaluateConfig(root, str(finished[0]), gpu=False)
+    saved = tmp_path / "checkpoint"
+    saved.mkdir()
+    info = read_dataset(root)
+    identity = Identity.of(Recipe(), info)
+    checkpoint.save_network(saved, make_network(identity), State(identity, Progress(Plateau(0.01))))
     place = places(root, "val")[7]
     flip_in_the_middle(place)
     with pytest.raises(DatasetError, match=f"val image {place.key} of {place.shard}: it is not what was written"):
-        evaluate(config)
-    assert "checksums" not in capsys.readouterr().out
-    shutil.rmtree(root)
-    own_copy(shard_set, root)
-    for path in (root / "val").glob("*.json"):
-        path.unlink()
-    evaluate(config)
-    said = capsys.readouterr().out
-    assert said.count("2 val shard(s) have no checksums in their annotations: a damaged image there is found only") == 1
-    assert "15 images" in said
+        evaluate(EvaluateConfig(root, str(saved), gpu=False))

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.gpu_check import GpuCheckError, check, compare
+from jobs.gpu_check import DecodedOnHost, GpuCheckError, check, compare, equal
 from pipeline.dataset import read_dataset
 from pipeline.loader import Batch, Loader
-from pipeline.plan import Plan, Views, colour_matrix
+from pipeline.plan import Augmentation, Plan, PlannedBatch, colour_matrix
 from pipeline.split_reader import SplitReader
 
 CPU = torch.device("cpu")
@@ -26,20 +26,51 @@ def loader(shard_set: Path) -> Loader:
 
 
 @pytest.fixture(scope="module")
-def views(shard_set: Path) -> list[Views]:
+def planned(shard_set: Path) -> list[PlannedBatch]:
     return list(Plan(45, 10, 1, colour_matrix(read_dataset(shard_set).rgb)).epoch(0))
 
 
 @pytest.fixture(scope="module")
-def batches(loader: Loader, views: list[Views]) -> list[Batch]:
-    return list(loader.run(views))
+def batches(loader: Loader, planned: list[PlannedBatch]) -> list[Batch]:
+    return list(loader.run(planned))
 
 
-def test_a_loader_agrees_with_another_and_is_timed(shard_set: Path) -> None:
-    lines = check(shard_set, CPU, 8, 3, 1)
-    assert [line.partition(":")[0] for line in lines[:3]] == ["training", "centre crop", "ten crops"]
-    assert all(line.endswith("agrees") and "mean absolute difference 0.000" in line for line in lines[:3])
-    assert all("images/s" in line for line in lines[3:])
+def test_a_loader_agrees_with_another(shard_set: Path) -> None:
+    found = check(shard_set, CPU, 20, 2, 1, memory_batches=20)
+    kinds = ["training", "center crop", "ten crops"]
+    exact = [f"{kind}, from equal pixels" for kind in kinds]
+    assert list(found.agrees) == [*exact, "training, in batches of two sizes", *(f"{k}, from JPEGs" for k in kinds)]
+    assert all("equal" in found.agrees[name] and "bit for bit" in found.agrees[name] for name in exact)
+    assert all("mean absolute difference 0.000" in found.agrees[f"{kind}, from JPEGs"] for kind in kinds)
+    assert found.problems == ()
+    found.refuse_problems(CPU)
+    assert found.host_mb_grown < 100
+    assert "memory over 20 batches" in found.lines()[-1]
+
+
+def test_equality_is_of_every_bit_and_blind_to_cuts(
+    loader: Loader, planned: list[PlannedBatch], batches: list[Batch]
+) -> None:
+    assert equal(batches, loader.run([part for batch in planned for part in batch.chunks(3)])) == ""
+    changed = batches[2].images.clone()
+    changed[4, 1, 5, 6] = torch.nextafter(changed[4, 1, 5, 6], torch.tensor(torch.inf))
+    other = [*batches[:2], dataclasses.replace(batches[2], images=changed), *batches[3:]]
+    assert equal(batches, other).startswith(f"image 24, sample {batches[2].samples[4]}: 1 values differ, by up to ")
+    assert equal(batches, batches[:-1]) == "one stream has 30 images and the other has more"
+    assert "image 0 is of label" in equal(
+        batches, [dataclasses.replace(batch, labels=batch.labels + 1) for batch in batches]
+    )
+    assert "image 0 is of sample" in equal(
+        batches, [dataclasses.replace(batch, samples=batch.samples + 1) for batch in batches]
+    )
+
+
+def test_pixels_decoded_on_the_host_are_the_images(
+    shard_set: Path, planned: list[PlannedBatch], batches: list[Batch]
+) -> None:
+    info = read_dataset(shard_set)
+    decoded = DecodedOnHost(SplitReader(shard_set, info, "train"))
+    assert equal(batches, Loader(decoded, info.rgb, 10, CPU, 1).run(planned)) == ""
 
 
 def test_what_two_correct_decoders_may_differ_by_agrees(batches: list[Batch]) -> None:
@@ -98,25 +129,40 @@ def test_pixels_labels_or_lengths_that_are_off_are_found(
     assert any(part in " ".join(found.problems) for part in problem.split("|"))
 
 
-@pytest.mark.parametrize("flaw", ["window", "flip", "colour", "no colour"])
-def test_a_plan_executed_wrongly_is_found(loader: Loader, views: list[Views], batches: list[Batch], flaw: str) -> None:
-    wrong = {
-        "window": [dataclasses.replace(v, crops=np.minimum(v.crops + 1, 29)) for v in views],
-        "flip": [dataclasses.replace(v, flips=~v.flips) for v in views],
-        "colour": [dataclasses.replace(v, shifts=-v.shifts) for v in views],
-        "no colour": [dataclasses.replace(v, shifts=0 * v.shifts) for v in views],
-    }[flaw]
-    assert compare(batches, loader.run(wrong)).problems
+WRONG = {
+    "crop": lambda drawn: dataclasses.replace(drawn, crops=np.minimum(drawn.crops + 1, 29)),
+    "flip": lambda drawn: dataclasses.replace(drawn, flips=~drawn.flips),
+    "color": lambda drawn: dataclasses.replace(drawn, shifts=-drawn.shifts),
+    "no color": lambda drawn: dataclasses.replace(drawn, shifts=0 * drawn.shifts),
+}
+
+
+@pytest.mark.parametrize("flaw", WRONG)
+def test_a_plan_executed_wrongly_is_found(
+    loader: Loader, planned: list[PlannedBatch], batches: list[Batch], flaw: str
+) -> None:
+    def wrong(batch: PlannedBatch) -> PlannedBatch:
+        def draw(samples: np.ndarray) -> Augmentation:
+            return WRONG[flaw](batch.draw(samples))
+
+        return PlannedBatch(batch.samples, draw)
+
+    assert "values differ" in equal(batches, loader.run(map(wrong, planned)))
+    assert compare(batches, loader.run(map(wrong, planned))).problems
 
 
 def test_a_check_that_fails_says_where(shard_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Loader.run
     calls = iter(range(100))
 
-    def shifted(self: Loader, views: list[Views]) -> object:
+    def shifted(self: Loader, planned: list[PlannedBatch]) -> object:
         off = next(calls) % 2 * 10.0  # Every other stream, the one in the GPU's place.
-        return (dataclasses.replace(batch, images=batch.images + off) for batch in run(self, views))
+        return (dataclasses.replace(batch, images=batch.images + off) for batch in run(self, planned))
 
     monkeypatch.setattr(Loader, "run", shifted)
-    with pytest.raises(GpuCheckError, match=r"is not the CPU's: training, batch 0, sample .* levels of mean absolute"):
-        check(shard_set, CPU, 8, 1, 1)
+    found = check(shard_set, CPU, 10, 1, 1, memory_batches=10)
+    with pytest.raises(
+        GpuCheckError, match=r"is not the CPU's: training, from equal pixels: image 0, sample .* differ"
+    ):
+        found.refuse_problems(CPU)
+    assert any("levels of mean absolute" in problem for problem in found.problems)

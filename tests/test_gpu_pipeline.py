@@ -1,25 +1,34 @@
-"""The GPU's pipeline without a GPU: defined, serialised, and each operator's placement read from DALI's protobuf."""
+"""The GPU's graph without a GPU: defined, serialized, and each operator's placement read from DALI's protobuf.
+
+And on the CPU, that nothing but the graph touches a pixel.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import pytest
+import torch
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from pipeline.loader import define
+from pipeline.dataset import read_dataset
+from pipeline.loader import Loader, define
+from pipeline.plan import Plan, colour_matrix
+from pipeline.split_reader import SplitReader
 
 # Field numbers of dali.proto: PipelineDef, OpDef, InputOutput, Argument.
 PIPELINE_OP, PIPELINE_OUTPUT = 5, 7
 OP_NAME, OP_INPUT, OP_OUTPUT, OP_ARGUMENT = 1, 2, 3, 4
-EDGE_NAME, EDGE_DEVICE = 1, 2
-ARGUMENT_NAME = 1
-DECODER = "decoders__Image"
+EDGE_NAME, EDGE_DEVICE, EDGE_ARGUMENT = 1, 2, 4
+ARGUMENT_NAME, FLOATS, INTS, BOOLS = 1, 3, 4, 6
 # Where in this program's source an operator was written is no part of what it does.
-IGNORED = ("_origin_stack", "device")
+IGNORED = ("_origin_stack",)
+SOURCES = [f"__ExternalSource_{number}" for number in range(5)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +37,17 @@ class Operator:
     device: str
     """cpu, mixed (host in, GPU out) or gpu."""
     inputs: dict[str, str]
-    """The device on which each input, or argument that is a tensor, is taken."""
+    """The device on which each input is taken, by its name."""
+    tensors: dict[str, str]
+    """The input that gives each argument of the samples, by the argument's name."""
     outputs: dict[str, str]
     """The device on which each output lies."""
     arguments: dict[str, bytes]
     """All others, as encoded."""
+
+    def argument(self, name: str, field: int) -> list[Any]:
+        """An argument's values of one type, by the field's number."""
+        return [value for key, value in fields(self.arguments[name]) if key == field]
 
 
 def fields(message: bytes) -> Iterator[tuple[int, Any]]:
@@ -51,19 +66,22 @@ def edge(message: bytes) -> tuple[str, str]:
 def operator(message: bytes) -> Operator:
     parts = list(fields(message))
     arguments = {dict(fields(value))[ARGUMENT_NAME].decode(): value for key, value in parts if key == OP_ARGUMENT}
-    strings = [value for _, value in fields(arguments["device"]) if isinstance(value, bytes)]
+    strings = [value for _, value in fields(arguments.pop("device")) if isinstance(value, bytes)]
+    edges = [value for key, value in parts if key == OP_INPUT]
+    named = {dict(fields(value)).get(EDGE_ARGUMENT, b"").decode(): edge(value)[0] for value in edges}
     return Operator(
         name=next(value.decode() for key, value in parts if key == OP_NAME),
         device=strings[-1].decode(),
-        inputs=dict(edge(value) for key, value in parts if key == OP_INPUT),
+        inputs=dict(edge(value) for value in edges),
+        tensors={name: source for name, source in named.items() if name},
         outputs=dict(edge(value) for key, value in parts if key == OP_OUTPUT),
         arguments={name: value for name, value in arguments.items() if not name.startswith(IGNORED)},
     )
 
 
-def serialised(device: str, pixels: bool = False) -> tuple[list[Operator], dict[str, str]]:
-    """The operators in order, and the pipeline's outputs with their devices."""
-    message = list(fields(define(nothing, 8, 2, device, None, pixels).serialize()))
+def serialized(device: Literal["cpu", "gpu"], **kind: Any) -> tuple[list[Operator], dict[str, str]]:
+    """The operators, and the graph's outputs with their devices."""
+    message = list(fields(define(nothing, 8, 2, device, None, **kind).serialize()))
     operators = [operator(value) for key, value in message if key == PIPELINE_OP]
     return operators, dict(edge(value) for key, value in message if key == PIPELINE_OUTPUT)
 
@@ -72,45 +90,110 @@ def nothing() -> None:
     raise StopIteration
 
 
-def test_on_a_gpu_only_bytes_come_from_the_host() -> None:
-    operators, outputs = serialised("gpu")
+def split(operators: list[Operator]) -> tuple[list[Operator], list[Operator]]:
+    """The inputs, and what works on them."""
     sources = [op for op in operators if op.name == "ExternalSource"]
-    (decoder,) = [op for op in operators if op.name == DECODER]
-    assert {op.device for op in sources} == {"cpu"}
-    assert decoder.device == "mixed"
-    assert set(decoder.inputs.values()) == {"cpu"}
+    return sources, [op for op in operators if op not in sources]
+
+
+# External source, in the order that the loader gives them: images, left, top, flip, mean.
+PLANNED = {"crop_pos_x": SOURCES[1], "crop_pos_y": SOURCES[2], "mirror": SOURCES[3], "mean": SOURCES[4]}
+
+
+def test_on_a_gpu_jpegs_are_decoded_and_augmented_there() -> None:
+    operators, outputs = serialized("gpu")
+    sources, (decoder, crop) = split(operators)
+    assert [op.device for op in sources] == ["cpu"] * 5
+    assert (decoder.name, decoder.device) == ("decoders__Image", "mixed")
+    assert (decoder.inputs, decoder.tensors) == ({SOURCES[0]: "cpu"}, {})
     assert list(decoder.outputs.values()) == ["gpu"]
-    assert operators == [*sources, decoder]
-    assert outputs == decoder.outputs
-
-
-def test_on_a_gpu_decoded_pixels_are_copied_there_and_no_more() -> None:
-    operators, outputs = serialised("gpu", pixels=True)
-    assert [(op.name, op.device) for op in operators] == [("ExternalSource", "cpu"), ("Copy", "gpu")]
-    assert outputs == operators[-1].outputs
+    assert (crop.name, crop.device) == ("CropMirrorNormalize", "gpu")
+    # All that the plan draws, a number a sample, and nothing drawn by DALI.
+    assert crop.tensors == PLANNED
+    assert crop.inputs == {**decoder.outputs, **dict.fromkeys(SOURCES[1:], "cpu")}
+    assert outputs == crop.outputs
     assert list(outputs.values()) == ["gpu"]
 
 
+def test_on_a_gpu_pixels_are_copied_and_augmented_there() -> None:
+    operators, outputs = serialized("gpu", pixels=True)
+    sources, (crop,) = split(operators)
+    assert [op.device for op in sources] == ["cpu"] * 5
+    assert (crop.name, crop.device, crop.tensors) == ("CropMirrorNormalize", "gpu", PLANNED)
+    assert crop.inputs == {SOURCES[0]: "gpu", **dict.fromkeys(SOURCES[1:], "cpu")}
+    assert outputs == crop.outputs
+    assert list(outputs.values()) == ["gpu"]
+
+
+@pytest.mark.parametrize("pixels", [False, True])
+def test_ten_crops_decode_once(pixels: bool) -> None:
+    operators, outputs = serialized("gpu", pixels=pixels, ten_crop=True)
+    sources, work = split(operators)
+    assert len(sources) == 2
+    decoders = [op for op in work if op.name == "decoders__Image"]
+    crops = [op for op in work if op.name == "CropMirrorNormalize"]
+    (stack,) = [op for op in work if op not in decoders and op not in crops]
+    assert len(decoders) == (0 if pixels else 1)
+    assert len(crops) == 10
+    assert {op.device for op in [*crops, stack]} == {"gpu"}
+    images = SOURCES[0] if pixels else next(iter(decoders[0].outputs))
+    assert all(op.inputs == {images: "gpu", SOURCES[1]: "cpu"} for op in crops)
+    assert stack.name == "Stack"
+    assert outputs == stack.outputs
+
+
+@pytest.mark.parametrize("kind", [{}, {"ten_crop": True}])
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_every_operator_takes_its_inputs_where_they_lie(device: str) -> None:
+def test_every_operator_takes_its_inputs_where_they_lie(device: Literal["cpu", "gpu"], kind: dict[str, bool]) -> None:
     """No copy is hidden between two operators, and nothing goes from the GPU back to the host."""
-    operators, outputs = serialised(device)
-    lies: dict[str, str] = {}
+    operators, outputs = serialized(device, **kind)
+    lies = {name: where for op in operators for name, where in op.outputs.items()}
     for op in operators:
         for name, taken in op.inputs.items():
             assert lies[name] == taken, (op.name, name)
-        lies |= op.outputs
         if op.device == "cpu":
             assert set(op.outputs.values()) == {"cpu"}
     assert outputs.items() <= lies.items()
 
 
-def test_cpu_and_gpu_differ_in_the_device_alone() -> None:
-    on_gpu, on_cpu = serialised("gpu")[0], serialised("cpu")[0]
-    assert [(op.name, op.arguments, list(op.inputs)) for op in on_gpu] == [
-        (op.name, op.arguments, list(op.inputs)) for op in on_cpu
+@pytest.mark.parametrize("kind", [{}, {"pixels": True}, {"ten_crop": True}])
+def test_cpu_and_gpu_differ_in_the_device_alone(kind: dict[str, bool]) -> None:
+    on_gpu, on_cpu = serialized("gpu", **kind)[0], serialized("cpu", **kind)[0]
+    assert [(op.name, op.arguments, list(op.inputs), op.tensors) for op in on_gpu] == [
+        (op.name, op.arguments, list(op.inputs), op.tensors) for op in on_cpu
     ]
     assert {op.device for op in on_cpu} == {"cpu"}
-    (decoder,) = [op for op in on_gpu if op.name == DECODER]
-    # nvJPEG interpolates chroma, as libjpeg-turbo does, only when this is set.
-    assert dict(fields(decoder.arguments["jpeg_fancy_upsampling"]))[6] == 1
+
+
+@pytest.mark.parametrize(("name", "load"), [("cuda", 0.0), ("hardware", 1.0)])
+def test_one_decoder_takes_every_image(name: Literal["cuda", "hardware"], load: float) -> None:
+    _, (decoder, _) = split(serialized("gpu", gpu_decoder=name)[0])
+    assert np.array(decoder.argument("hw_decoder_load", FLOATS), np.uint32).view(np.float32).tolist() == [load]
+    # nvJPEG interpolates chroma, as libjpeg-turbo does, only when this is set; and no decoder turns images by EXIF.
+    assert decoder.argument("jpeg_fancy_upsampling", BOOLS) == [1]
+    assert decoder.argument("adjust_orientation", BOOLS) == [0]
+    for buffer in ("device_memory_padding", "host_memory_padding"):
+        assert decoder.argument(buffer, INTS) == [2**20]
+
+
+@pytest.mark.parametrize("ten_crop", [False, True])
+def test_a_batch_is_what_the_graph_gave(shard_set: Path, monkeypatch: pytest.MonkeyPatch, ten_crop: bool) -> None:
+    """To the bit, and in the same memory: whatever torch did to pixels would show."""
+    info = read_dataset(shard_set)
+    reader = SplitReader(shard_set, info, "train")
+    loader = Loader(reader, info.rgb, 9, torch.device("cpu"), 1, ten_crop=ten_crop)
+    run = loader._pipeline.run
+    given: list[tuple[int, bytes]] = []
+
+    def noted(stream: object = None) -> Any:
+        outputs = run(stream)
+        tensor = outputs[0].as_tensor()
+        given.append((tensor.data_ptr(), np.array(tensor).tobytes()))
+        return outputs
+
+    monkeypatch.setattr(loader._pipeline, "run", noted)
+    for batch in loader.run(Plan(45, 9, 3, colour_matrix(info.rgb)).epoch(1)):
+        pointer, contents = given[-1]
+        assert batch.images.data_ptr() == pointer
+        assert batch.images.permute(0, 2, 3, 1).numpy().tobytes() == contents
+    assert len(given) == 5

@@ -16,12 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from jobs.data import WorkerData
 from jobs.hang import LOOKS, Watch, WatchedData
 from jobs.train_config import TrainConfig
-from jobs.worker import WorkerData
 from model.recipe import Recipe
 from model.training import Worker
-from pipeline.pixel_stage import stage_pixels
 from pipeline.shard_file import ShardFile
 from tests.runs import ROOT, Run, assert_alike, undisturbed
 
@@ -32,9 +31,9 @@ HANGING_READ = """
 import os, threading, time
 from pipeline import shard_file
 
-read = shard_file.ShardFile._read
+read = shard_file.ShardFile.read_into
 
-def hanging(self, offset, size):
+def hanging(self, room, offset, crc32):
     try:
         import ray.train
         if ray.train.get_context().get_world_rank() == 1:
@@ -43,9 +42,9 @@ def hanging(self, offset, size):
             threading.Event().wait()
     except (OSError, RuntimeError):
         pass
-    return read(self, offset, size)
+    return read(self, room, offset, crc32)
 
-shard_file.ShardFile._read = hanging
+shard_file.ShardFile.read_into = hanging
 """
 
 
@@ -72,14 +71,12 @@ def test_a_read_that_never_returns_is_found_and_named(shard_set: Path, monkeypat
     """By the watch's own thread, with the real clock, in the loader that training uses."""
     hanging, goes_on, left = threading.Event(), threading.Event(), threading.Event()
     said: list[str] = []
-    threads: list[int] = []
-    read = ShardFile._read
+    read = ShardFile.read_into
 
-    def stuck(file: ShardFile, offset: int, size: int) -> bytes:
-        if threading.get_ident() in threads:
-            hanging.set()
-            goes_on.wait()
-        return read(file, offset, size)
+    def stuck(file: ShardFile, room: memoryview, offset: int, crc32: int | None) -> None:
+        hanging.set()
+        goes_on.wait()
+        read(file, room, offset, crc32)
 
     def leave(line: str) -> None:
         assert hanging.is_set()
@@ -90,10 +87,9 @@ def test_a_read_that_never_returns_is_found_and_named(shard_set: Path, monkeypat
         recipe, worker = Recipe(batch_size=9), Worker(0, 1, torch.device("cpu"))
         with Watch(3, 1.0, leave) as watch:
             data = WatchedData(WorkerData(shard_set, recipe, worker, 9, 1), watch)
-            threads.append(threading.get_ident())
             next(data.training(1, 2))
 
-    monkeypatch.setattr(ShardFile, "_read", stuck)
+    monkeypatch.setattr(ShardFile, "read_into", stuck)
     training = threading.Thread(target=train)
     training.start()
     assert left.wait(60)
@@ -102,12 +98,12 @@ def test_a_read_that_never_returns_is_found_and_named(shard_set: Path, monkeypat
     (line,) = said
     match = re.fullmatch(
         rf"rank 3 on {socket.gethostname()} \(pid {os.getpid()}\) hangs: it has been getting its images of epoch 2, "
-        r"step 3 for 1 s, at pipeline/shard_file\.py:(\d+) in read; ending its process \(--hang-seconds 1\)",
+        r"step 3 for 1 s, at pipeline/loader\.py:(\d+) in _next; ending its process \(--hang-seconds 1\)",
         line,
     )
     assert match is not None, line
-    source = (ROOT / "pipeline" / "shard_file.py").read_text().splitlines()
-    assert "self._read(offset, size)" in source[int(match[1]) - 1]
+    source = (ROOT / "pipeline" / "loader.py").read_text().splitlines()
+    assert "self._ahead.popleft().result()" in source[int(match[1]) - 1]
 
 
 def test_a_piece_of_work_that_takes_the_limit_ends_the_process(watch: Watch) -> None:
@@ -144,21 +140,6 @@ def test_after_an_error_nothing_is_watched(watch: Watch) -> None:
     with pytest.raises(OSError, match="the disk is gone"):
         list(items)
     assert not look(watch, 10 * LOOKS)
-
-
-@pytest.mark.parametrize("stage_as", ["jpeg", "pixels"])
-def test_opening_a_large_set_is_as_many_pieces_of_work_as_it_has_shards(
-    stage_as: str, shard_set: Path, tmp_path: Path
-) -> None:
-    shards = stage_pixels(str(shard_set), tmp_path, lambda _: None, 1) if stage_as == "pixels" else shard_set
-    begun = 0
-
-    def opening() -> None:
-        nonlocal begun
-        begun += 1
-
-    WorkerData(shards, Recipe(batch_size=9), Worker(0, 1, torch.device("cpu")), 9, 1, opening=opening)
-    assert begun == len(list(shard_set.glob("*/*.tar")))
 
 
 def test_a_process_is_ended_however_many_of_its_threads_are_stuck() -> None:
@@ -210,7 +191,7 @@ def test_a_rank_that_hangs_in_a_live_process_costs_the_steps_since_the_last_chec
     line = run.lines[-1]
     assert re.search(
         r"rank 1 on \S+ \(pid \d+\) hangs: it has been getting its images of epoch 2, step [2-5] for 5 s, "
-        r"at pipeline/shard_file\.py:\d+ in read; ending its process",
+        r"at pipeline/loader\.py:\d+ in _next; ending its process",
         line,
     ), line
     assert LIMIT_S <= found < LIMIT_S + SLACK_S

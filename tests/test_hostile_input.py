@@ -5,6 +5,8 @@ Each is refused in words that name it, nothing it names is touched, and no memor
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -13,11 +15,13 @@ import resource
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -25,17 +29,15 @@ from PIL import Image
 from jobs import checkpoint
 from jobs.checkpoint import MODEL_FILE, OPTIMIZER_FILE, RUN_FILE, STATE_FILE, CheckpointError
 from jobs.import_weights import read_source
-from pipeline.dataset import DATASET_FILE, DatasetError, read_dataset, write_json
-from pipeline.loader import Loader
+from pipeline.dataset import DATASET_FILE, DatasetError, DatasetInfo, read_dataset, write_json
 from pipeline.pixel_stage import stage_pixels
-from pipeline.plan import centre_views
+from pipeline.sample_index import describe_index, pack_index, record_batch
 from pipeline.split_reader import SplitReader
 from pipeline.staging import stage
-from tests.damage import OtherImages, own_copy
+from tests.damage import overwrite, own_copy, places
 from tests.runs import ROOT
 from tests.test_training import IDENTITY, Recorder, SmallData, make_trainer
 
-CPU = torch.device("cpu")
 ROOM = 2 * 2**30  # Bytes that a reader may take besides what it has; what is claimed here is always more.
 
 
@@ -161,7 +163,7 @@ def test_a_shard_that_claims_to_be_huge_takes_no_memory(hostile: Path, little_ro
 
     edit(hostile, change)
     info = read_dataset(hostile)
-    with pytest.raises(DatasetError, match=r"lists 10 samples, dataset\.json says 1000000000000"):
+    with pytest.raises(DatasetError, match=r"train\.arrow is not the index that dataset\.json describes"):
         SplitReader(hostile, info, "train")
     with pytest.raises(DatasetError, match=r"need 196608000\.0 GB"):
         stage_pixels(str(hostile), hostile.parent / "disk", print, 1)
@@ -184,41 +186,39 @@ def test_a_tar_larger_than_it_claims_is_not_copied_on(hostile: Path, little_room
         stage_pixels(str(hostile), hostile.parent / "pixels", print, 1)
 
 
-def rewrite_index(root: Path, change: Callable[[list[str]], None]) -> None:
-    """Edits the fields of the first sample of the first training shard."""
-    path = root / "train" / "train-000000.idx"
-    lines = path.read_text().splitlines()
-    fields = lines[1].split(" ")
-    change(fields)
-    lines[1] = " ".join(fields)
-    path.write_text("\n".join(lines) + "\n")
+def rewrite_index(root: Path, **values: int) -> DatasetInfo:
+    """Gives the third training sample other numbers, vouched for by dataset.json like the rest."""
+    (batch,) = pa.ipc.open_file(root / "train.arrow").read_all().to_batches()
+    columns = {name: batch[name].to_pylist() for name in batch.schema.names}
+    for name, value in values.items():
+        columns[name][3] = value
+    rows = record_batch(*columns.values())
+    parts = [rows.slice(at, 10) for at in range(0, len(rows), 10)]
+    index = pack_index(parts)
+    (root / "train.arrow").write_bytes(index)
+    said = describe_index(read_dataset(root).splits["train"], index)
+    edit(root, lambda value: value["splits"].update(train=dataclasses.asdict(said)))
+    return read_dataset(root)
 
 
-@pytest.mark.parametrize("extension", ["jpg", "cls"])
 @pytest.mark.parametrize(
-    ("offset", "size", "reason"),
+    ("values", "reason"),
     [
-        ("512", "999999999999999999", "lies beyond the end of the file"),
-        ("999999999999999999", "1", "lies beyond the end of the file"),
-        ("0", "WHOLE", "by its index the samples have more bytes than the file"),
-        ("-512", "1", "has no numbers where it should"),
-        ("512", "9" * 30, "has no numbers where it should"),
+        ({"offset": 2**62}, "cannot be read|ends after 0 of"),
+        ({"offset": 2**40}, "ends after 0 of"),
+        ({"size": 2**32 - 1}, "the sample index gives it 4,294,967,295 bytes"),
+        ({"size": 4 * 2**20}, "ends after"),
+        ({"offset": 0}, "is not what was written"),
     ],
 )
 def test_an_index_that_points_elsewhere_is_refused(
-    hostile: Path, extension: str, offset: str, size: str, reason: str, little_room: None
+    hostile: Path, values: dict[str, int], reason: str, little_room: None
 ) -> None:
-    whole = (hostile / "train" / "train-000000.tar").stat().st_size
-
-    def change(fields: list[str]) -> None:
-        at = fields.index(extension)
-        fields[at + 1 : at + 3] = [offset, size.replace("WHOLE", str(whole))]
-
-    rewrite_index(hostile, change)
-    info = read_dataset(hostile)
-    with pytest.raises(DatasetError, match=reason):
-        SplitReader(hostile, info, "train")
-    with pytest.raises(DatasetError, match=reason):
+    info = rewrite_index(hostile, **values)
+    reader = SplitReader(hostile, info, "train")
+    with pytest.raises(DatasetError, match=rf"train image {reader.key(3)} of train-000000: .*({reason})"):
+        reader.read(np.arange(10))
+    with pytest.raises(DatasetError, match=reader.key(3)):
         stage_pixels(str(hostile), hostile.parent / "disk", print, 1)
 
 
@@ -231,15 +231,20 @@ def bomb(side: int) -> bytes:
     return data[: frame + 5] + side.to_bytes(2, "big") * 2 + data[frame + 9 :]
 
 
-@pytest.mark.parametrize(("image", "what"), [(bomb(20_000), "it is 20000 x 20000"), (b"GIF89a", "it does not decode")])
-def test_an_image_that_claims_to_be_huge_is_named_before_it_is_decoded(
-    shard_set: Path, image: bytes, what: str, little_room: None
-) -> None:
-    info = read_dataset(shard_set)
-    reader = SplitReader(shard_set, info, "train")
-    loader = Loader(OtherImages(reader, {3: np.frombuffer(image, np.uint8)}), info.rgb, 10, CPU, 1)  # type: ignore[arg-type]
-    with pytest.raises(DatasetError, match=f"train image {reader.key(3)} of train-000000: {what}"):
-        list(loader.run(centre_views(np.arange(10)).chunks(10)))
+def test_an_image_that_claims_to_be_huge_is_named_and_takes_no_memory(hostile: Path, little_room: None) -> None:
+    """By whoever decodes a set to look at it; training trusts the sharding, which decoded each image that it stored."""
+    place = places(hostile, "train")[3]
+    image = bomb(20_000)
+    assert len(image) < place.size
+    overwrite(place.tar, place.image, image)
+    info = rewrite_index(hostile, size=len(image), crc32=zlib.crc32(image))
+    reader = SplitReader(hostile, info, "train")
+    with pytest.raises(DatasetError, match=f"train image {reader.key(3)} of train-000000: it is 20000 x 20000"):
+        reader.decoded(3)
+    first = hashlib.sha256(place.tar.read_bytes()).hexdigest()
+    edit(hostile, lambda value: first_row(value).update(sha256=first))
+    with pytest.raises(DatasetError, match=f"{reader.key(3)}: it is 20000 x 20000"):
+        stage_pixels(str(hostile), hostile.parent / "disk", print, 1)
 
 
 # Checkpoints.

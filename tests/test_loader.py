@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import io
+import itertools
 import re
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,10 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from pipeline.dataset import read_dataset
-from pipeline.loader import Loader, LoaderError
-from pipeline.plan import Plan, Views, centre_views, colour_matrix, ten_crop_views
-from pipeline.split_reader import SplitReader
+from pipeline.loader import PREFETCH, READERS, Loader, LoaderError
+from pipeline.pixel_stage import stage_pixels
+from pipeline.plan import TEN_CROPS, Augmentation, Plan, PlannedBatch, center_crops, colour_matrix
+from pipeline.split_reader import Allocate, SplitReader
 from tests.damage import OtherImages
 
 CPU = torch.device("cpu")
@@ -34,10 +37,11 @@ def loader(shard_set: Path, reader: SplitReader) -> Loader:
     return Loader(reader, read_dataset(shard_set).rgb, 40, CPU, 2)
 
 
-def reference(reader: SplitReader, mean: NDArray[np.float64], views: Views) -> NDArray[np.float64]:
-    """float64 [n, 3, 227, 227]: decode, cut, mirror, subtract the mean, add the shift."""
+def reference(reader: SplitReader, mean: NDArray[np.float64], planned: PlannedBatch) -> NDArray[np.float64]:
+    """float64 [n, 3, 227, 227]: decode, crop, flip, subtract the mean, add the color jitter."""
     rows = []
-    for sample, (top, left), flip, shift in zip(views.samples, views.crops, views.flips, views.shifts, strict=True):
+    drawn = planned.draw(planned.samples)
+    for sample, (top, left), flip, shift in zip(planned.samples, drawn.crops, drawn.flips, drawn.shifts, strict=True):
         pixels = np.asarray(Image.open(io.BytesIO(reader.image(sample).tobytes())), np.float64)
         window = pixels[top : top + 227, left : left + 227]
         window = window[:, ::-1] if flip else window
@@ -52,48 +56,65 @@ def test_training_batches_are_the_plans(shard_set: Path, reader: SplitReader, lo
         steps = list(plan.epoch(epoch))
         batches = list(loader.run(steps))
         assert len(batches) == plan.steps == 2
-        for views, batch in zip(steps, batches, strict=True):
-            expected = reference(reader, np.array(rgb.mean) * 255, views)
+        for planned, batch in zip(steps, batches, strict=True):
+            expected = reference(reader, np.array(rgb.mean) * 255, planned)
             np.testing.assert_allclose(batch.images.numpy(), expected, rtol=0, atol=1e-4)
-            np.testing.assert_array_equal(batch.samples, views.samples)
-            np.testing.assert_array_equal(batch.labels.numpy(), reader.labels[views.samples])
+            np.testing.assert_array_equal(batch.samples, planned.samples)
+            np.testing.assert_array_equal(batch.labels.numpy(), reader.labels[planned.samples])
             assert batch.images.is_contiguous(memory_format=torch.channels_last)
             assert batch.images.dtype == torch.float32
 
 
-def test_every_window_position_is_cut_exactly(shard_set: Path, reader: SplitReader, loader: Loader) -> None:
+def fixed(samples: NDArray[np.int64], crops: NDArray[np.int64], flips: NDArray[np.bool_]) -> PlannedBatch:
+    """A batch with these crops, whole, and no color jitter."""
+    return PlannedBatch(samples, lambda _: Augmentation(crops, flips, np.zeros((len(samples), 3), np.float32)))
+
+
+def test_every_crop_position_is_cut_exactly(shard_set: Path, reader: SplitReader, loader: Loader) -> None:
     mean = np.array(read_dataset(shard_set).rgb.mean) * 255
     offsets = np.arange(30)
-    views = Views(
-        samples=np.zeros(30, np.int64),
-        crops=np.stack([offsets, offsets[::-1]], axis=1),
-        flips=offsets % 2 == 1,
-        shifts=np.zeros((30, 3), np.float32),
-    )
-    (batch,) = loader.run([views])
-    np.testing.assert_allclose(batch.images.numpy(), reference(reader, mean, views), rtol=0, atol=1e-4)
+    planned = fixed(np.zeros(30, np.int64), np.stack([offsets, offsets[::-1]], axis=1), offsets % 2 == 1)
+    (batch,) = loader.run([planned])
+    np.testing.assert_allclose(batch.images.numpy(), reference(reader, mean, planned), rtol=0, atol=1e-4)
 
 
-def test_ten_crops(shard_set: Path, reader: SplitReader, loader: Loader) -> None:
-    views = ten_crop_views(np.array([3, 1]))
-    (batch,) = loader.run([views])
-    mean = np.array(read_dataset(shard_set).rgb.mean) * 255
-    np.testing.assert_allclose(batch.images.numpy(), reference(reader, mean, views), rtol=0, atol=1e-4)
-    five, mirrored = batch.images[:5], batch.images[5:10]
-    np.testing.assert_array_equal(mirrored.numpy(), five.flip(3).numpy())
+def test_ten_crops_of_each_image(shard_set: Path, reader: SplitReader) -> None:
+    rgb = read_dataset(shard_set).rgb
+    ten = Loader(reader, rgb, 40, CPU, 2, ten_crop=True)
+    samples = np.array([3, 1])
+    (batch,) = ten.run([center_crops(samples)])
+    crops = np.array([(top, left) for top, left, _ in TEN_CROPS] * 2)
+    planned = fixed(np.repeat(samples, 10), crops, np.array([flip for _, _, flip in TEN_CROPS] * 2))
+    expected = reference(reader, np.array(rgb.mean) * 255, planned)
+    np.testing.assert_allclose(batch.images.numpy(), expected, rtol=0, atol=1e-4)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.samples.tolist() == [3, 1]
+    assert batch.labels.tolist() == np.repeat(reader.labels[samples], 10).tolist()
+    np.testing.assert_array_equal(batch.images[5:10].numpy(), batch.images[:5].flip(3).numpy())
+
+
+def test_ten_crops_are_the_same_from_pixels(shard_set: Path, reader: SplitReader, tmp_path: Path) -> None:
+    staged = stage_pixels(str(shard_set), tmp_path, lambda _: None, 1)
+    rgb = read_dataset(shard_set).rgb
+    pixels = SplitReader(staged, read_dataset(staged), "train")
+    runs = [
+        Loader(r, rgb, 7, CPU, 2, ten_crop=True).run(center_crops(np.arange(20)).chunks(7)) for r in (reader, pixels)
+    ]
+    for one, two in zip(*runs, strict=True):
+        assert torch.equal(one.images, two.images)
 
 
 def test_a_shorter_last_batch_and_an_abandoned_run(reader: SplitReader, loader: Loader) -> None:
     samples = np.arange(len(reader))
-    next(loader.run(centre_views(samples).chunks(5)))
-    batches = list(loader.run(centre_views(samples).chunks(40)))
+    next(loader.run(center_crops(samples).chunks(5)))
+    batches = list(loader.run(center_crops(samples).chunks(40)))
     assert [len(batch) for batch in batches] == [40, 5]
     np.testing.assert_array_equal(np.concatenate([batch.samples for batch in batches]), samples)
     # All batches but the end of the source were taken: DALI has seen that end, the caller has not.
-    run = loader.run(centre_views(samples).chunks(40))
+    run = loader.run(center_crops(samples).chunks(40))
     next(run)
     next(run)
-    assert [len(batch) for batch in loader.run(centre_views(samples).chunks(9))] == [9] * 5
+    assert [len(batch) for batch in loader.run(center_crops(samples).chunks(9))] == [9] * 5
 
 
 def test_decoder_threads_do_not_change_the_stream(shard_set: Path, reader: SplitReader, loader: Loader) -> None:
@@ -108,7 +129,6 @@ class TurnedReader:
 
     def __init__(self, reader: SplitReader) -> None:
         self._reader = reader
-        self.split, self.labels, self.key = reader.split, reader.labels, reader.key
 
     def image(self, sample: int) -> NDArray[np.uint8]:
         exif = Image.Exif()
@@ -125,10 +145,10 @@ def test_exif_orientation_is_not_applied(shard_set: Path, reader: SplitReader) -
     with Image.open(io.BytesIO(turned.image(5).tobytes())) as image:
         assert image.getexif()[ExifTags.Base.Orientation] == 6
     rgb = read_dataset(shard_set).rgb
-    views = centre_views(np.arange(16))
-    views = dataclasses.replace(views, crops=np.tile([[2, 27]], (16, 1)))
-    (batch,) = Loader(turned, rgb, 16, CPU, 1).run([views])  # type: ignore[arg-type]
-    expected = reference(reader, np.array(rgb.mean) * 255, views)
+    planned = fixed(np.arange(16), np.tile([[2, 27]], (16, 1)), np.zeros(16, np.bool_))
+    others = OtherImages(reader, {sample: turned.image(sample) for sample in range(16)})
+    (batch,) = Loader(others, rgb, 16, CPU, 1).run([planned])
+    expected = reference(reader, np.array(rgb.mean) * 255, planned)
     np.testing.assert_allclose(batch.images.numpy(), expected, rtol=0, atol=1e-4)
 
 
@@ -145,7 +165,7 @@ def test_a_dropped_loader_leaves_no_thread_and_no_memory(shard_set: Path, reader
     def build_and_drop(runs: int) -> None:
         loader = Loader(reader, rgb, 20, CPU, 2)
         for _ in range(runs):
-            next(loader.run(centre_views(np.arange(40)).chunks(20)))
+            next(loader.run(center_crops(np.arange(40)).chunks(20)))
 
     gc.disable()  # Dropping must do, without waiting for Python to look for cycles.
     try:
@@ -166,19 +186,69 @@ def test_a_dropped_loader_leaves_no_thread_and_no_memory(shard_set: Path, reader
     assert grown - memory < 100e6
 
 
-def test_an_image_that_does_not_decode_is_named(shard_set: Path, reader: SplitReader) -> None:
-    whole = reader.image(8)
-    damaged = Loader(OtherImages(reader, {8: whole[: len(whole) // 3]}), read_dataset(shard_set).rgb, 10, CPU, 1)  # type: ignore[arg-type]
-    with pytest.raises(LoaderError, match=reader.key(8)):
-        list(damaged.run(centre_views(np.arange(20)).chunks(10)))
-
-
 @pytest.mark.parametrize("samples", [(8,), tuple(range(5, 10))])
-def test_an_image_of_another_size_is_named(shard_set: Path, reader: SplitReader, samples: tuple[int, ...]) -> None:
+def test_an_image_that_does_not_decode_is_named(shard_set: Path, reader: SplitReader, samples: tuple[int, ...]) -> None:
     """One among others, and a batch that holds no other."""
+    others = dict.fromkeys(samples, np.frombuffer(b"GIF89a, and no more", np.uint8))
+    damaged = Loader(OtherImages(reader, others), read_dataset(shard_set).rgb, 5, CPU, 1)
+    with pytest.raises(LoaderError, match=f"{reader.key(samples[0])}.*it does not decode"):
+        list(damaged.run(center_crops(np.arange(20)).chunks(5)))
+
+
+def test_an_image_too_small_for_its_crop_is_named(shard_set: Path, reader: SplitReader) -> None:
     file = io.BytesIO()
-    Image.new("RGB", (300, 280)).save(file, "JPEG")
-    others = dict.fromkeys(samples, np.frombuffer(file.getvalue(), np.uint8))
-    larger = Loader(OtherImages(reader, others), read_dataset(shard_set).rgb, 5, CPU, 1)  # type: ignore[arg-type]
-    with pytest.raises(LoaderError, match=f"{reader.key(samples[0])}.*300 x 280, not 256 x 256"):
-        list(larger.run(centre_views(np.arange(20)).chunks(5)))
+    Image.new("RGB", (300, 200)).save(file, "JPEG")
+    smaller = Loader(
+        OtherImages(reader, {8: np.frombuffer(file.getvalue(), np.uint8)}), read_dataset(shard_set).rgb, 5, CPU, 1
+    )
+    with pytest.raises(LoaderError, match=f"{reader.key(8)}.*300 x 200, not 256 x 256"):
+        list(smaller.run(center_crops(np.arange(20)).chunks(5)))
+
+
+def test_another_failure_of_dali_is_not_called_damage(
+    shard_set: Path, reader: SplitReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a lack of memory: every image decodes, so that a new worker may fare better."""
+    loader = Loader(reader, read_dataset(shard_set).rgb, 5, CPU, 1)
+    batches = loader.run(center_crops(np.arange(20)).chunks(5))
+    next(batches)
+
+    def fails(stream: object = None) -> object:
+        raise RuntimeError("CUDA runtime API error cudaErrorMemoryAllocation (2): out of memory")
+
+    monkeypatch.setattr(loader._pipeline, "run", fails)
+    with pytest.raises(RuntimeError, match="out of memory") as found:
+        next(batches)
+    assert not isinstance(found.value, ValueError)
+
+
+def test_a_batch_is_read_and_drawn_by_no_thread_that_asks_for_it(shard_set: Path, reader: SplitReader) -> None:
+    threads: set[str] = set()
+
+    def draw(samples: NDArray[np.int64]) -> Augmentation:
+        threads.add(threading.current_thread().name)
+        return center_crops(samples).draw(samples)
+
+    class Noted(OtherImages):
+        def read(self, samples: NDArray[np.int64], allocate: Allocate) -> NDArray[np.uint8]:
+            threads.add(threading.current_thread().name)
+            return super().read(samples, allocate)
+
+    loader = Loader(Noted(reader, {}), read_dataset(shard_set).rgb, 5, CPU, 1)
+    assert len(list(loader.run(PlannedBatch(np.arange(40), draw).chunks(5)))) == 8
+    assert threads
+    assert all(name.startswith("reader_") for name in threads)
+
+
+def test_no_more_is_read_ahead_than_is_said(shard_set: Path, reader: SplitReader) -> None:
+    """Batches are planned when they are read, so an endless plan takes no memory."""
+    planned: list[int] = []
+
+    def endless() -> Iterator[PlannedBatch]:
+        for number in itertools.count():
+            planned.append(number)
+            yield center_crops(np.arange(5))
+
+    loader = Loader(reader, read_dataset(shard_set).rgb, 5, CPU, 1)
+    for number, _ in enumerate(itertools.islice(loader.run(endless()), 20), start=1):
+        assert len(planned) <= number + PREFETCH + READERS

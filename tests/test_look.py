@@ -28,26 +28,26 @@ def seen(shard_set: Path, **settings: object) -> tuple[Seen, SplitReader]:
 
 def test_the_pixels_are_the_images(shard_set: Path) -> None:
     found, reader = seen(shard_set)
-    flips = found.views.flips
+    flips = found.drawn.flips
     assert flips.any()
     assert not flips.all()
-    assert np.abs(found.views.shifts).max() > 5
-    for row, sample in enumerate(found.views.samples):
+    assert np.abs(found.drawn.shifts).max() > 5
+    for row, sample in enumerate(found.samples):
         stored = np.asarray(Image.open(io.BytesIO(reader.image(sample).tobytes()))).astype(int)
         np.testing.assert_array_equal(found.stored[row], stored)
-        top, left = found.views.crops[row]
+        top, left = found.drawn.crops[row]
         window = stored[top : top + 227, left : left + 227]
         window = window[:, ::-1] if flips[row] else window
         assert np.abs(found.window[row] - window).max() <= 1
         for pixels, factor in ((found.network[row], 1), (found.exaggerated[row], 3)):
-            expected = np.clip(window + factor * found.views.shifts[row], 0, 255)
+            expected = np.clip(window + factor * found.drawn.shifts[row], 0, 255)
             assert np.abs(pixels - expected).max() <= 1
 
 
 def test_another_step_and_no_colour(shard_set: Path) -> None:
     first, _ = seen(shard_set, batch_size=15)
     second, _ = seen(shard_set, batch_size=15, step=2, colour="none")
-    assert not set(first.views.samples) & set(second.views.samples)
+    assert not set(first.samples) & set(second.samples)
     np.testing.assert_array_equal(second.network, second.window)
     with pytest.raises(ValueError, match="an epoch has 3"):
         seen(shard_set, batch_size=15, step=3)

@@ -323,8 +323,8 @@ def test_a_folder_of_odd_images_becomes_a_set_and_says_what_it_left_out(tmp_path
     listing = read_source(source, None, 0.1, 0)
     plan = SetPlan(listing, encoder_settings(90), 0, 1000, tuple(plan_shards(listing, 0, 1000)))
     claim_folder(output, plan)
-    annotations = [build_shard(output, shard, plan.image, set_aside=True).annotation for shard in plan.shards]
-    info = finish(output, plan, annotations, 1.0)
+    built = [build_shard(output, shard, plan.image, set_aside=True) for shard in plan.shards]
+    info = finish(output, plan, built, 1.0)
     reader = SplitReader(output, read_dataset(output), "train")
     names = {f"n0_{name}" for name in good} | {"n1_plain"}
     assert {reader.key(i) for i in range(len(reader))} == names

@@ -12,10 +12,11 @@ from PIL import Image
 
 from pipeline.dataset import DatasetError, read_dataset
 from pipeline.loader import Loader
-from pipeline.pixel_stage import PixelReader, open_split, stage_pixels
+from pipeline.pixel_stage import stage_pixels
 from pipeline.plan import Plan, colour_matrix
 from pipeline.split_reader import SplitReader
 from tests import foreign_shards as foreign
+from tests.damage import flip_in_the_middle, own_copy, places
 
 CPU = torch.device("cpu")
 
@@ -24,9 +25,8 @@ def test_pixels_are_the_jpegs_and_give_the_same_batches(shard_set: Path, tmp_pat
     lines: list[str] = []
     staged = stage_pixels(str(shard_set), tmp_path, lines.append, 2)
     info = read_dataset(staged)
-    jpegs, pixels = open_split(shard_set, info, "train"), open_split(staged, info, "train")
-    assert isinstance(jpegs, SplitReader)
-    assert isinstance(pixels, PixelReader)
+    jpegs, pixels = SplitReader(shard_set, read_dataset(shard_set), "train"), SplitReader(staged, info, "train")
+    assert (jpegs.pixels, pixels.pixels) == (False, True)
     np.testing.assert_array_equal(pixels.labels, jpegs.labels)
     for sample in range(len(jpegs)):
         assert pixels.key(sample) == jpegs.key(sample)
@@ -50,7 +50,8 @@ def test_a_set_of_jpegs_by_their_longer_name(tmp_path: Path) -> None:
         )
     info, faults = foreign.annotate(tmp_path / "set")
     assert info is not None, faults
-    pixels = open_split(stage_pixels(str(tmp_path / "set"), tmp_path, lambda _: None, 2), info, "train")
+    staged = stage_pixels(str(tmp_path / "set"), tmp_path, lambda _: None, 2)
+    pixels = SplitReader(staged, read_dataset(staged), "train")
     assert [pixels.key(n) for n in range(9)] == [foreign.sample(n)["__key__"] for n in range(9)]
     assert pixels.labels.tolist() == [n % 3 for n in range(9)]
     for n in range(9):
@@ -62,9 +63,9 @@ def test_an_interrupted_decoding_goes_on_and_a_cut_file_is_refused(shard_set: Pa
     kept, lost = staged / "train" / "train-000000.rgb", staged / "train" / "train-000001.rgb"
     whole, before = lost.read_bytes(), kept.stat().st_ino
     lost.write_bytes(whole[:-1])
-    with pytest.raises(DatasetError, match="stage the set again"):
-        PixelReader(staged, read_dataset(staged), "train")
-    (staged / "dataset.json").unlink()
+    with pytest.raises(DatasetError, match=rf"this is a staged copy, so delete {lost} and run the same command again"):
+        SplitReader(staged, read_dataset(staged), "train")
+    lost.unlink()
     stage_pixels(str(shard_set), tmp_path, lambda _: None, 2)
     assert lost.read_bytes() == whole
     assert kept.stat().st_ino == before
@@ -81,3 +82,17 @@ def test_a_batch_stays_as_it_is_while_later_ones_are_made(shard_set: Path) -> No
         copies.append(batch.images.clone())
     del loader
     assert all(torch.equal(one, two) for one, two in zip(held, copies, strict=True))
+
+
+def test_a_shard_that_is_not_what_the_set_says_is_refused(shard_set: Path, tmp_path: Path) -> None:
+    root = own_copy(shard_set, tmp_path / "set")
+    place = places(root, "train")[23]
+    flip_in_the_middle(place)
+    with pytest.raises(DatasetError, match=r"train-000002\.tar is not the shard that dataset\.json describes"):
+        stage_pixels(str(root), tmp_path / "disk", lambda _: None, 1)
+    assert not list((tmp_path / "disk").rglob("dataset.json"))
+    (place.tar).write_bytes((shard_set / "train" / place.tar.name).read_bytes())
+    staged = stage_pixels(str(root), tmp_path / "disk", lambda _: None, 1)
+    assert sorted(path.name for path in staged.iterdir()) == [
+        *("dataset.json", "pixels.json", "staged.json", "train", "train.arrow", "val", "val.arrow")
+    ]

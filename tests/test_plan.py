@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.philox import philox
-from pipeline.plan import Plan, Views, centre_views, colour_matrix, share, ten_crop_views
+from pipeline.plan import TEN_CROPS, Plan, PlannedBatch, center_crops, colour_matrix, share
 from pipeline.rgb_stats import RgbMoments, RgbStatistics
 from tests.photographs import photograph
 
@@ -18,8 +18,10 @@ def rgb() -> RgbStatistics:
     return RgbStatistics.of(RgbMoments.of(photograph(0, 300, 200)))
 
 
-def joined(parts: list[Views]) -> tuple[np.ndarray, ...]:
-    return tuple(np.concatenate([getattr(p, f) for p in parts]) for f in ("samples", "crops", "flips", "shifts"))
+def joined(parts: list[PlannedBatch]) -> tuple[np.ndarray, ...]:
+    drawn = [part.draw(part.samples) for part in parts]
+    draws = [np.concatenate([getattr(one, field) for one in drawn]) for field in ("crops", "flips", "shifts")]
+    return np.concatenate([part.samples for part in parts]), *draws
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,7 @@ def test_philox_gives_the_published_words(counter: tuple[int, ...], key: int, wo
 
 def test_an_epoch_visits_each_sample_once_but_for_its_tail() -> None:
     plan = Plan(SAMPLES, 64, 3, np.eye(3))
-    seen = [np.concatenate([views.samples for views in plan.epoch(epoch)]) for epoch in range(3)]
+    seen = [np.concatenate([planned.samples for planned in plan.epoch(epoch)]) for epoch in range(3)]
     for samples in seen:
         assert len(samples) == plan.steps * 64 == 960
         assert len(np.unique(samples)) == 960
@@ -77,27 +79,27 @@ def test_a_resumed_epoch_goes_on_where_it_stopped() -> None:
 
 def test_draws_follow_a_sample_whatever_its_company() -> None:
     plan = Plan(SAMPLES, 64, 5, np.eye(3))
-    together, alone = plan.views(3, np.array([5, 17, 901])), plan.views(3, np.array([17]))
+    together, alone = plan.augmentation(3, np.array([5, 17, 901])), plan.augmentation(3, np.array([17]))
     np.testing.assert_array_equal(together.crops[1], alone.crops[0])
     np.testing.assert_array_equal(together.shifts[1], alone.shifts[0])
-    assert not np.array_equal(plan.views(4, np.array([17])).shifts, alone.shifts)
-    assert not np.array_equal(Plan(SAMPLES, 64, 6, np.eye(3)).views(3, np.array([17])).shifts, alone.shifts)
+    assert not np.array_equal(plan.augmentation(4, np.array([17])).shifts, alone.shifts)
+    assert not np.array_equal(Plan(SAMPLES, 64, 6, np.eye(3)).augmentation(3, np.array([17])).shifts, alone.shifts)
 
 
 @pytest.mark.paper
 def test_crops_are_uniform_and_flips_fair() -> None:
-    views = Plan(90_000, 1, 1, np.eye(3)).views(0, np.arange(90_000))
-    cells = np.bincount(views.crops[:, 0] * 30 + views.crops[:, 1], minlength=900)
+    drawn = Plan(90_000, 1, 1, np.eye(3)).augmentation(0, np.arange(90_000))
+    cells = np.bincount(drawn.crops[:, 0] * 30 + drawn.crops[:, 1], minlength=900)
     assert len(cells) == 900
     # Chi-square with 899 degrees of freedom: mean 899, standard deviation 42.
     assert abs(((cells - 100) ** 2 / 100).sum() - 899) < 4 * 42
-    assert abs(views.flips.mean() - 0.5) < 4 * 0.5 / 300
-    assert abs(np.corrcoef(views.flips, views.crops[:, 0])[0, 1]) < 4 / 300
+    assert abs(drawn.flips.mean() - 0.5) < 4 * 0.5 / 300
+    assert abs(np.corrcoef(drawn.flips, drawn.crops[:, 0])[0, 1]) < 4 / 300
 
 
 @pytest.mark.paper
 def test_alpha_is_normal_with_standard_deviation_a_tenth() -> None:
-    alpha = Plan(90_000, 1, 1, np.eye(3)).views(0, np.arange(90_000)).shifts.astype(np.float64) / 0.1
+    alpha = Plan(90_000, 1, 1, np.eye(3)).augmentation(0, np.arange(90_000)).shifts.astype(np.float64) / 0.1
     assert np.abs(alpha.mean(axis=0)).max() < 4 / 300
     np.testing.assert_allclose(alpha.std(axis=0), 1.0, atol=4 / np.sqrt(2 * 90_000))
     np.testing.assert_allclose((alpha**4).mean(axis=0), 3.0, atol=4 * np.sqrt(96 / 90_000))
@@ -108,9 +110,9 @@ def test_alpha_is_normal_with_standard_deviation_a_tenth() -> None:
 @pytest.mark.paper
 def test_the_colour_shift_is_the_papers_formula(rgb: RgbStatistics) -> None:
     samples = np.arange(20)
-    alpha = Plan(20, 1, 1, np.eye(3)).views(0, samples).shifts.astype(np.float64)
-    shifts = Plan(20, 1, 1, colour_matrix(rgb)).views(0, samples).shifts
-    doubled = Plan(20, 1, 1, colour_matrix(rgb, "std")).views(0, samples).shifts
+    alpha = Plan(20, 1, 1, np.eye(3)).augmentation(0, samples).shifts.astype(np.float64)
+    shifts = Plan(20, 1, 1, colour_matrix(rgb)).augmentation(0, samples).shifts
+    doubled = Plan(20, 1, 1, colour_matrix(rgb, "std")).augmentation(0, samples).shifts
     p, values = np.array(rgb.eigenvectors), np.array(rgb.eigenvalues)
     for i in samples:
         expected = 255.0 * sum(p[:, j] * alpha[i, j] * values[j] for j in range(3))
@@ -125,7 +127,7 @@ def test_the_colour_shift_is_the_papers_formula(rgb: RgbStatistics) -> None:
 def test_imagenets_eigenvalues_shift_by_about_five_levels() -> None:
     vectors = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
     known = RgbStatistics(1, (0, 0, 0), (0, 0, 0), vectors, (0.2175, 0.0188, 0.0045), vectors)
-    shifts = Plan(10_000, 1, 0, colour_matrix(known)).views(0, np.arange(10_000)).shifts
+    shifts = Plan(10_000, 1, 0, colour_matrix(known)).augmentation(0, np.arange(10_000)).shifts
     assert 4.5 < np.linalg.norm(shifts, axis=1).std() * np.sqrt(1 / (1 - 2 / np.pi)) < 6.5
 
 
@@ -136,18 +138,35 @@ def test_shares_are_even_and_whole(total: int, world: int) -> None:
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+@pytest.mark.parametrize("reading", ["eigenvalue", "std"])
+def test_color_jitter_is_the_same_to_the_last_bit_in_any_company(rgb: RgbStatistics, reading: str) -> None:
+    """A matrix product of many rows may round each by their number."""
+    plan = Plan(60_000, 1, 1, colour_matrix(rgb, reading))
+    together = plan.augmentation(0, np.arange(60_000)).shifts
+    for start, size in ((0, 1), (7, 1), (500, 3), (1000, 128), (30_000, 1021), (59_999, 1)):
+        alone = plan.augmentation(0, np.arange(start, start + size)).shifts
+        assert alone.tobytes() == together[start : start + size].tobytes()
+
+
 @pytest.mark.paper
-def test_test_views() -> None:
-    centre = centre_views(np.array([4, 9]))
-    np.testing.assert_array_equal(centre.crops, [[14, 14], [14, 14]])
-    ten = ten_crop_views(np.array([4, 9]))
-    assert ten.samples.tolist() == [4] * 10 + [9] * 10
-    views = {
-        (int(top), int(left), bool(flip)) for (top, left), flip in zip(ten.crops[:10], ten.flips[:10], strict=True)
-    }
+def test_test_crops() -> None:
+    center = center_crops(np.array([4, 9]))
+    assert center.samples.tolist() == [4, 9]
+    drawn = center.draw(center.samples)
+    np.testing.assert_array_equal(drawn.crops, [[14, 14], [14, 14]])
+    assert not drawn.flips.any()
+    assert not drawn.shifts.any()
     corners = [(0, 0), (0, 29), (29, 0), (29, 29), (14, 14)]
-    assert views == {(top, left, flip) for top, left in corners for flip in (False, True)}
-    assert not ten.shifts.any()
+    assert set(TEN_CROPS) == {(top, left, flip) for top, left in corners for flip in (False, True)}
+    assert len(TEN_CROPS) == 10
+
+
+def test_a_batch_in_chunks_is_the_batch(rgb: RgbStatistics) -> None:
+    (whole,) = Plan(50, 50, 1, colour_matrix(rgb)).epoch(0)
+    parts = list(whole.chunks(13))
+    assert [len(part) for part in parts] == [13, 13, 13, 11]
+    for one, two in zip(joined([whole]), joined(parts), strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 def test_a_set_smaller_than_a_batch_is_refused() -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.plan import Plan, Views
+from pipeline.plan import Plan
 
 N = 180_000
 CRITICAL = 5.0
@@ -39,8 +39,8 @@ PLAN = Plan(N, 1, 20_121_203, np.eye(3))
 
 def draws(epoch: int) -> dict[str, NDArray[np.float64]]:
     """Every draw of one epoch's images, by name, each [N]."""
-    views: Views = PLAN.views(epoch, np.arange(N))
-    columns = np.column_stack([views.crops, views.flips, views.shifts]).astype(np.float64)
+    drawn = PLAN.augmentation(epoch, np.arange(N))
+    columns = np.column_stack([drawn.crops, drawn.flips, drawn.shifts]).astype(np.float64)
     return dict(zip(("top", "left", "flip", "alpha1", "alpha2", "alpha3"), columns.T, strict=True))
 
 

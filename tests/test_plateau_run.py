@@ -68,8 +68,8 @@ def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     image = encoder_settings(90)
     plan = SetPlan(listing, image, 0, 8, tuple(plan_shards(listing, 0, 8)))
     claim_folder(root / "shards", plan)
-    annotations = [build_shard(root / "shards", shard, image, set_aside=True).annotation for shard in plan.shards]
-    finish(root / "shards", plan, annotations, max_bad_fraction=0.0)
+    built = [build_shard(root / "shards", shard, image, set_aside=True) for shard in plan.shards]
+    finish(root / "shards", plan, built, max_bad_fraction=0.0)
     return root / "shards"
 
 
@@ -93,7 +93,7 @@ def train(data: Path, folder: Path, die_in: int | None = None) -> Trainer:
         precision="float32",
         log_every=20,
         checkpoint_every=0,
-        skips=None,
+        gpu_decoder="cuda",
         checkpoint_seconds=None,
         hang_seconds=120.0,
     )

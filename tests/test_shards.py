@@ -155,7 +155,9 @@ def test_rows_match_the_files(shard_set: Path) -> None:
         "rejects.jsonl",
         "rgb_pca.png",
         "train",
+        "train.arrow",
         "val",
+        "val.arrow",
     ]
 
 
@@ -221,7 +223,7 @@ def test_only_a_damaged_shard_is_built_again(images: Path, tmp_path: Path, damag
     claim_folder(output, plan)
     built = [build_shard(output, shard, plan.image, set_aside=True) for shard in plan.shards]
     assert [shard.name for shard, result in zip(plan.shards, built, strict=True) if not result.kept] == ["train-000001"]
-    finish(output, plan, [result.annotation for result in built], 0.0)
+    finish(output, plan, built, 0.0)
     assert contents(output) == whole
 
 

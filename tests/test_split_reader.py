@@ -1,174 +1,208 @@
-"""Opening a split: indexes parsed as plain Python would, the first fault named, and next to nothing kept of a sample.
+"""The sample index and what opens by it: read independently from the tars, damaged, of another set, and of any size.
 
-What befalls shards that are open is in `test_read_faults`.
+Faults of shards that are open are in `test_read_faults`.
 """
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
+import hashlib
 import os
 import resource
-import tracemalloc
+import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from pipeline.annotation import ShardAnnotation
 from pipeline.dataset import (
+    MAX_JPEG_BYTES,
     ClassLabel,
     DatasetError,
     DatasetInfo,
-    ImageError,
     ShardRow,
     Split,
     read_dataset,
     write_json,
 )
-from pipeline.keys import may_be_of
-from pipeline.pixel_stage import open_split, stage_pixels
-from pipeline.rgb_stats import RgbMoments
-from pipeline.shard_index import parse_index, read_index
+from pipeline.pixel_stage import stage_pixels
+from pipeline.sample_index import SCHEMA, describe_index, pack_index, record_batch, shard_rows
+from pipeline.shard_set import find_finished
 from pipeline.shards import pack
-from pipeline.split_reader import SplitReader
-from tests import foreign_shards as foreign
+from pipeline.split_reader import END_OF_IMAGE, SplitReader
+from pipeline.staging import stage
 from tests import shard_sets
-from tests.damage import flip_in_the_middle, overwrite, own_copy, places
+from tests.damage import flip_bit, flip_in_the_middle, overwrite, own_copy, places
+from tests.photographs import write_source
 
 BAD = 23  # A sample of the third shard of ten, its fourth.
 
-INDEXES = {
-    "as this program writes it": "v1.2 2\ncls 512 1 a.cls jpg 1536 700 a.jpg\ncls 3072 3 b.cls jpg 4096 9 b.jpg\n",
-    "no line break at the end": "v1.2 1\ncls 512 1 a.cls jpg 1536 700 a.jpg",
-    "image first": "v1.2 1\njpg 512 700 a.jpg cls 2048 1 a.cls\n",
-    "a longer extension": "v1.2 1\njpeg 512 700 a.jpeg cls 2048 1 a.cls\n",
-    "capitals": "v1.2 2\nJPG 512 700 a.JPG cLs 2048 1 a.cLs\nJpEg 3072 5 b.JpEg CLS 4096 1 b.CLS\n",
-    "more parts in some": "v1.2 3\njson 512 9 a.json cls 2 1 a.cls jpg 3 4 a.jpg seg.png 5 6 a.seg.png\n"
-    "cls 7 1 b.cls jpg 8 9 b.jpg\ncls 10 1 c.cls jpgs 11 12 c.jpgs jpg 13 14 c.jpg cl 15 16 c.cl\n",
-    "both kinds of image": "v1.2 2\njpeg 1 2 a.jpeg jpg 3 4 a.jpg cls 5 6 a.cls\n"
-    "jpg 1 2 b.jpg jpeg 3 4 b.jpeg cls 5 6 b.cls\n",
-    "the same part twice": "v1.2 1\njpg 1 2 a.jpg jpg 3 4 a.jpg cls 5 6 a.cls cls 7 8 a.cls\n",
-    "names that are no ASCII": "v1.2 1\njpg 1 2 ./\u00e9t\u00e9/\u6f22.jpg cls 3 4 ./\u00e9t\u00e9/\u6f22.cls\n",
-    "an empty name and large numbers": f"v1.2 1\njpg {10**18 - 1} {2**40} .jpg cls 0 0 .cls\n",
-    "nothing": "v1.2 0\n",
-}
+
+def rows_by_tarfile(root: Path, split: str) -> list[dict[str, object]]:
+    """What a split's index should say."""
+    rows = []
+    for number, path in enumerate(sorted((root / split).glob("*.tar"))):
+        with tarfile.open(path) as tar:
+            members = {member.name: member for member in tar}
+            for name, member in members.items():
+                if name.endswith(".jpg"):
+                    key = name.removesuffix(".jpg")
+                    jpeg = tar.extractfile(member).read()  # type: ignore[union-attr]
+                    label = int(tar.extractfile(members[f"{key}.cls"]).read())  # type: ignore[union-attr]
+                    place = {"key": key, "shard": number, "offset": member.offset_data, "size": member.size}
+                    rows.append({**place, "label": label, "crc32": zlib.crc32(jpeg)})
+    return rows
 
 
-def check_as_plain_python(path: Path) -> None:
-    expected, found = shard_sets.read_index(path), read_index(path)
-    assert len(found) == len(expected)
-    for number, parts in enumerate(expected):
-        offset, size, name = parts["jpg"] if "jpg" in parts else parts["jpeg"]
-        assert found.images[number].tolist() == [offset, size]
-        assert found.labels[number].tolist() == list(parts["cls"][:2])
-        assert (found.name(number), found.key(number)) == (name, name.rpartition(".")[0])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_index_is_what_the_tars_hold(shard_set: Path, split: str) -> None:
+    """As any reader of Arrow finds it, uncompressed in one piece."""
+    file = shard_set / f"{split}.arrow"
+    with pa.ipc.open_file(file) as reader:
+        assert reader.num_record_batches == 1
+        batch = reader.get_batch(0)
+    assert batch.schema == SCHEMA
+    assert batch.to_pylist() == rows_by_tarfile(shard_set, split)
+    part = read_dataset(shard_set).splits[split]
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == part.index_sha256
+    labels = np.array([row["label"] for row in rows_by_tarfile(shard_set, split)], "<i4")
+    assert zlib.crc32(labels.tobytes()) == part.labels_crc32
 
 
-@pytest.mark.parametrize("text", INDEXES.values(), ids=INDEXES)
-def test_an_index_is_parsed_as_by_plain_python(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "x.idx"
-    path.write_text(text, encoding="utf-8")
-    check_as_plain_python(path)
+def test_the_reader_gives_what_the_tars_hold(shard_set: Path) -> None:
+    reader = SplitReader(shard_set, read_dataset(shard_set), "train")
+    found = places(shard_set, "train")
+    assert len(reader) == len(found) == 45
+    order = np.random.default_rng(0).permutation(45)
+    rows = reader.read(order)
+    for row, sample in zip(rows, order.tolist(), strict=True):
+        place = found[sample]
+        jpeg = place.tar.read_bytes()[place.image : place.image + place.size]
+        assert row[: place.size].tobytes() == reader.image(sample).tobytes() == jpeg
+        # Else a JPEG that lacks its end marker would be decoded on into what the memory held.
+        assert row[place.size : place.size + 2].tobytes() == END_OF_IMAGE
+        assert reader.key(sample) == place.key
+        assert reader.labels[sample] == int(place.tar.read_bytes()[place.label : place.label + 1])
+    assert reader.read(np.array([], np.int64)).shape == (0, 2)
 
 
-def test_the_indexes_of_a_set_are(shard_set: Path) -> None:
-    paths = sorted(shard_set.rglob("*.idx"))
-    assert len(paths) == 7
-    for path in paths:
-        check_as_plain_python(path)
+# An index that is not the set's.
 
 
-@pytest.mark.parametrize(
-    ("text", "what"),
-    [
-        (b"", "is no whole v1.2 index: its first line is b''"),
-        (b"v1.1 1\ncls 1 2 a.cls jpg 3 4 a.jpg\n", "is no whole v1.2 index: its first line is b'v1.1 1'"),
-        (b"v1.2 2\ncls 1 2 a.cls jpg 3 4 a.jpg\n", "is no whole v1.2 index"),
-        (b"v1.2 1\ncls 1 2 a.cls jpg 3 4 a.jpg\n\n", "is no whole v1.2 index"),
-        (b"v1.2 2\ncls 1 2 a.cls jpg 3 4 a.jpg\n\n", "its line 3 has fields too many or too few"),
-        (b"v1.2 1\ncls 1 2 a.cls  jpg 3 4 a.jpg\n", "its line 2 has fields too many or too few"),
-        (b"v1.2 2\ncls 1 2 a.cls jpg\n3 4 a.jpg\n", "its line 2 has fields too many or too few"),
-        (b"v1.2 2\ncls 1 2 a jpg 3 4 a\ncls 1 2 b jpg 3 -4 b\n", "its line 3 has no numbers where it should"),
-        (b"v1.2 1\ncls 1 2 a jpg 3 4x b\n", "its line 2 has no numbers where it should"),
-        (b"v1.2 1\ncls 1 2 a jpg 3  b\n", "its line 2 has no numbers where it should"),
-        (b"v1.2 1\ncls 1 2 a jpg 3 1234567890123456789 b\n", "its line 2 has no numbers where it should"),
-        (b"v1.2 2\ncls 1 2 a jpg 3 4 a\njpg 3 4 b\n", r"sample 2 has \['jpg'\], not jpg and cls"),
-        (b"v1.2 1\npng 1 2 a cls 3 4 a\n", r"sample 1 has \['cls', 'png'\], not jpg and cls"),
-    ],
-)
-def test_an_index_that_is_damaged_is_refused(text: bytes, what: str) -> None:
-    with pytest.raises(DatasetError, match=f"^x.idx.* ?{what}"):
-        parse_index(text, "x.idx")
-
-
-def test_keys_are_held_against_classes_as_one_by_one() -> None:
-    classes = ["n1", "n12", "n02", "a", "ab", "abcdefghijkl"]
-    names = ["n1_1", "n12_1", "n", "n02", "abc", "a", "abcdefghijk", "abcdefghijklm", "ab"]
-    pairs = list(itertools.product(names, classes))
-    lines = [f"cls 1 2 {name}.cls jpg 3 4 {name}.jpg" for name, _ in pairs]
-    # The last name is shorter than what it is held against, and ends the index.
-    index = parse_index("\n".join([f"v1.2 {len(pairs) + 1}", *lines, "cls 1 2 ab jpg 3 4 ab"]).encode(), "x.idx")
-    wanted = [wnid for _, wnid in pairs] + ["abcdefghijkl"]
-    expected = [may_be_of(wnid, name) for name, wnid in pairs] + [False]
-    assert index.begin_with(np.array([w.encode() for w in wanted])).tolist() == expected
-    assert 0 < sum(expected) < len(expected)
-
-
-# The name in an error, read when it is needed.
-
-
-def lose_index(path: Path) -> None:
+def remove(path: Path) -> None:
     path.unlink()
 
 
-def spoil_index(path: Path) -> None:
-    path.write_bytes(b"\0" * 40)
+def spoil(path: Path) -> None:
+    path.write_bytes(b"\0" * 1000)
 
 
-def cut_index(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-30])
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
 
 
-def change_index(path: Path) -> None:
-    """To one that is whole, of a shard whose first sample is another."""
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], lines[2], lines[1], *lines[3:], ""]))
+def flip_a_label(path: Path) -> None:
+    """One bit of the first label, to another class of the set: no other part of the file would notice."""
+    with pa.ipc.open_file(path) as reader:
+        column = np.frombuffer(reader.get_batch(0)["label"].buffers()[1], np.int32)
+    at = path.read_bytes().index(column.tobytes())
+    flip_bit(path, at, 0)
 
 
 def take_anothers(path: Path) -> None:
-    path.write_bytes(path.with_name("train-000001.idx").read_bytes())
+    path.write_bytes(path.with_name("val.arrow").read_bytes())
 
 
-@pytest.mark.parametrize("change", [lose_index, spoil_index, cut_index, change_index, take_anothers])
-def test_an_image_is_named_by_number_where_the_index_has_changed(
+def change_schema(path: Path) -> None:
+    table = pa.ipc.open_file(path).read_all().rename_columns(["key", "shard", "offset", "length", "label", "crc32"])
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def write_in_pieces(path: Path) -> None:
+    table = pa.ipc.open_file(path).read_all()
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=10)
+
+
+def leave_out_values(path: Path) -> None:
+    (batch,) = pa.ipc.open_file(path).read_all().to_batches()
+    labels = pa.array([None, *batch["label"].to_pylist()[1:]], pa.int32())
+    columns = [labels if name == "label" else batch[name] for name in batch.schema.names]
+    lacking = pa.RecordBatch.from_arrays(columns, batch.schema.names)
+    with pa.ipc.new_file(path, lacking.schema) as writer:
+        writer.write_batch(lacking)
+
+
+CHANGES: list[Callable[[Path], None]] = [
+    *(remove, spoil, cut, flip_a_label, take_anothers, change_schema, write_in_pieces, leave_out_values),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_index_that_is_not_the_sets_is_refused_with_the_cure(
     shard_set: Path, tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
     root = own_copy(shard_set, tmp_path / "shards")
+    change(root / "train.arrow")
+    with pytest.raises(DatasetError) as found:
+        SplitReader(root, read_dataset(root), "train")
+    line = str(found.value)
+    assert line.startswith(f"{root}/train.arrow is ")
+    assert line.endswith(f"python jobs/shard_imagenet.py --source IMAGES --output {root}")
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("change", [remove, flip_a_label, take_anothers])
+def test_a_staged_copys_index_is_staged_again(shard_set: Path, tmp_path: Path, change: Callable[[Path], None]) -> None:
+    staged = stage(str(shard_set), tmp_path, lambda _: None)
+    whole = (staged / "train.arrow").read_bytes()
+    change(staged / "train.arrow")
+    with pytest.raises(DatasetError, match=r"this is a staged copy, so delete .* and run the same command again"):
+        SplitReader(staged, read_dataset(staged), "train")
+    assert stage(str(shard_set), tmp_path, lambda _: None) == staged
+    assert (staged / "train.arrow").read_bytes() == whole
+
+
+def test_a_set_of_version_0_1_gets_an_index_by_its_own_command(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "images", images=8)
+    root = tmp_path / "set"
+    plan = shard_sets.planned(source)
+    shard_sets.make(root, plan)
+    wanted = shard_sets.contents(root)
+    info = read_dataset(root)
+    older = {name: dataclasses.replace(part, index_sha256="", labels_crc32=0) for name, part in info.splits.items()}
+    for split in older:
+        (root / f"{split}.arrow").unlink()
+    write_json(root / "dataset.json", dataclasses.replace(info, splits=older).to_json())
+    with pytest.raises(
+        DatasetError, match=r"has no sample index, as version 0\.1 made none: run the command that made"
+    ):
+        SplitReader(root, read_dataset(root), "train")
+    with pytest.raises(DatasetError, match=r"has no sample index, as version 0\.1 made none"):
+        stage(str(root), tmp_path / "disk", lambda _: None)
+    assert find_finished(root, plan) is None
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*.tar")}
+    shard_sets.make(root, plan)
+    assert shard_sets.contents(root) == wanted
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*.tar")} == before
+    assert find_finished(root, plan) is not None
+
+
+def test_an_error_names_its_image_by_the_index_that_was_opened(shard_set: Path, tmp_path: Path) -> None:
+    root = own_copy(shard_set, tmp_path / "shards")
     reader, place = SplitReader(root, read_dataset(root), "train"), places(root, "train")[BAD]
-    assert reader.key(BAD) == place.key
-    change(place.tar.with_suffix(".idx"))
     before = place.tar.stat()
     flip_in_the_middle(place)
     os.utime(place.tar, ns=(before.st_atime_ns, before.st_mtime_ns))
-    with pytest.raises(
-        ImageError, match=r"^train image no\. 4 of train-000002: it is not what was written: .*; build "
-    ) as e:
+    for path in (root / "train").glob("*.idx"):
+        path.unlink()
+    with pytest.raises(DatasetError, match=rf"^train image {place.key} of train-000002: it is not what was written: "):
         reader.image(BAD)
-    assert (e.value.sample, e.value.shard, e.value.key) == (BAD, "train-000002", "no. 4")
-    # The places are those of the shard that is open.
-    assert (
-        reader.image(BAD - 1).tobytes() == SplitReader(shard_set, read_dataset(shard_set), "train").image(22).tobytes()
-    )
-
-
-def test_an_index_written_again_as_it_was_names_the_image(shard_set: Path, tmp_path: Path) -> None:
-    root = own_copy(shard_set, tmp_path / "shards")
-    reader, place = SplitReader(root, read_dataset(root), "train"), places(root, "train")[BAD]
-    index = place.tar.with_suffix(".idx")
-    index.write_bytes(index.read_bytes())
-    assert reader.key(BAD) == place.key
+    assert reader.image(BAD - 1).size > 0
 
 
 # What is refused at once.
@@ -180,7 +214,7 @@ def test_more_shards_than_files_may_be_open_raise_the_limit(shard_set: Path, tmp
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 2, hard))
     try:
-        reader = open_split(root, read_dataset(root), "train")
+        reader = SplitReader(root, read_dataset(root), "train")
         assert sum(reader.image(sample).size > 0 for sample in range(len(reader))) == 45
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -194,97 +228,90 @@ def test_more_shards_than_the_system_allows_are_refused(shard_set: Path, monkeyp
 
 def test_of_several_faults_the_first_shards_is_named(shard_set: Path, tmp_path: Path) -> None:
     root = own_copy(shard_set, tmp_path / "shards")
-    lose_index(root / "train" / "train-000003.idx")
-    wrong = places(root, "train")[12]
-    overwrite(wrong.tar, wrong.label, b"x")
-    with pytest.raises(DatasetError, match=rf"sample {wrong.key}\.jpg has the label b'x' of 3 classes.* train-000001$"):
-        SplitReader(root, read_dataset(root), "train")
-
-
-def test_an_index_that_points_beyond_the_tar_is_refused(shard_set: Path, tmp_path: Path) -> None:
-    root = own_copy(shard_set, tmp_path / "shards")
-    place = places(root, "train")[BAD]
-    path, size = place.tar.with_suffix(".idx"), place.tar.stat().st_size
-    path.write_text(
-        path.read_text().replace(f" {place.image} {place.size} ", f" {place.image} {size - place.image + 1} ")
-    )
+    (root / "train" / "train-000003.tar").unlink()
+    with (root / "train" / "train-000001.tar").open("ab") as file:
+        file.write(b"\0")
     with pytest.raises(
-        DatasetError, match=rf"sample {place.key}\.jpg lies beyond the end of the file: .*train-000002$"
+        DatasetError, match=r"train-000001\.tar has \d+ bytes, dataset\.json says \d+: .* --only train-000001$"
     ):
         SplitReader(root, read_dataset(root), "train")
 
 
-def test_labels_as_others_write_them(tmp_path: Path) -> None:
-    foreign.write_set(tmp_path)
-    texts = [b"0\n", b" 1", b"002\r\n", b"00", b"\t1\n", b"2"]
-    foreign.write_shards(tmp_path, "val", (foreign.sample(number, cls=text) for number, text in enumerate(texts)))
-    (tmp_path / "val" / "val-000001.tar").unlink()
-    assert SplitReader(tmp_path, foreign.described(tmp_path), "val").labels.tolist() == [0, 1, 2, 0, 1, 2]
+# Numbers of any size.
 
 
-@pytest.mark.parametrize("text", [b"3", b"+1", b"-1", b"1_0", b"1\0", b"\xb9", b"", b"9" * 30])
-def test_what_is_no_label_of_the_set_is_refused(tmp_path: Path, text: bytes) -> None:
-    """Whatever python or numpy would take it for."""
-    info = one_shard(tmp_path, *pack([("n1_0", 1, b"jpeg"), ("n1_1", int("1" * max(len(text), 1)), b"jpeg")]), [4, 4])
-    index = tmp_path / "train" / "train-000000.idx"
-    if not text:
-        index.write_text(index.read_text().replace(" 1 n1_1.cls", " 0 n1_1.cls"))
-    label = places(tmp_path, "train")[1].label
-    overwrite(tmp_path / "train" / "train-000000.tar", label, text)
-    with pytest.raises(DatasetError) as found:
-        SplitReader(tmp_path, info, "train")
-    assert f"sample n1_1.jpg has the label {text!r} of 3 classes: build the shard again" in str(found.value)
-
-
-# Numbers of any size, and few bytes of each.
-
-
-def one_shard(root: Path, tar: bytes, index: str, crc32: list[int], size: int = 0) -> DatasetInfo:
-    """The description of a set of three classes and one shard; `size` makes its file longer, by a hole."""
+def one_shard(root: Path, rows: pa.RecordBatch, size: int) -> DatasetInfo:
+    """A set of three classes and one shard of so many bytes, all a hole, with this index."""
     (root / "train").mkdir(parents=True)
-    path = root / "train" / "train-000000.tar"
-    path.write_bytes(tar)
-    os.truncate(path, max(size, len(tar)))
-    path.with_suffix(".idx").write_text(index)
-    row = ShardRow("train-000000", len(crc32), path.stat().st_size, "0" * 64)
-    annotation = ShardAnnotation(row.name, row.samples, row.bytes, row.sha256, "", RgbMoments(), (), tuple(crc32))
-    write_json(path.with_suffix(".json"), annotation.to_json())
+    (root / "train" / "train-000000.tar").touch()
+    os.truncate(root / "train" / "train-000000.tar", size)
+    row = ShardRow("train-000000", len(rows), size, "0" * 64)
+    index = pack_index([rows])
+    (root / "train.arrow").write_bytes(index)
     classes = tuple(ClassLabel(i, f"n{i}", f"n{i}") for i in range(3))
-    return DatasetInfo(classes, {"train": Split(row.samples, row.bytes, (row,))}, {"encoder": ""}, 0, None, "", 0)  # type: ignore[arg-type]
+    split = describe_index(Split(len(rows), size, (row,)), index)
+    return DatasetInfo(classes, {"train": split}, {"encoder": ""}, 0, None, "", 0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("offset", [2**31 + 5, 2**32 - 4, 2**32 + 512, 5 * 2**30])
 def test_an_image_far_into_a_large_tar(tmp_path: Path, offset: int) -> None:
-    index = f"v1.2 1\ncls 512 1 n1_a.cls jpg {offset} 4 n1_a.jpg\n"
-    info = one_shard(tmp_path, b"1".rjust(513, b"\0"), index, [zlib.crc32(b"jpeg")], offset + 4)
+    info = one_shard(tmp_path, record_batch(["n1_a"], [0], [offset], [4], [1], [zlib.crc32(b"jpeg")]), offset + 4)
     overwrite(tmp_path / "train" / "train-000000.tar", offset, b"jpeg")
     reader = SplitReader(tmp_path, info, "train")
     assert reader.image(0).tobytes() == b"jpeg"
     assert reader.key(0) == "n1_a"
 
 
-@pytest.mark.parametrize("size", [2**31 - 1, 2**31, 2**32 - 2000, 2**32, 3 * 2**31])
-def test_images_of_any_size(tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    info = one_shard(
-        tmp_path, b"1".rjust(513, b"\0"), f"v1.2 1\ncls 512 1 n1_a.cls jpg 1536 {size} n1_a.jpg\n", [7], 1536 + size
-    )
-    reader = SplitReader(tmp_path, info, "train")
-    # So many bytes are not read here, but asked for.
-    monkeypatch.setattr(reader._files[0], "read", lambda *asked: repr(asked).encode())
-    assert reader.image(0).tobytes() == f"(1536, {size}, 7)".encode()
+def test_an_image_larger_than_a_set_has_any_takes_no_memory(tmp_path: Path) -> None:
+    whole = record_batch(["a", "b"], [0, 0], [0, 0], [4, MAX_JPEG_BYTES + 1], [0, 0], [zlib.crc32(b"\0" * 4), 0])
+    reader = SplitReader(tmp_path, one_shard(tmp_path, whole, 2**33), "train")
+    assert reader.image(0).tobytes() == b"\0" * 4
+    with pytest.raises(DatasetError, match=r"train image b of train-000000: the sample index gives it 4,194,305 bytes"):
+        reader.read(np.array([0, 1]), lambda _: pytest.fail("memory was asked for"))
 
 
-def test_a_sample_takes_sixteen_bytes(tmp_path: Path) -> None:
-    samples = 5000
-    packed = pack([(f"n{i % 3}_{i}", i % 3, b"jpeg") for i in range(samples)])
-    info = one_shard(tmp_path, *packed, [zlib.crc32(b"jpeg")] * samples)
-    SplitReader(tmp_path, info, "train")  # What a first call loads is not the set's.
-    tracemalloc.start()
-    try:
-        before = tracemalloc.get_traced_memory()[0]
-        reader = SplitReader(tmp_path, info, "train")
-        kept = tracemalloc.get_traced_memory()[0] - before
-    finally:
-        tracemalloc.stop()
-    assert 16 * samples <= kept < 20 * samples
-    assert reader.labels.tolist() == [i % 3 for i in range(samples)]
+@pytest.mark.parametrize(
+    ("column", "value"), [("shard", 1), ("label", 3), ("label", -1), ("shard", 2**32 - 1), ("label", 2**31 - 1)]
+)
+def test_a_shard_or_class_that_the_set_has_not_is_refused(tmp_path: Path, column: str, value: int) -> None:
+    columns = {"shard": [0], "offset": [0], "size": [4], "label": [0], "crc32": [0], column: [value]}
+    rows = record_batch(["a"], *columns.values())
+    info = one_shard(tmp_path, rows, 100)
+    if column == "shard":
+        # `pack_index` numbers the shards itself.
+        batch = pa.RecordBatch.from_arrays(rows.columns, schema=SCHEMA)
+        with pa.ipc.new_file(tmp_path / "train.arrow", SCHEMA) as writer:
+            writer.write_batch(batch)
+    with pytest.raises(DatasetError, match=r"train\.arrow names a shard or a class that the set does not have"):
+        SplitReader(tmp_path, info, "train")
+
+
+@pytest.mark.parametrize("label", ["x", "", "1 2", "9" * 30])
+def test_a_label_that_is_no_number_makes_no_row(label: str) -> None:
+    tar, index = pack([("n1_0", 1, b"jpeg")])
+    at = int(index.splitlines()[1].split(" ")[1])
+    changed = tar[:at] + label.encode() + tar[at + len(label) :]
+    with pytest.raises(ValueError, match=r"invalid literal|does not fit the column label"):
+        shard_rows(changed, index.replace(f"cls {at} 1", f"cls {at} {len(label)}"))
+
+
+def test_the_rows_of_a_shard(shard_set: Path) -> None:
+    index = SplitReader(shard_set, read_dataset(shard_set), "train").index
+    assert [index.of_shard(number) for number in (0, 4)] == [slice(0, 10), slice(40, 45)]
+    assert len(index.keys) == len(index) == 45
+
+
+def test_opening_reads_no_tar_and_copies_no_column(shard_set: Path, tmp_path: Path) -> None:
+    """A rank's private memory does not grow with the set."""
+    root = own_copy(shard_set, tmp_path / "shards")
+    for path in (root / "train").iterdir():
+        if path.suffix == ".tar":
+            os.truncate(path, 0)
+            os.truncate(path, (shard_set / "train" / path.name).stat().st_size)
+        else:
+            path.unlink()
+    index = SplitReader(root, read_dataset(root), "train").index
+    assert index.labels.tolist() == SplitReader(shard_set, read_dataset(shard_set), "train").labels.tolist()
+    for column in (index.shards, index.offsets, index.sizes, index.labels, index.checksums):
+        assert not column.flags.owndata
+        assert not column.flags.writeable

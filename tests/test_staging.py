@@ -18,12 +18,13 @@ from filelock import FileLock
 from pipeline.dataset import DatasetError, read_dataset
 from pipeline.split_reader import SplitReader
 from pipeline.staging import stage
+from tests.damage import flip_bit, own_copy
 from tests.faulty_proxy import FAULTS, faulty_proxy
 
 
 def tree(root: Path) -> dict[str, str]:
-    """sha256 of each file but the annotations and rejects, which training does not read."""
-    files = [p for p in root.rglob("*") if p.suffix in (".tar", ".idx") or p.name == "dataset.json"]
+    """sha256 of each file that training reads."""
+    files = [p for p in root.rglob("*") if p.suffix in (".tar", ".arrow") or p.name == "dataset.json"]
     return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
@@ -198,8 +199,8 @@ def test_failures_on_the_way_from_s3_change_nothing(shard_set: Path, tmp_path: P
     with faulty_proxy(s3) as proxy:
         for number, fault in enumerate(FAULTS[:3]):
             proxy.plan[f"train-00000{number}.tar"] = collections.deque([fault] * WITHIN_THE_CLIENTS_PATIENCE)
-        proxy.plan["train-000003.idx"] = collections.deque(["503"])
-        proxy.plan["train-000003.json"] = collections.deque(["reset"])
+        proxy.plan["train.arrow"] = collections.deque(["503"])
+        proxy.plan["val.arrow"] = collections.deque(["reset"])
         proxy.plan["train-000004.tar"] = collections.deque(["flipped"])
         proxy.plan["dataset.json"] = collections.deque(["503"])
         staged, lines = stage_quietly(s3_location(proxy.address), tmp_path)
@@ -240,9 +241,16 @@ def test_a_failure_that_stays_ends_with_one_line(
         assert tree(staged) == tree(shard_set)
 
 
-def test_a_set_without_annotations_is_staged(shard_set: Path, tmp_path: Path) -> None:
-    bare = tmp_path / "bare"
-    shutil.copytree(shard_set, bare, ignore=shutil.ignore_patterns("train-*.json", "val-*.json"))
-    staged, _ = stage_quietly(bare, tmp_path / "disk")
-    assert tree(staged) == tree(shard_set)
-    assert SplitReader(staged, read_dataset(staged), "train").unchecked == 5
+def test_what_only_other_readers_and_the_sharding_read_is_not_staged(shard_set: Path, tmp_path: Path) -> None:
+    """A request less for each, of a thousand shards."""
+    staged, _ = stage_quietly(shard_set, tmp_path)
+    assert {path.suffix for path in staged.rglob("*") if path.is_file()} == {".tar", ".arrow", ".json"}
+    assert sorted(path.name for path in staged.rglob("*.json")) == ["dataset.json", "staged.json"]
+
+
+def test_a_damaged_index_is_refused(shard_set: Path, tmp_path: Path, quick: None) -> None:
+    damaged = own_copy(shard_set, tmp_path / "source")
+    flip_bit(damaged / "train.arrow", 1000)
+    with pytest.raises(DatasetError, match=r"train\.arrow cannot be read in 6 attempts: .* damaged there"):
+        stage_quietly(damaged, tmp_path / "disk")
+    assert not list((tmp_path / "disk").rglob("dataset.json"))

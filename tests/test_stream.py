@@ -84,14 +84,15 @@ def test_pixels_and_labels_are_the_references(shard_set: Path, epoch: int, world
     images, labels = stored(shard_set, "train")
     plan = Plan(TRAIN, 13, SEED, colour_matrix(read_dataset(shard_set).rgb))
     steps = [data.training(epoch, 0) for data in workers(shard_set, 13, world, 4, 2)]
-    for views, parts in zip(plan.epoch(epoch), zip(*steps, strict=True), strict=True):
+    for planned, parts in zip(plan.epoch(epoch), zip(*steps, strict=True), strict=True):
+        drawn = planned.draw(planned.samples)
         batches = [batch for micro_batches in parts for batch in micro_batches]
         got = torch.cat([batch.images for batch in batches]).numpy()
-        assert torch.cat([batch.labels for batch in batches]).tolist() == [labels[s] for s in views.samples]
-        for row, (sample, (top, left)) in enumerate(zip(views.samples, views.crops, strict=True)):
+        assert torch.cat([batch.labels for batch in batches]).tolist() == [labels[s] for s in planned.samples]
+        for row, (sample, (top, left)) in enumerate(zip(planned.samples, drawn.crops, strict=True)):
             window = images[sample][top : top + 227, left : left + 227]
-            window = window[:, ::-1] if views.flips[row] else window
-            expected = window - mean_level(shard_set) + views.shifts[row].astype(np.float64)
+            window = window[:, ::-1] if drawn.flips[row] else window
+            expected = window - mean_level(shard_set) + drawn.shifts[row].astype(np.float64)
             assert np.abs(got[row] - expected.transpose(2, 0, 1)).max() <= 1
 
 

@@ -59,8 +59,8 @@ def made(listing: Listing, output: Path) -> dict[str, bytes]:
     image = encoder_settings(90)
     plan = SetPlan(listing, image, 0, 5, tuple(plan_shards(listing, 0, 5)))
     claim_folder(output, plan)
-    annotations = [build_shard(output, shard, image, set_aside=True).annotation for shard in plan.shards]
-    finish(output, plan, annotations, 0.0)
+    built = [build_shard(output, shard, image, set_aside=True) for shard in plan.shards]
+    finish(output, plan, built, 0.0)
     return {str(path.relative_to(output)): path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file()}
 
 
@@ -101,7 +101,7 @@ def test_folders_and_tars_give_the_same_bytes(imagenet: Path, tmp_path: Path) ->
     assert tars.fingerprint == folders.fingerprint
     assert tars.splits["train"][0].where.endswith("ILSVRC2012_img_train.tar/n0.tar/n0_0.JPEG")
     expected = made(folders, tmp_path / "folders")
-    assert len(expected) == 3 * 3 + 3 * 2 + 4
+    assert len(expected) == 3 * 3 + 3 * 2 + 6
     assert made(tars, tmp_path / "tars") == expected
 
 

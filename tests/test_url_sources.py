@@ -179,8 +179,8 @@ def test_http_gives_the_bytes_that_a_disk_gives(forms: Path, expected: dict[str,
         plan = SetPlan(listing, encoder_settings(90), 0, 5, tuple(plan_shards(listing, 0, 5)))
         claim_folder(tmp_path / "out", plan)
         sent = [pickle.loads(pickle.dumps(shard)) for shard in plan.shards]
-        annotations = [build_shard(tmp_path / "out", shard, plan.image, True).annotation for shard in sent]
-        finish(tmp_path / "out", plan, annotations, 0.0)
+        built = [build_shard(tmp_path / "out", shard, plan.image, True) for shard in sent]
+        finish(tmp_path / "out", plan, built, 0.0)
     files = {str(p.relative_to(tmp_path / "out")): p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert files == expected
     assert all("secret" not in entry.where for entry in listing.splits["val"])
@@ -284,8 +284,8 @@ def test_a_missing_object_is_the_files_fault(forms: Path, bucket: str, s3: str, 
     image = encoder_settings(90)
     plan = SetPlan(listing, image, 0, 100, tuple(plan_shards(listing, 0, 100)))
     claim_folder(tmp_path / "out", plan)
-    annotations = [build_shard(tmp_path / "out", shard, image, set_aside=True).annotation for shard in plan.shards]
-    finish(tmp_path / "out", plan, annotations, 0.1)
+    built = [build_shard(tmp_path / "out", shard, image, set_aside=True) for shard in plan.shards]
+    finish(tmp_path / "out", plan, built, 0.1)
     (line,) = (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()
     assert json.loads(line)["path"] == "s3://bucket/folders/train/n1/n1_2.JPEG"
     assert "No such file" in json.loads(line)["reason"]

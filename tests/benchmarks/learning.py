@@ -46,8 +46,8 @@ from model.recipe import RECIPES, Recipe
 from model.training import Due, StoppedError, Trainer, Worker
 from pipeline.dataset import read_dataset, write_json
 from pipeline.loader import Loader
-from pipeline.pixel_stage import open_split
-from pipeline.plan import ten_crop_views
+from pipeline.plan import center_crops
+from pipeline.split_reader import SplitReader
 from tests.benchmarks.loader_sets import make_folder
 
 CPU = torch.device("cpu")
@@ -169,10 +169,10 @@ def ours_by_ten_crops(config: LearningConfig, seed: int) -> Score:
     network = make_ours(config, seed)
     load_model(network, str(weights_file(config, seed)))
     info = read_dataset(config.data)
-    reader = open_split(config.data, info, "val")
-    loader = Loader(reader, info.rgb, 10 * JUDGED_AT_ONCE, CPU, config.threads)
-    views = ten_crop_views(np.arange(len(reader))).chunks(10 * JUDGED_AT_ONCE)
-    return Score.of(evaluate(network, loader.run(views), CPU, views=10))
+    reader = SplitReader(config.data, info, "val")
+    loader = Loader(reader, info.rgb, JUDGED_AT_ONCE, CPU, config.threads, ten_crop=True)
+    planned = center_crops(np.arange(len(reader))).chunks(JUDGED_AT_ONCE)
+    return Score.of(evaluate(network, loader.run(planned), CPU, views=10))
 
 
 def weights_file(config: LearningConfig, seed: int) -> Path:

@@ -12,6 +12,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -26,10 +27,9 @@ from nvidia.dali import Pipeline, fn, types
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from jobs.cli import run
-from pipeline.dataset import read_dataset
-from pipeline.loader import PREFETCH, Loader, bare_decoder
-from pipeline.pixel_stage import PixelReader
-from pipeline.plan import COLOUR_STD, CROP_SIZE, Views
+from pipeline.dataset import IMAGE_SHAPE, read_dataset
+from pipeline.loader import PREFETCH, Loader
+from pipeline.plan import COLOUR_STD, CROP_SIZE, Augmentation
 from pipeline.split_reader import SplitReader
 from tests.benchmarks import loader_others as others
 from tests.benchmarks import loader_sets
@@ -62,9 +62,14 @@ def _bare(decode: Callable[[Any], object], encoded: list[Any], threads: int) -> 
 
 
 def decoder(config: PeerConfig, made: Path) -> Batches:
-    """This project's DALI pipeline decodes the plan's images out of memory; nothing is done with them."""
-    jpegs = [config.reader.image(i) for i in range(len(config.reader))]
-    pipeline = bare_decoder(jpegs.__getitem__, config.endless(), BATCH, config.cores, gpu=False)
+    """DALI's decoder alone, out of memory; nothing is done with the images."""
+    jpegs = list(_images(config))
+    batches = itertools.cycle([jpegs[i : i + BATCH] for i in range(0, len(jpegs) - BATCH + 1, BATCH)])
+    pipeline = Pipeline(BATCH, config.cores, None, prefetch_queue_depth=PREFETCH)
+    with pipeline:
+        encoded = fn.external_source(source=lambda: next(batches), dtype=types.UINT8, ndim=1, no_copy=True)
+        pipeline.set_outputs(fn.decoders.image(encoded, output_type=types.RGB, jpeg_fancy_upsampling=True))
+    pipeline.build()
     while True:
         pipeline.run()
         yield None
@@ -80,12 +85,12 @@ def ours_from_pixels(config: PeerConfig, made: Path) -> Batches:
     yield from _ours(config, _pixels(config, made))
 
 
-def _pixels(config: PeerConfig, made: Path) -> PixelReader:
+def _pixels(config: PeerConfig, made: Path) -> SplitReader:
     (root,) = made.iterdir()
-    return PixelReader(root, read_dataset(root), "train")
+    return SplitReader(root, read_dataset(root), "train")
 
 
-def _ours(config: PeerConfig, reader: SplitReader | PixelReader) -> Batches:
+def _ours(config: PeerConfig, reader: SplitReader) -> Batches:
     loader = Loader(reader, read_dataset(config.data).rgb, BATCH, torch.device("cpu"), config.cores)
     for batch in loader.run(config.endless()):
         yield batch.images
@@ -93,20 +98,25 @@ def _ours(config: PeerConfig, reader: SplitReader | PixelReader) -> Batches:
 
 def bare_copy(config: PeerConfig, made: Path) -> Batches:
     """Threads copy the windows out of the decoded pixels into one float32 buffer: no mirroring, no mean."""
-    reader = _pixels(config, made)
+    (root,) = made.iterdir()
+    images = np.concatenate([_mapped(path) for path in sorted((root / "train").glob("*.rgb"))])
     output = torch.empty(BATCH, CROP_SIZE, CROP_SIZE, 3)
 
-    def copy(views: Views, rows: NDArray[np.int64]) -> None:
+    def copy(samples: NDArray[np.int64], drawn: Augmentation, rows: NDArray[np.int64]) -> None:
         for row in rows:
-            top, left = views.crops[row]
-            window = reader.image(int(views.samples[row]))[top : top + CROP_SIZE, left : left + CROP_SIZE]
+            top, left = drawn.crops[row]
+            window = images[samples[row]][top : top + CROP_SIZE, left : left + CROP_SIZE]
             output[row].copy_(torch.from_numpy(window))
 
     parts = np.array_split(np.arange(BATCH), config.cores)
     with concurrent.futures.ThreadPoolExecutor(config.cores) as pool:
-        for views in config.endless():
-            list(pool.map(functools.partial(copy, views), parts))
+        for planned in config.endless():
+            list(pool.map(functools.partial(copy, planned.samples, planned.draw(planned.samples)), parts))
             yield output.permute(0, 3, 1, 2)
+
+
+def _mapped(path: Path) -> NDArray[np.uint8]:
+    return np.memmap(path, np.uint8, "r").reshape(-1, *IMAGE_SHAPE)
 
 
 def dali(config: PeerConfig, made: Path) -> Batches:

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from pipeline.dataset import read_dataset
-from pipeline.plan import CROP_SIZE, Plan, Views, colour_matrix
+from pipeline.plan import CROP_SIZE, Plan, PlannedBatch, colour_matrix
 from pipeline.split_reader import SplitReader
 from tests.benchmarks.loader_sets import open_train
 
@@ -51,7 +51,7 @@ class PeerConfig:
     def plan(self) -> Plan:
         return Plan(len(self.reader), BATCH, 0, colour_matrix(read_dataset(self.data).rgb))
 
-    def endless(self) -> Iterator[Views]:
+    def endless(self) -> Iterator[PlannedBatch]:
         for epoch in itertools.count():
             yield from self.plan.epoch(epoch)
 

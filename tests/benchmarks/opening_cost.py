@@ -1,10 +1,11 @@
-"""What opening a split costs one rank: time, and memory above what the process had before.
+"""What opening a split costs one rank: time, and private memory above what the process had before.
 
-    python -m tests.benchmarks.opening_cost --work FOLDER --shards 1251
+    python -m tests.benchmarks.opening_cost --work FOLDER
 
-Makes a set of such shards, its images so many bytes that are no JPEGs, as opening decodes none, and opens it in a fresh
-process each time: from the page cache, and from the disk, after the set was dropped from the cache. Memory is what the
-kernel says of the process: its largest resident size while the set is opened, and what it has afterwards.
+Writes a sample index and empty tars of the right sizes for sets as large as ImageNet and ImageNet-21k, and opens each
+in a fresh process: `dataset.json` parsed, the index mapped and its labels checked, every tar opened. From the page
+cache, and from the disk, after the files were dropped from the cache. Private memory is the kernel's count of anonymous
+pages: the mapped index is shared by all ranks of a node.
 """
 
 from __future__ import annotations
@@ -12,144 +13,142 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import gc
-import hashlib
 import multiprocessing
 import os
-import platform
+import re
 import shutil
 import statistics
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from jobs.cli import run
-from pipeline.annotation import ShardAnnotation
-from pipeline.dataset import DATASET_FILE, ClassLabel, DatasetInfo, ShardRow, Split, read_dataset, write_json
+from jobs.device import processor
+from pipeline.dataset import (
+    DATASET_FILE,
+    ClassLabel,
+    DatasetInfo,
+    ShardRow,
+    Split,
+    read_dataset,
+    write_atomically,
+    write_json,
+)
 from pipeline.resize import encoder_settings
 from pipeline.rgb_stats import RgbMoments, RgbStatistics
-from pipeline.shards import pack
+from pipeline.sample_index import describe_index, pack_index, record_batch
 from pipeline.split_reader import SplitReader
-from tests.benchmarks.plan_cost import high_water_mb
-from tests.benchmarks.source_memory import resident_mb
 
-CLASSES = 1000
+PER_SHARD = 1250
+IMAGE_BYTES = 21_000
 
 
 @dataclasses.dataclass(frozen=True)
 class OpeningCostConfig:
     work: Path
-    """A folder for the set, which is removed at the end."""
-    shards: int = 125
-    """Of the training split; ImageNet's has 1,251."""
-    samples_per_shard: int = 1024
-    image_bytes: int = 700
-    """Of each image. On a disk, as few lie closer together than real images, of about 21,000."""
-    rounds: int = 3
+    """A folder for the sets, which are removed at the end."""
+    images: tuple[int, ...] = (1_281_167, 14_197_122)
+    """Of the training split: ImageNet's and ImageNet-21k's."""
+    classes: int = 1000
+    rounds: int = 5
     """Each figure is the median of so many fresh processes."""
     json: Path | None = None
     """Also write the figures to this file."""
-
-    def __post_init__(self) -> None:
-        for field in ("shards", "samples_per_shard", "image_bytes", "rounds"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"--{field.replace('_', '-')} is {getattr(self, field)}; it must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
 class OpeningCost:
     """Of one opening."""
 
-    seconds: float
-    cpu_seconds: float
-    peak_mb: float
-    """Growth of the process's largest resident size."""
-    kept_mb: float
-    """Growth of its resident size, the set open."""
+    dataset_s: float
+    """Parsing `dataset.json`."""
+    split_s: float
+    """Opening the split."""
+    private_mb: float
+    """Growth of the process's anonymous memory by both."""
 
 
-def make_set(root: Path, config: OpeningCostConfig) -> None:
-    """A set as this program makes it, but for its images."""
+def make_set(root: Path, images: int, classes: int) -> None:
+    """A set as this program makes it, but that its tars are holes."""
     (root / "train").mkdir(parents=True)
-    moments = RgbMoments(1, (1, 1, 1), (1, 1, 1, 1, 1, 1))
-    classes = tuple(ClassLabel(i, f"n{i:08d}", f"class {i}") for i in range(CLASSES))
     random = np.random.default_rng(0)
-    rows = []
-    for number in range(config.shards):
-        labels = random.integers(CLASSES, size=config.samples_per_shard).tolist()
-        jpegs = [random.bytes(config.image_bytes) for _ in labels]
-        keys = [f"n{label:08d}_{number}_{i}" for i, label in enumerate(labels)]
-        tar, index = pack(list(zip(keys, labels, jpegs, strict=True)))
-        name, digest = f"train-{number:06d}", hashlib.sha256(tar).hexdigest()
-        path = root / "train" / f"{name}.tar"
-        path.write_bytes(tar)
-        path.with_suffix(".idx").write_text(index)
-        checksums = tuple(zlib.crc32(jpeg) for jpeg in jpegs)
-        annotation = ShardAnnotation(name, len(labels), len(tar), digest, digest, moments, (), checksums)
-        write_json(path.with_suffix(".json"), annotation.to_json())
-        rows.append(ShardRow(name, len(labels), len(tar), digest))
-    train = Split(sum(row.samples for row in rows), sum(row.bytes for row in rows), tuple(rows))
-    image = encoder_settings(90)
-    write_json(
-        root / DATASET_FILE,
-        DatasetInfo(classes, {"train": train}, image, 0, RgbStatistics.of(moments), "", 0).to_json(),
-    )
+    rows, shards = [], []
+    for number, start in enumerate(range(0, images, PER_SHARD)):
+        count = min(PER_SHARD, images - start)
+        keys = [f"n{start + i:08d}_{i:08d}" for i in range(count)]
+        labels, offsets = random.integers(classes, size=count), 1536 + np.arange(count) * (IMAGE_BYTES + 1536)
+        rows.append(record_batch(keys, np.zeros(count), offsets, np.full(count, IMAGE_BYTES), labels, labels))
+        shards.append(ShardRow(f"train-{number:06d}", count, int(offsets[-1]) + IMAGE_BYTES, "0" * 64))
+        path = root / "train" / f"train-{number:06d}.tar"
+        path.touch()
+        os.truncate(path, shards[-1].bytes)
+    index = pack_index(rows)
+    write_atomically(root / "train.arrow", index)
+    split = describe_index(Split(images, sum(shard.bytes for shard in shards), tuple(shards)), index)
+    names = tuple(ClassLabel(i, f"n{i:08d}", f"class {i}") for i in range(classes))
+    rgb = RgbStatistics.of(RgbMoments(1, (1, 1, 1), (1, 1, 1, 1, 1, 1)))
+    info = DatasetInfo(names, {"train": split}, encoder_settings(90), 0, rgb, "", 0)
+    write_json(root / DATASET_FILE, info.to_json())
+
+
+def anonymous_mb() -> float:
+    """This process's anonymous memory, as the kernel counts it."""
+    found = re.search(r"^Anonymous:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) / 1000
 
 
 def opening(root: Path, cold: bool) -> OpeningCost:
     """Opens the set in this process, which must not have opened one before."""
-    info = read_dataset(root)
     if cold:
-        for path in (root / "train").iterdir():
+        for path in (root / DATASET_FILE, root / "train.arrow"):
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)  # What is not yet on the disk is not dropped.
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
     gc.collect()
-    peak, size = high_water_mb(), resident_mb()
-    started, worked = time.perf_counter(), time.process_time()
+    before = anonymous_mb()
+    started = time.perf_counter()
+    info = read_dataset(root)
+    parsed = time.perf_counter()
     reader = SplitReader(root, info, "train")
-    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
+    opened = time.perf_counter()
     gc.collect()
     assert len(reader) == info.splits["train"].samples
-    return OpeningCost(seconds, cpu_seconds, high_water_mb() - peak, resident_mb() - size)
+    return OpeningCost(parsed - started, opened - parsed, anonymous_mb() - before)
 
 
-def measure(root: Path, config: OpeningCostConfig) -> dict[str, list[OpeningCost]]:
-    """Each round of opening from the page cache and from the disk."""
-    found: dict[str, list[OpeningCost]] = {"cached": [], "cold": []}
-    for way, costs in found.items():
-        for _ in range(config.rounds + (way == "cached")):
-            context = multiprocessing.get_context("spawn")
-            with concurrent.futures.ProcessPoolExecutor(1, context) as process:
+def measure(root: Path, rounds: int) -> dict[str, OpeningCost]:
+    """Medians of opening from the page cache and from the disk."""
+    found = {}
+    for way in ("cached", "cold"):
+        costs = []
+        for _ in range(rounds):
+            with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                 costs.append(process.submit(opening, root, way == "cold").result())
-    # The first filled the cache.
-    del found["cached"][0]
+        columns = zip(*map(dataclasses.astuple, costs), strict=True)
+        found[way] = OpeningCost(*(statistics.median(values) for values in columns))
     return found
 
 
 def main(config: OpeningCostConfig) -> None:
-    root = config.work / "opening-cost"
-    try:
-        make_set(root, config)
-        found = measure(root, config)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
-    samples = config.shards * config.samples_per_shard
-    print(
-        f"{platform.processor() or platform.machine()}, numpy {np.__version__}: {config.shards:,} shards of "
-        f"{config.samples_per_shard:,} images of {config.image_bytes:,} bytes; medians of {config.rounds}:"
-    )
-    for way, costs in found.items():
-        columns = zip(*map(dataclasses.astuple, costs), strict=True)
-        seconds, cpu, peak, kept = (statistics.median(values) for values in columns)
-        print(
-            f"  {way:7s} {seconds:7.2f} s ({1e6 * seconds / samples:5.2f} a million images), CPU {cpu:6.2f} s; "
-            f"peak {peak:6.1f} MB, kept {kept:6.1f} MB ({1e6 * kept / samples:5.1f} a million)"
-        )
+    results: dict[str, dict[str, float]] = {}
+    print(f"{processor()}; medians of {config.rounds}")
+    print("| images | index | from | dataset.json | split | private memory |\n" + "| --- " * 6 + "|")
+    for images in config.images:
+        root = config.work / f"opening-{images}"
+        try:
+            make_set(root, images, config.classes)
+            size = (root / "train.arrow").stat().st_size / 1e6
+            for way, cost in measure(root, config.rounds).items():
+                times = f"{1e3 * cost.dataset_s:.0f} ms | {1e3 * cost.split_s:.0f} ms"
+                print(f"| {images:,} | {size:,.0f} MB | {way} | {times} | {cost.private_mb:.1f} MB |", flush=True)
+                results[f"{images}, {way}"] = dataclasses.asdict(cost)
+        finally:
+            shutil.rmtree(root, ignore_errors=True)
     if config.json is not None:
-        write_json(config.json, {way: [dataclasses.asdict(cost) for cost in costs] for way, costs in found.items()})
+        write_json(config.json, results)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jobs.cli import run
-from pipeline.annotation import ShardAnnotation
 from pipeline.dataset import IMAGE_SIZE
 from pipeline.resize import encoder_settings, resize
 from pipeline.shard_set import SetPlan, claim_folder, finish
-from pipeline.shards import ShardPlan, build_shard, plan_shards
+from pipeline.shards import BuiltShard, ShardPlan, build_shard, plan_shards
 from pipeline.sources import read_source
 
 QUALITY = 90
@@ -99,8 +98,8 @@ def ours(source: Path, output: Path, cores: int) -> None:
     finish(output, plan, in_processes(build, shards, cores), 0.0)
 
 
-def _build(output: Path, plan: SetPlan, shard: ShardPlan) -> ShardAnnotation:
-    return build_shard(output, shard, plan.image, True).annotation
+def _build(output: Path, plan: SetPlan, shard: ShardPlan) -> BuiltShard:
+    return build_shard(output, shard, plan.image, True)
 
 
 def by_pillow(path: str) -> bytes:

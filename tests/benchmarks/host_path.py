@@ -1,0 +1,211 @@
+"""What the host spends on an image besides decoding it, and the rate of its whole path from the page cache to a batch.
+
+    python -m tests.benchmarks.host_path --data SHARDS
+
+The loader is the one that training uses, but that its graph has no decoder: it takes the images' bytes and every
+argument of the plan, and gives one pixel an image. Then each part of the path alone. Pixels are read from a decoded
+cache, which is made in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import statistics
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, types
+
+from jobs.cli import run
+from jobs.device import processor
+from pipeline import loader as loader_module
+from pipeline.dataset import read_dataset, write_json
+from pipeline.loader import PREFETCH, Loader
+from pipeline.pixel_stage import stage_pixels
+from pipeline.plan import Plan, PlannedBatch, colour_matrix
+from pipeline.split_reader import SplitReader
+
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclasses.dataclass(frozen=True)
+class HostPathConfig:
+    data: Path
+    """A shard set on a local disk, small enough for the page cache; 2,000 training images or more."""
+    batch_sizes: tuple[int, ...] = (128, 1024)
+    images: int = 60_000
+    """Each measurement goes through so many."""
+    rounds: int = 3
+    """Each figure is the median of so many."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+
+
+def without_decoder(
+    source: Callable[[], Any],
+    batch_size: int,
+    threads: int,
+    device: str,
+    device_id: int | None,
+    *,
+    pixels: bool,
+    **others: object,
+) -> Pipeline:
+    """In the place of `pipeline.loader.define`: the same inputs, and one pixel cut from each image's first bytes."""
+    kinds = [(types.UINT8, 3 if pixels else 1), (types.FLOAT, 0), (types.FLOAT, 0), (types.INT32, 0), (types.FLOAT, 1)]
+    pipeline = Pipeline(batch_size, threads, device_id, prefetch_queue_depth=PREFETCH)
+    with pipeline:
+        given, left, top, flip, mean = fn.external_source(
+            source=source,
+            num_outputs=len(kinds),
+            dtype=[kind for kind, _ in kinds],
+            ndim=[dimensions for _, dimensions in kinds],
+            no_copy=True,
+        )
+        image = given if pixels else fn.reshape(fn.slice(given, 0, 3, axes=[0]), shape=[1, 1, 3], layout="HWC")
+        pipeline.set_outputs(
+            fn.crop_mirror_normalize(
+                image,
+                crop=(1, 1),
+                crop_pos_x=left,
+                crop_pos_y=top,
+                mirror=flip,
+                mean=mean,
+                dtype=types.FLOAT,
+                output_layout="HWC",
+            )
+        )
+    return pipeline
+
+
+def python_seconds() -> float:
+    """Processor time of this process's Python threads; DALI's own are none."""
+    total = 0
+    for thread in threading.enumerate():
+        try:
+            fields = Path(f"/proc/self/task/{thread.native_id}/stat").read_text().rpartition(")")[2].split()
+        except FileNotFoundError:
+            continue
+        total += int(fields[11]) + int(fields[12])
+    return total / TICKS
+
+
+def path_costs(reader: SplitReader, root: Path, batch_size: int, images: int) -> dict[str, float]:
+    """One measurement of the whole path, in microseconds of processor time an image, and its rate."""
+    info = read_dataset(root)
+    plan = Plan(len(reader), min(batch_size, len(reader)), 0, colour_matrix(info.rgb))
+
+    def planned() -> Iterator[PlannedBatch]:
+        for epoch in itertools.count():
+            yield from plan.epoch(epoch)
+
+    with mock.patch.object(loader_module, "define", without_decoder):
+        loader = Loader(reader, info.rgb, batch_size, torch.device("cpu"), 1)
+    batches = loader.run(planned())
+    for _ in range(8):
+        next(batches)
+    count = -(-images // plan.batch_size)
+    wall, mine, python, process = time.perf_counter(), time.thread_time(), python_seconds(), time.process_time()
+    for batch in itertools.islice(batches, count):
+        assert len(batch) == plan.batch_size
+    done = count * plan.batch_size
+    return {
+        "training_thread_us": 1e6 * (time.thread_time() - mine) / done,
+        "python_threads_us": 1e6 * (python_seconds() - python) / done,
+        "process_us": 1e6 * (time.process_time() - process) / done,
+        "images_per_s": done / (time.perf_counter() - wall),
+    }
+
+
+def part_costs(reader: SplitReader, root: Path, batch_size: int, batches: int = 20) -> dict[str, float]:
+    """What parts of a batch cost, each alone, in microseconds an image."""
+    info = read_dataset(root)
+    plan = Plan(len(reader), min(batch_size, len(reader)), 0, colour_matrix(info.rgb))
+    some = list(itertools.islice(itertools.chain.from_iterable(plan.epoch(e) for e in itertools.count()), batches))
+    mean = np.array(info.rgb.mean) * 255
+    files = sorted((root / "train").glob("*.rgb" if reader.pixels else "*.tar"))
+    descriptors = [os.open(path, os.O_RDONLY) for path in files]
+    room = bytearray(int(reader.index.sizes.max()))
+
+    def pread(planned: PlannedBatch) -> None:
+        index = reader.index
+        for shard, offset, size in zip(
+            *(part[planned.samples].tolist() for part in (index.shards, index.offsets, index.sizes)), strict=True
+        ):
+            os.preadv(descriptors[shard], (memoryview(room)[:size],), offset)
+
+    def crc(planned: PlannedBatch) -> None:
+        for size in reader.index.sizes[planned.samples].tolist():
+            zlib.crc32(memoryview(room)[:size])
+
+    buffers = loader_module._Buffers(pinned=False)
+
+    def prepare(planned: PlannedBatch) -> None:
+        buffers.give(loader_module._prepare(reader, mean, buffers, planned).buffer)
+
+    parts: dict[str, Callable[[PlannedBatch], object]] = {
+        "draw": lambda planned: planned.draw(planned.samples),
+        "look_up": lambda planned: [
+            part[planned.samples].tolist()
+            for part in (reader.index.shards, reader.index.offsets, reader.index.sizes, reader.index.checksums)
+        ],
+        "preadv": pread,
+        **({} if reader.pixels else {"crc32": crc}),
+        "prepare": lambda planned: prepare(planned),
+    }
+    found = {}
+    for name, part in parts.items():
+        for planned in some[:2]:
+            part(planned)
+        started = time.thread_time()
+        for planned in some:
+            part(planned)
+        found[name] = 1e6 * (time.thread_time() - started) / sum(map(len, some))
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return found
+
+
+def main(config: HostPathConfig) -> None:
+    torch.set_num_threads(1)
+    results: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        cache = stage_pixels(str(config.data), Path(folder), lambda _: None, os.cpu_count() or 1)
+        for form, root in (("JPEG", config.data), ("pixels", cache)):
+            reader = SplitReader(root, read_dataset(root), "train")
+            for batch_size in config.batch_sizes:
+                images = config.images if form == "JPEG" else config.images // 4
+                rounds = [path_costs(reader, root, batch_size, images) for _ in range(config.rounds)]
+                costs = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+                parts = [part_costs(reader, root, batch_size) for _ in range(config.rounds)]
+                costs |= {name: statistics.median(one[name] for one in parts) for name in parts[0]}
+                results[f"{form}, {batch_size}"] = costs
+    names = list(dict.fromkeys(name for costs in results.values() for name in costs))
+    size = sum(s.bytes for s in [read_dataset(config.data).splits["train"]]) / len(
+        SplitReader(config.data, read_dataset(config.data), "train")
+    )
+    print(f"{processor()}, {os.cpu_count()} cores; JPEGs of {size / 1000:.1f} KB; medians of {config.rounds}")
+    print(f"| microseconds an image | {' | '.join(results)} |")
+    print("| --- " * (len(results) + 1) + "|")
+    for name in names:
+        cells = [
+            f"{costs[name]:,.{0 if name == 'images_per_s' else 2}f}" if name in costs else ""
+            for costs in results.values()
+        ]
+        print(f"| {name} | {' | '.join(cells)} |")
+    if config.json is not None:
+        write_json(config.json, results)
+
+
+if __name__ == "__main__":
+    run(HostPathConfig, main)
