@@ -6,7 +6,7 @@ SOURCE ?=
 DATA ?= $(DEMO)/shards
 LOOK ?= look.png
 
-.PHONY: demo look test lint format lock clean
+.PHONY: demo look gpu test lint format lock clean
 
 .venv/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv --clear .venv
@@ -23,6 +23,12 @@ look: .venv/.installed
 	@test -e $(DATA)/dataset.json || { echo "error: there is no shard set at $(DATA): make one with 'make demo', or name one with" \
 		"'make look DATA=SHARDS'" >&2; exit 1; }
 	$(BIN)/python jobs/look.py --data $(DATA) --output $(LOOK)
+
+# On a machine with a GPU: checks its loader against the CPU's, times loader, network and both, and writes gpu.json
+gpu: .venv/.installed
+	@test -e $(DATA)/dataset.json || { echo "error: there is no shard set at $(DATA): make one with 'make demo', or name one with" \
+		"'make gpu DATA=SHARDS'" >&2; exit 1; }
+	$(BIN)/python jobs/benchmark.py --data $(DATA) --check-gpu --json gpu.json
 
 test: .venv/.installed
 	$(BIN)/python -m pytest

@@ -235,6 +235,7 @@ def main(config: BenchmarkConfig) -> None:
         value = {"device": name, **versions, **findings.to_json()}
         write_json(config.json, value if checked is None else {**value, "gpu_check": dataclasses.asdict(checked)})
     if checked is not None:
+        print(f"for docs/benchmarks.md:\n{checked.row(name, findings, config.gpu_decoder)}")
         # After the file: what a check finds is wanted most where it fails.
         checked.refuse_problems(device)
 

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jobs.stages import Findings
 from pipeline.dataset import IMAGE_BYTES, IMAGE_SHAPE, read_dataset
 from pipeline.loader import Batch, GpuDecoder, Loader, Reader
 from pipeline.plan import Plan, PlannedBatch, center_crops, colour_matrix
@@ -163,6 +164,22 @@ class GpuCheck:
             *(f"{name}: {words}" for name, words in self.agrees.items()),
             f"memory over {self.memory_batches} batches: {memory}",
         ]
+
+    def row(self, device: str, findings: Findings, gpu_decoder: GpuDecoder) -> str:
+        """The device's row of the table in docs/benchmarks.md."""
+        rates = findings.rates
+        exact = not any("JPEGs" not in problem for problem in self.problems)
+        cells = [
+            device,
+            gpu_decoder,
+            f"{rates.loader_images_per_s:,.0f}",
+            f"{rates.network_images_per_s:,.0f}",
+            f"{rates.train_images_per_s:,.0f}",
+            f"{rates.host_us_per_image:.1f}",
+            "bit for bit" if exact else "NO",
+            f"{self.host_mb_grown:+.0f} | {self.device_mb_grown:+.0f}",
+        ]
+        return f"| {' | '.join(cells)} |"
 
     def refuse_problems(self, device: torch.device) -> None:
         """Raises GpuCheckError if there are any."""

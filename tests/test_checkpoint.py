@@ -12,7 +12,8 @@ import pytest
 from torch import nn
 
 from jobs import checkpoint
-from jobs.checkpoint import CheckpointError
+from jobs.checkpoint import DECODER_CURES, CheckpointError
+from pipeline.loader import decoder_name
 from tests.test_training import IDENTITY, RECIPE, Recorder, SmallData, Stopped, make_trainer
 
 
@@ -34,6 +35,37 @@ def test_another_runs_checkpoint_is_refused_by_name(saved: Path) -> None:
         checkpoint.restore(saved, make_trainer(recipe), dataclasses.replace(IDENTITY, recipe=recipe))
     with pytest.raises(CheckpointError, match="the shard set is other, was fingerprint"):
         checkpoint.restore(saved, make_trainer(), dataclasses.replace(IDENTITY, dataset="other"))
+
+
+def test_another_decoder_or_precision_is_refused_with_what_brings_the_first_back(saved: Path) -> None:
+    """Either would change what is learned without a word."""
+    on_gpu = dataclasses.replace(IDENTITY, decoder="nvjpeg-cuda", precision="bfloat16")
+    with pytest.raises(CheckpointError) as found:
+        checkpoint.restore(saved, make_trainer(), on_gpu)
+    assert "the JPEG decoder is nvjpeg-cuda, was libjpeg-turbo (--no-gpus, or " in str(found.value)
+    assert "the precision is bfloat16, was float32 (--precision float32)" in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "gpu", "name"),
+    [(False, False, "libjpeg-turbo"), (True, True, "libjpeg-turbo"), (False, True, "nvjpeg-hardware")],
+)
+def test_every_decoder_has_a_cure(pixels: bool, gpu: bool, name: str) -> None:
+    assert decoder_name(pixels, gpu, "hardware") == name
+    assert name in DECODER_CURES
+
+
+@pytest.mark.parametrize("field", ["decoder", "precision"])
+def test_a_state_of_an_unknown_decoder_or_precision_is_refused(saved: Path, field: str) -> None:
+    value = json.loads((saved / "state.json").read_text())
+    value["identity"][field] = "another"
+    (saved / "state.json").write_text(json.dumps(value))
+    with pytest.raises(CheckpointError, match="'another' is none of"):
+        checkpoint.restore(saved, make_trainer(), IDENTITY)
+    del value["identity"][field]
+    (saved / "state.json").write_text(json.dumps(value))
+    with pytest.raises(CheckpointError, match=field):
+        checkpoint.restore(saved, make_trainer(), IDENTITY)
 
 
 def test_a_longer_run_may_continue_a_finished_one(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import time
@@ -20,6 +21,7 @@ from model.training import Progress
 from pipeline.dataset import DatasetError, read_dataset
 from pipeline.plan import Plan, colour_matrix
 from tests.damage import Place, flip_in_the_middle, own_copy, places
+from tests.runs import Run
 from tests.test_train_job import ROOT, command, environment
 
 BATCH = 4
@@ -74,6 +76,44 @@ def test_a_corrupt_image_ends_the_run_with_one_line(damaged: tuple[Path, Place],
     # The last step was before the fault, so this is at least the time from the fault to the end.
     print(f"the run ended {steps[-1][0]:.1f} s after its last step")
     assert steps[-1][0] < PROMPT_S
+
+
+# Put before all else on PYTHONPATH: the sixth batch that rank 1 asks DALI for fails as where memory is short, once.
+SHORT_OF_MEMORY = """
+import itertools, os
+from nvidia import dali
+
+run, calls = dali.Pipeline.run, itertools.count(1)
+
+def failing(self, *arguments):
+    try:
+        import ray.train
+        if ray.train.get_context().get_world_rank() == 1 and next(calls) == 6:
+            os.rename("ARMED", "FAILED")
+            raise RuntimeError("CUDA runtime API error cudaErrorMemoryAllocation (2): out of memory")
+    except OSError:
+        pass
+    return run(self, *arguments)
+
+dali.Pipeline.run = failing
+"""
+
+
+@pytest.mark.slow
+def test_a_failure_that_is_no_damage_is_survived(shard_set: Path, tmp_path: Path) -> None:
+    """It costs the steps since the last checkpoint, and one of --max-failures."""
+    armed, failed = tmp_path / "armed", tmp_path / "failed"
+    patch = tmp_path / "patch"
+    patch.mkdir()
+    text = SHORT_OF_MEMORY.replace("ARMED", str(armed)).replace("FAILED", str(failed))
+    (patch / "sitecustomize.py").write_text(text)
+    armed.touch()
+    run = Run(shard_set, str(tmp_path / "runs"), 2, 1, PYTHONPATH=f"{patch}{os.pathsep}{ROOT}")
+    assert run.end() == 0, run.text
+    assert failed.exists()
+    assert "out of memory" in run.text
+    assert run.text.count("failure ") == 1, run.text
+    assert "sample ledger: 1 epochs, 5 steps, each with the plan's samples, once" in run.text
 
 
 def test_evaluation_names_a_corrupt_image(shard_set: Path, tmp_path: Path) -> None:

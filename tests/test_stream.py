@@ -12,6 +12,7 @@ import itertools
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +20,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from jobs.worker import WorkerData
+from jobs.data import WorkerData
 from model.recipe import Recipe
 from model.training import Worker
 from pipeline.dataset import read_dataset
 from pipeline.loader import Batch
 from pipeline.plan import Plan, colour_matrix
+from pipeline.split_reader import SplitReader
 
 TRAIN, VAL = 45, 15  # Images in the set.
 SEED = 11
@@ -125,6 +127,37 @@ def test_a_run_left_in_the_middle_leaves_nothing_in_its_loaders(shard_set: Path,
         next(iter(data.training(0, 0)))
         next(iter(data.validation()))
     assert stream(ranks, 3) == whole
+
+
+def test_the_next_epoch_is_read_while_the_network_validates(
+    shard_set: Path, whole: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the batches that are read ahead on, training and validation share the decoder."""
+    (data,) = workers(shard_set, 13, 1, 13)
+    read: list[bytes] = []
+    reads = SplitReader.read
+
+    def noted(self: SplitReader, samples: NDArray[np.int64], *more: Any) -> NDArray[np.uint8]:
+        if self.split == "train":
+            read.append(samples.tobytes())
+        return reads(self, samples, *more)
+
+    monkeypatch.setattr(SplitReader, "read", noted)
+    assert len(list(data.training(2, 0))) == 3
+    plan = Plan(TRAIN, 13, SEED, colour_matrix(read_dataset(shard_set).rgb))
+    following = [planned.samples.tobytes() for planned in plan.epoch(3)]
+    # Readers are not waited for here; two batches of the next epoch are with DALI already, which waited for them.
+    assert set(following[:2]) <= set(read)
+    assert sum(len(batch) for batch in data.validation()) == VAL
+    assert stream([data], 3) == whole
+    assert read.count(following[0]) == 1
+
+
+def test_nothing_is_read_beyond_the_last_epoch(shard_set: Path) -> None:
+    recipe = Recipe(batch_size=13, seed=SEED, epochs=2)
+    data = WorkerData(shard_set, recipe, Worker(0, 1, torch.device("cpu")), 13, 1)
+    assert [len(list(data.training(epoch, 0))) for epoch in range(2)] == [3, 3]
+    assert next(data._batches, None) is None
 
 
 @pytest.mark.parametrize(("batch_size", "world"), [(45, 1), (15, 2), (9, 4), (13, 7), (22, 4), (8, 3)])
