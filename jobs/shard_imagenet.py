@@ -13,31 +13,26 @@ IMAGES holds a folder a class, or train/ and val/ that do; ImageNet's tars are r
 
 Any of them may be a URL, as s3://BUCKET/ILSVRC2012_img_train.tar or http://HOST/imagenet-train-{000000..000146}.tar.
 
-OUT/dataset.json is written last. A set of 256 x 256 WebDataset shards that was made elsewhere, SET/train/*.tar and
-SET/val/*.tar, gets what training needs without a change to its tars:
-
-    python jobs/shard_imagenet.py --annotate-only --output SET
+OUT/dataset.json is written last. An image that already is a 256 x 256 baseline JPEG is stored byte for byte, so that a
+set made elsewhere is taken over without loss: --source SET.
 
 With --copy-to s3://BUCKET/SET a finished set is copied there and read back, for `jobs/train.py --data s3://BUCKET/SET`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs.annotate import annotate_set
 from jobs.build import build_all
 from jobs.cli import run, say
 from jobs.cluster import connected
 from jobs.progress import Progress
 from pipeline.dataset import DatasetInfo
 from pipeline.publish import check_destination, publish, refuse_unwritable
-from pipeline.repair import rebuild
 from pipeline.resize import encoder_settings
 from pipeline.set_lock import JobLock
 from pipeline.shard_set import (
@@ -64,7 +59,7 @@ class ShardConfig:
     output: Path
     """Folder for the shard set: a new or empty one, or one where the same set was begun. On a cluster, on a disk that
     all nodes share."""
-    source: str | None = None
+    source: str
     """Folder with one folder of images a class; or ILSVRC2012_img_train.tar (a tar of class tars); or a folder of class
     tars; or a folder of WebDataset shards (.jpg and .cls); or a folder that holds one of these as train/ (and val/), or
     ImageNet's tars. A local path or a URL (s3://, gs://, and http:// for tars); {000..146} in it stands for many tars.
@@ -89,27 +84,13 @@ class ShardConfig:
     """What to do with an image that does not decode: leave it out and list it in rejects.jsonl, or stop."""
     max_bad_fraction: float = 0.001
     """Fail if more than this part of all images was set aside."""
-    only: tuple[str, ...] = ()
-    """Build just these shards of a set again, as train-000123, which must be the same set: see verify_shards.py."""
     val_fraction: float = 0.1
     """Part of each class to validate on where there is no validation folder."""
-    annotate_only: bool = False
-    """Instead of sharding a source, add index, annotations and dataset.json to the tars in OUTPUT/train and OUTPUT/val,
-    which another program made of 256 x 256 .jpg and .cls."""
-    classes: Path | None = None
-    """With --annotate-only, text file with 'wnid' or 'wnid name' a line in the order of the labels; by default the
-    samples' keys and .json tell, or numbers are used."""
     copy_to: str | None = None
-    """A URL (s3://, gs://) to copy the set to once it is finished, also if it was before or after --only: what is not
+    """A URL (s3://, gs://) to copy the set to once it is finished, also if it was before: what is not
     there or is damaged is sent, and every file is read back. The same command goes on after a failure."""
 
     def __post_init__(self) -> None:
-        if self.annotate_only:
-            self._check_annotate_only()
-        elif self.source is None:
-            raise ValueError("give --source IMAGES, or --annotate-only for a set whose tars were made elsewhere")
-        elif self.classes is not None:
-            raise ValueError("--classes is for --annotate-only: a source names its classes itself")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"--workers {self.workers} must be at least 1")
         if not 1 <= self.quality <= 95:
@@ -124,13 +105,6 @@ class ShardConfig:
             raise ValueError(f"--val-fraction {self.val_fraction} must lie between 0 and 1, both excluded")
         if self.copy_to is not None:
             refuse_unwritable(self.copy_to)
-
-    def _check_annotate_only(self) -> None:
-        for field in dataclasses.fields(self):
-            taken = field.name in ("output", "workers", "annotate_only", "classes", "copy_to")
-            if not taken and getattr(self, field.name) != field.default:
-                flag = f"--{field.name.replace('_', '-')}"
-                raise ValueError(f"--annotate-only changes no image, so leave out {flag}")
 
 
 def main(config: ShardConfig) -> None:
@@ -155,10 +129,7 @@ def main(config: ShardConfig) -> None:
 
 
 def _make_or_mend(output: Path, config: ShardConfig) -> None:
-    """Makes the set, or builds the shards of --only again, and prints what came of it."""
-    if config.source is None:
-        _print_summary(output, annotate_set(output, config.classes, config.workers), rate=None)
-        return
+    """Makes the set, or what is missing of it, and prints what came of it."""
     listing = read_source(
         config.source, config.source_val, config.val_fraction, config.seed, config.val_labels, config.val_synsets
     )
@@ -170,12 +141,6 @@ def _make_or_mend(output: Path, config: ShardConfig) -> None:
         print(f"folders beside train/ that are not read: {', '.join(listing.unread)}", flush=True)
     shards = plan_shards(listing, config.seed, config.samples_per_shard)
     plan = SetPlan(listing, encoder_settings(config.quality), config.seed, config.samples_per_shard, tuple(shards))
-    if config.only:
-        with JobLock(output, say) if output.is_dir() else contextlib.nullcontext():
-            for name in config.only:
-                annotation = rebuild(output, plan, name, config.on_bad_image == "set-aside")
-                print(f"{name} was built again: {annotation.samples:,} images, {annotation.bytes:,} bytes", flush=True)
-        return
     info, rate = find_finished(output, plan), None
     if info is None or is_left_over(output):
         make_folder(output)

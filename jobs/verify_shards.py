@@ -24,6 +24,7 @@ from pipeline.dataset import DATASET_FILE, DatasetInfo, read_dataset, rebuild_ad
 from pipeline.shard_samples import Fault
 from pipeline.verify import ShardReport, check_set, check_shard
 
+AGAIN = "run the command that made the set"  # Of a fault of the whole set that names its cure.
 FAULTS_SHOWN = 20  # Of one shard: a cut one may have thousands.
 
 
@@ -70,14 +71,15 @@ def main(config: VerifyConfig) -> None:
         mine = [report for report in reports if report.split == split]
         if not any(report.name in by_shard for report in mine):
             _print_right(split, mine, config.decode)
+    splits = {report.name: report.split for report in reports}
     for name, faults in by_shard.items():
         for fault in faults[:FAULTS_SHOWN]:
             print(f"FAULT {fault}")
         if len(faults) > FAULTS_SHOWN:
             print(f"FAULT {name}: and {len(faults) - FAULTS_SHOWN:,} more")
         if name:
-            print(f"  {rebuild_advice(root, name, _settings(info, reports), info.annotated)}")
-        else:
+            print(f"  {rebuild_advice(root, splits[name], name, _settings(info, reports))}")
+        elif not any(AGAIN in fault.what for fault in faults):
             print(f"  if no shard is at fault, make the set anew in another folder: {DATASET_FILE} itself is damaged")
     if by_shard:
         count, shards = sum(map(len, by_shard.values())), len([name for name in by_shard if name])

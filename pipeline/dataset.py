@@ -104,11 +104,6 @@ class DatasetInfo:
             digest.update(f"{label.index} {label.wnid}\n".encode())
         return digest.hexdigest()
 
-    @property
-    def annotated(self) -> bool:
-        """Whether the tars were made elsewhere and only described by this program."""
-        return "encoder" not in self.image
-
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -209,22 +204,17 @@ def parse_dataset(text: str | bytes, where: str) -> DatasetInfo:
         raise DatasetError(f"{where} cannot be used: {error}") from error
 
 
-def rebuild_advice(root: Path, shard: str, settings: str = "", annotated: bool = False) -> str:
+def rebuild_advice(root: Path | str, split: str, shard: str, settings: str = "") -> str:
     """What to do about one damaged shard.
 
     Args:
         settings: the arguments besides source and output that the set was made with, where they are known.
-        annotated: whether the set's tars were made elsewhere.
     """
-    if annotated:
-        return (
-            f"copy {shard}.tar again from where it was made, then describe what is missing: "
-            f"python jobs/shard_imagenet.py --annotate-only --output {quote(str(root))}"
-        )
+    folder = quote(str(root))
     return (
-        "build the shard again from the source and with the settings it was made of: "
-        f"python jobs/shard_imagenet.py --source IMAGES --output {quote(str(root))} {settings}--only {shard}"
-    )
+        "remove the shard and build it again, from the source and with the settings it was made of: "
+        f"rm {folder}/{split}/{shard}.* && python jobs/shard_imagenet.py --source IMAGES --output {folder} {settings}"
+    ).rstrip()
 
 
 def is_decoded(root: Path) -> bool:
@@ -232,16 +222,16 @@ def is_decoded(root: Path) -> bool:
     return (root / DECODED_FILE).exists()
 
 
-def mend_advice(root: Path, split: str, shard: str, annotated: bool) -> str:
+def mend_advice(root: Path, split: str, shard: str) -> str:
     """What to do about one damaged shard of a set that may be a staged copy."""
     try:
         origin = json.loads((root / STAGED_FILE).read_bytes())["from"]
     except FileNotFoundError:
-        return rebuild_advice(root, shard, annotated=annotated)
+        return rebuild_advice(root, split, shard)
     file = root / split / f"{shard}{'.rgb' if is_decoded(root) else '.tar'}"
     return (
         f"this is a staged copy, so delete {file} and run the same command again, which stages it from {origin}; if it "
-        f"is damaged there too, {rebuild_advice(Path('SET'), shard, annotated=annotated)}"
+        f"is damaged there too, {rebuild_advice('SET', split, shard)}"
     )
 
 

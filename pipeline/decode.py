@@ -27,7 +27,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile
 
-from pipeline.dataset import IMAGE_SIZE
+from pipeline.dataset import IMAGE_SIZE, MAX_JPEG_BYTES
 
 # ImageNet's largest image has 61 million pixels; a header that claims more than this is a mistake or an attack.
 # Pillow's own limit is a little higher, and is heeded too.
@@ -49,6 +49,10 @@ _TURN_BACK = {
 }
 
 
+_BASELINE = 0xC0
+_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # Those three are tables and a reserved one.
+
+
 class ImageError(ValueError):
     """Bytes that are no whole image; the message is a short reason."""
 
@@ -61,6 +65,37 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     """
     pixels = _flawless_jpeg(data)
     return np.array(_by_pillow(data)) if pixels is None else pixels
+
+
+def pixels_of_stored(data: bytes) -> NDArray[np.uint8] | None:
+    """The pixels of a file that a shard set can hold as it is, [256, 256, 3]; None for any other.
+
+    It is a baseline JPEG of YCbCr, of a set's size, whole and without a flaw, that no reader turns by its EXIF.
+    """
+    if len(data) > MAX_JPEG_BYTES or not data.startswith(b"\xff\xd8") or not data.endswith(b"\xff\xd9"):
+        return None
+    try:
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+        if (height, width, colors) != (IMAGE_SIZE, IMAGE_SIZE, "YCbCr") or _frame(data) != _BASELINE:
+            return None
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                return None
+        return simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    # Pillow raises whatever the bytes lead it to.
+    except Exception:
+        return None
+
+
+def _frame(jpeg: bytes) -> int:
+    """The marker of a JPEG's frame, which tells baseline from progressive; 0 if there is none."""
+    at = 2
+    while at + 4 <= len(jpeg) and jpeg[at] == 0xFF:
+        marker = jpeg[at + 1]
+        if marker in _FRAMES:
+            return marker
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return 0
 
 
 def decode_stored(jpeg: bytes) -> NDArray[np.uint8]:

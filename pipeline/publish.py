@@ -109,13 +109,13 @@ def publish(root: Path, location: str, report: Report) -> Published:
         raise _store_error(f"copying {root} to {shown(location)} failed", error) from error
 
 
-def shard_parts(root: Path, split: str, row: ShardRow, annotated: bool) -> Iterator[Part]:
+def shard_parts(root: Path, split: str, row: ShardRow) -> Iterator[Part]:
     """A shard's index, annotation and tar, the tar last and unread.
 
     Raises:
         DatasetError: if the index or the annotation cannot be read.
     """
-    cure = rebuild_advice(root, row.name, annotated=annotated)
+    cure = rebuild_advice(root, split, row.name)
     for suffix in (".idx", ".json"):
         yield part_of(root, f"{split}/{row.name}{suffix}", cure)
     yield Part(f"{split}/{row.name}.tar", row.bytes, row.sha256, cure)
@@ -186,7 +186,7 @@ class _Copy:
             )
 
     def _bring_shard(self, split: str, row: ShardRow) -> int:
-        for part in shard_parts(self._root, split, row, self._info.annotated):
+        for part in shard_parts(self._root, split, row):
             self._bring(part)
         return row.bytes
 

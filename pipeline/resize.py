@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import interpolate
 
 from pipeline.dataset import IMAGE_SIZE
-from pipeline.decode import decode
+from pipeline.decode import decode, pixels_of_stored
 from pipeline.rgb_stats import RgbMoments
 
 SUBSAMPLING = "4:2:0"
@@ -25,7 +25,7 @@ class Converted:
     """One image as it is stored."""
 
     jpeg: bytes
-    """IMAGE_SIZE x IMAGE_SIZE, RGB, no metadata."""
+    """IMAGE_SIZE x IMAGE_SIZE, RGB; without metadata, unless it was found so."""
     moments: RgbMoments
     """Of the pixels that decoding `jpeg` gives: what training will see."""
 
@@ -43,7 +43,7 @@ def encoder_settings(quality: int) -> dict[str, Any]:
 
 
 def convert(data: bytes, quality: int) -> Converted:
-    """Decodes an image, resizes its central square to IMAGE_SIZE and encodes it as JPEG.
+    """Decodes an image, resizes its central square to IMAGE_SIZE and encodes it as JPEG; keeps one that a set can hold.
 
     Args:
         data: the bytes of an image file in one of `decode.FORMATS`.
@@ -52,6 +52,9 @@ def convert(data: bytes, quality: int) -> Converted:
     Raises:
         ImageError: if the bytes do not decode to a whole image of a sane size.
     """
+    stored = pixels_of_stored(data)
+    if stored is not None:
+        return Converted(data, RgbMoments.of(stored))
     square = resize(decode(data))
     jpeg = simplejpeg.encode_jpeg(square, quality, "RGB", SUBSAMPLING.replace(":", ""))
     return Converted(jpeg, RgbMoments.of(simplejpeg.decode_jpeg(jpeg)))

@@ -111,11 +111,8 @@ def read_samples(
         )
 
 
-def stored_pixels(jpeg: bytes, grey: bool) -> NDArray[np.uint8]:
+def stored_pixels(jpeg: bytes) -> NDArray[np.uint8]:
     """The pixels of a set's image, [IMAGE_SIZE, IMAGE_SIZE, 3].
-
-    Args:
-        grey: whether it may be grey, as every decoder that is asked for RGB takes it; this program stores none.
 
     Raises:
         ImageError: if it is no JPEG of that size, or one that readers turn.
@@ -124,7 +121,7 @@ def stored_pixels(jpeg: bytes, grey: bool) -> NDArray[np.uint8]:
         raise ImageError(f"it has {len(jpeg):,} bytes, and an image of a set has at most {MAX_JPEG_BYTES:,}")
     try:
         with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
-            if image.size != (IMAGE_SIZE, IMAGE_SIZE) or image.mode not in ("RGB", *(["L"] if grey else [])):
+            if image.size != (IMAGE_SIZE, IMAGE_SIZE) or image.mode != "RGB":
                 raise ImageError(
                     f"it is {image.width} x {image.height} {image.mode}, not {IMAGE_SIZE} x {IMAGE_SIZE} RGB"
                 )
@@ -133,7 +130,7 @@ def stored_pixels(jpeg: bytes, grey: bool) -> NDArray[np.uint8]:
                 raise ImageError(
                     f"its EXIF says that it is to be turned ({turn}), which some readers do and some do not"
                 )
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(image)
     except ImageError:
         raise
     except UnidentifiedImageError as error:

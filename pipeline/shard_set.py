@@ -67,7 +67,7 @@ def find_finished(root: Path, plan: SetPlan) -> DatasetInfo | None:
     """
     if not (root / DATASET_FILE).exists():
         return None
-    info, whole = compare_finished(root, plan)
+    info, whole = _compare_finished(root, plan)
     return info if whole else None
 
 
@@ -82,11 +82,8 @@ def tidy(root: Path) -> None:
     (root / UNFINISHED_FILE).unlink(missing_ok=True)
 
 
-def compare_finished(root: Path, plan: SetPlan, but: str = "") -> tuple[DatasetInfo, bool]:
+def _compare_finished(root: Path, plan: SetPlan) -> tuple[DatasetInfo, bool]:
     """Reads the finished set in ROOT, which must be what `plan` would make, and whether no file of it is missing.
-
-    Args:
-        but: a shard whose annotation is not to be believed.
 
     Raises:
         ShardSetError: if ROOT holds another finished set.
@@ -101,11 +98,7 @@ def compare_finished(root: Path, plan: SetPlan, but: str = "") -> tuple[DatasetI
     # Where one of these differs every shard does: the samples per shard would be blamed for it.
     if not different:
         annotations = [_read_or_none(root, shard) for shard in plan.shards]
-        found = [
-            (shard, annotation)
-            for shard, annotation in zip(plan.shards, annotations, strict=True)
-            if annotation and shard.name != but
-        ]
+        found = [(shard, annotation) for shard, annotation in zip(plan.shards, annotations, strict=True) if annotation]
         dealt_alike = all(annotation.inputs == inputs_digest(shard, plan.image) for shard, annotation in found)
         rows = [(split, row) for split, content in info.splits.items() for row in content.shards]
         if not dealt_alike or not {row.name for _, row in rows} <= {shard.name for shard in plan.shards}:

@@ -53,7 +53,7 @@ class SplitReader:
             raise DatasetError(f"the shard set {root} has no {split} split")
         self.split = split
         self.pixels = is_decoded(root)
-        self._root, self._annotated = root, info.annotated
+        self._root = root
         self._rows = info.splits[split].shards
         self.index = open_index(root, split, info.splits[split], len(info.classes))
         self.labels = self.index.labels
@@ -152,4 +152,4 @@ class SplitReader:
         return f"{self.split} image {self.key(sample)} of {shard}: {what}; {self._advice(shard)}"
 
     def _advice(self, shard: str) -> str:
-        return mend_advice(self._root, self.split, shard, self._annotated)
+        return mend_advice(self._root, self.split, shard)

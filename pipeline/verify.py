@@ -35,7 +35,6 @@ class ShardReport:
 
     split: str
     name: str
-    """As faults name it: NAME, or SPLIT/NAME in a set made elsewhere, whose splits may use the same names."""
     faults: tuple[Fault, ...]
     per_class: NDArray[np.int64]
     """[classes]: how many samples of each class it holds."""
@@ -55,7 +54,7 @@ def check_shard(root: Path, split: str, row: ShardRow, info: DatasetInfo, decode
         OSError: if a file that is there cannot be read.
     """
     path = root / split / f"{row.name}.tar"
-    shard = f"{split}/{row.name}" if info.annotated else row.name
+    shard = row.name
     faults: list[Fault] = []
 
     def fault(what: str, sample: str = "") -> None:
@@ -92,7 +91,7 @@ def check_shard(root: Path, split: str, row: ShardRow, info: DatasetInfo, decode
             fault(wrong, sample.key)
         else:
             per_class[int(sample.label)] += 1
-    moments = _decode(samples, faults, shard, info.annotated) if decode else None
+    moments = _decode(samples, faults, shard) if decode else None
     if annotation is not None:
         faults += _check_annotation(annotation, row, shard, info, moments)
     # Else the sample index would be blamed for the tar.
@@ -121,9 +120,6 @@ def check_set(root: Path, info: DatasetInfo, reports: Sequence[ShardReport]) -> 
     for split, row_names in ((s, {row.name for row in part.shards}) for s, part in info.splits.items()):
         for path in sorted((root / split).iterdir()) if (root / split).is_dir() else []:
             if path.stem in row_names and path.suffix in (".tar", ".idx", ".json"):
-                continue
-            # What wrote the tars of an annotated set may have left notes of its own beside them.
-            if info.annotated and path.suffix != ".tar":
                 continue
             empty = _annotation_of_nothing(path)
             if empty is None:
@@ -176,18 +172,17 @@ def _wrong_label(sample: Sample, info: DatasetInfo) -> str:
     if sample.number is None or sample.number >= len(info.classes):
         return f"its label is {sample.label[:20]!r}, the set has {len(info.classes)} classes"
     wnid = info.classes[sample.number].wnid
-    # Only this program's keys begin with the class.
-    if not info.annotated and not may_be_of(wnid, sample.key):
+    if not may_be_of(wnid, sample.key):
         return f"its label is {sample.number}, class {wnid}, which its key does not begin with"
     return ""
 
 
-def _decode(samples: Sequence[Sample], faults: list[Fault], shard: str, annotated: bool) -> RgbMoments:
+def _decode(samples: Sequence[Sample], faults: list[Fault], shard: str) -> RgbMoments:
     """The moments of all images that decode to what a set holds."""
     moments = RgbMoments()
     for sample in samples:
         try:
-            pixels = stored_pixels(sample.jpeg, grey=annotated)
+            pixels = stored_pixels(sample.jpeg)
         except ImageError as error:
             faults.append(Fault(str(error), shard, sample.key))
             continue

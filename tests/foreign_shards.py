@@ -1,10 +1,8 @@
-"""Shard sets as other programs write them, annotated step by step as the job does, but without Ray."""
+"""Shard sets as other programs write them."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import io
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,11 +11,8 @@ from typing import Any
 import webdataset
 from PIL import Image
 
-from pipeline.annotate import AnnotatedShard, annotate_shard
-from pipeline.annotated_set import begin, check_first_images, describe, find_shards, finish_annotated
-from pipeline.dataset import DatasetInfo
-from pipeline.label_names import read_label_names
 from tests.photographs import encoded, photograph
+from tests.shard_sets import make, planned
 
 WNIDS = ("n01440764", "n02102040", "n03888257")
 Sample = Mapping[str, Any]
@@ -53,40 +48,9 @@ def write_set(root: Path) -> Path:
     return root
 
 
-def annotate(root: Path, classes: Path | None = None) -> tuple[DatasetInfo | None, list[str]]:
-    """What `jobs.annotate` does, in this process: the set's description, or what is wrong with it."""
-    given = None if classes is None else read_label_names(classes)
-    shards = find_shards(root)
-    check_first_images(root, shards)
-    begin(root, shards)
-    count = None if given is None else len(given.wnids)
-    done: list[AnnotatedShard] = [annotate_shard(root, split, name, count) for split, name in shards]
-    faults = [str(fault) for shard in done for fault in shard.faults]
-    if faults:
-        return None, faults
-    info, _, wrong = describe(root, done, given)
-    if wrong:
-        return None, [str(fault) for fault in wrong]
-    finish_annotated(root, done, info)
-    return info, []
-
-
-def described(root: Path, classes: Path | None = None) -> DatasetInfo:
-    """Annotates a set in which nothing is wrong."""
-    info, faults = annotate(root, classes)
-    assert faults == []
-    assert info is not None
-    return info
-
-
-def digests(root: Path) -> dict[str, str]:
-    """The sha256 of each tar of a set."""
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in root.rglob("*.tar")}
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    """Every file of a set."""
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+def taken_over(root: Path, output: Path) -> Path:
+    """Shards the set in ROOT as jobs/shard_imagenet.py --source ROOT does, without Ray."""
+    return make(output, planned(root))
 
 
 def unpacked(root: Path, split: str) -> list[dict[str, Any]]:
@@ -100,12 +64,3 @@ def unpacked(root: Path, split: str) -> list[dict[str, Any]]:
                     data = archive.extractfile(member).read()  # type: ignore[union-attr]
                     samples.setdefault(key, {"__key__": key})[extension.lower()] = data
     return list(samples.values())
-
-
-def jpeg_of(one: Sample) -> bytes:
-    return one["jpg"] if "jpg" in one else one["jpeg"]
-
-
-def picture_of(one: Sample) -> Image.Image:
-    """What Pillow makes of it, in RGB."""
-    return Image.open(io.BytesIO(jpeg_of(one))).convert("RGB")

@@ -16,8 +16,6 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.annotate import annotate_shard
-from pipeline.annotated_set import find_shards
 from pipeline.dataset import DatasetError, DatasetInfo, read_dataset
 from pipeline.pictures import (
     IMAGENET_EIGENVALUES,
@@ -29,8 +27,11 @@ from pipeline.pictures import (
     pca_figure,
     write_pictures,
 )
+from pipeline.shard_set import claim_folder
+from pipeline.shards import build_shard
 from pipeline.split_reader import SplitReader
-from tests.foreign_shards import described, sample, stored, write_set, write_shards
+from tests.foreign_shards import sample, stored, write_set, write_shards
+from tests.shard_sets import make, planned
 
 ROOT = Path(__file__).resolve().parents[1]
 STYLES = {
@@ -78,10 +79,10 @@ def test_the_sheet_has_room_for_ten_classes_and_any_number_of_images(tmp_path: P
         for label in range(23)
         for number in range(1 if label == 4 else 9)
     ]
-    write_shards(tmp_path, "train", samples, per_shard=500)
-    write_shards(tmp_path, "val", samples[:3])
-    info = described(tmp_path)
-    rows = choose(tmp_path, info)
+    write_shards(tmp_path / "set", "train", samples, per_shard=500)
+    write_shards(tmp_path / "set", "val", samples[:3])
+    root = make(tmp_path / "out", planned(tmp_path / "set", per_shard=500))
+    rows = choose(root, read_dataset(root))
     assert [row.label for row in rows][:1] + [row.label for row in rows][-1:] == [0, 22]
     assert len(rows) == 10
     assert 4 not in [row.label for row in rows]
@@ -91,7 +92,7 @@ def test_the_sheet_has_room_for_ten_classes_and_any_number_of_images(tmp_path: P
     for row in rows:
         assert len(row.images) == 8
         np.testing.assert_array_equal(row.images[0], decoded(stored(row.label)))
-    assert decoded((tmp_path / SHEET_FILE).read_bytes()).shape == (84 + 10 * 134 - 6 + 24, 1344, 3)
+    assert decoded((root / SHEET_FILE).read_bytes()).shape == (84 + 10 * 134 - 6 + 24, 1344, 3)
 
 
 def test_names_of_any_length_stay_in_their_column(shard_set: Path) -> None:
@@ -108,24 +109,24 @@ def test_names_of_any_length_stay_in_their_column(shard_set: Path) -> None:
 
 
 def test_few_shards_are_read_of_a_set_of_any_size(tmp_path: Path) -> None:
-    samples = (sample(number, __key__=f"{number:03d}", jpg=stored(number % 3)) for number in range(40))
-    write_shards(tmp_path, "train", samples, per_shard=1)
-    write_shards(tmp_path, "val", map(sample, range(3)))
-    info = described(tmp_path)
+    write_shards(tmp_path / "set", "train", (sample(n, __key__=f"{n:03d}", jpg=stored(n % 3)) for n in range(40)))
+    write_shards(tmp_path / "set", "val", map(sample, range(3)))
+    root = make(tmp_path / "out", planned(tmp_path / "set", per_shard=1))
+    info = read_dataset(root)
     rows = [row.name for row in info.splits["train"].shards]
     assert len(rows) == 40
     # 16 of them, evenly apart from the first to the last.
     kept = {rows[round(i * 39 / 15)] for i in range(16)}
     for name in set(rows) - kept:
-        size = (tmp_path / "train" / f"{name}.tar").stat().st_size
-        os.truncate(tmp_path / "train" / f"{name}.tar", 0)
-        os.truncate(tmp_path / "train" / f"{name}.tar", size)
-    before = {name: (tmp_path / name).read_bytes() for name in (SHEET_FILE, PCA_FILE)}
-    write_pictures(tmp_path, info)
-    assert {name: (tmp_path / name).read_bytes() for name in before} == before
-    (tmp_path / "train" / f"{rows[39]}.tar").unlink()
+        size = (root / "train" / f"{name}.tar").stat().st_size
+        os.truncate(root / "train" / f"{name}.tar", 0)
+        os.truncate(root / "train" / f"{name}.tar", size)
+    before = {name: (root / name).read_bytes() for name in (SHEET_FILE, PCA_FILE)}
+    write_pictures(root, info)
+    assert {name: (root / name).read_bytes() for name in before} == before
+    (root / "train" / f"{rows[39]}.tar").unlink()
     with pytest.raises(DatasetError, match=f"{rows[39]}.tar is missing"):
-        write_pictures(tmp_path, info)
+        write_pictures(root, info)
 
 
 @pytest.mark.parametrize("style", list(STYLES))
@@ -164,11 +165,12 @@ def test_a_users_settings_do_not_change_a_byte(style: str, shard_set: Path, tmp_
 
 
 def test_shards_done_in_any_order_give_the_same_pictures(tmp_path: Path) -> None:
-    one, other = (write_set(tmp_path / name) for name in ("one", "other"))
-    described(one)
-    for split, name in reversed(find_shards(other)):
-        annotate_shard(other, split, name, None)
-    described(other)
+    plan = planned(write_set(tmp_path / "set"))
+    one = make(tmp_path / "one", plan)
+    claim_folder(tmp_path / "other", plan)
+    for shard in reversed(plan.shards):
+        build_shard(tmp_path / "other", shard, plan.image, set_aside=True)
+    other = make(tmp_path / "other", plan)
     for name in (SHEET_FILE, PCA_FILE):
         assert (one / name).read_bytes() == (other / name).read_bytes()
 

@@ -15,7 +15,6 @@ from pipeline.loader import Loader
 from pipeline.pixel_stage import stage_pixels
 from pipeline.plan import Plan, colour_matrix
 from pipeline.split_reader import SplitReader
-from tests import foreign_shards as foreign
 from tests.damage import flip_in_the_middle, own_copy, places
 
 CPU = torch.device("cpu")
@@ -41,21 +40,6 @@ def test_pixels_are_the_jpegs_and_give_the_same_batches(shard_set: Path, tmp_pat
     lines.clear()
     assert stage_pixels(str(shard_set), tmp_path, lines.append, 2) == staged
     assert lines == []
-
-
-def test_a_set_of_jpegs_by_their_longer_name(tmp_path: Path) -> None:
-    for split, count in (("train", 9), ("val", 3)):
-        foreign.write_shards(
-            tmp_path / "set", split, (foreign.sample(n, jpg=None, jpeg=foreign.stored(n)) for n in range(count))
-        )
-    info, faults = foreign.annotate(tmp_path / "set")
-    assert info is not None, faults
-    staged = stage_pixels(str(tmp_path / "set"), tmp_path, lambda _: None, 2)
-    pixels = SplitReader(staged, read_dataset(staged), "train")
-    assert [pixels.key(n) for n in range(9)] == [foreign.sample(n)["__key__"] for n in range(9)]
-    assert pixels.labels.tolist() == [n % 3 for n in range(9)]
-    for n in range(9):
-        np.testing.assert_array_equal(pixels.image(n), np.asarray(Image.open(io.BytesIO(foreign.stored(n)))))
 
 
 def test_an_interrupted_decoding_goes_on_and_a_cut_file_is_refused(shard_set: Path, tmp_path: Path) -> None:

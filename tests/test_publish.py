@@ -184,7 +184,7 @@ def test_a_damaged_local_shard_is_named(small: Path, tmp_path: Path, s3: str, cl
     data = tar.read_bytes()
     for damaged in (data[:3000] + bytes([data[3000] ^ 1]) + data[3001:], data[:-512]):
         tar.write_bytes(damaged)
-        with pytest.raises(DatasetError, match=r"train-000001\.tar is damaged.* --only train-000001") as found:
+        with pytest.raises(DatasetError, match=r"train-000001\.tar is damaged.* rm .*/train-000001\.\* && ") as found:
             copied(root, location(s3))
         assert "\n" not in str(found.value)
         assert "dataset.json" not in stored(client)
@@ -222,7 +222,7 @@ def test_a_bucket_that_is_not_there_is_found_before_the_work(s3: str, client: An
 
 @pytest.mark.parametrize("to", ["shards", "/mnt/shards", "http://host/set?key=SECRET", "file:///mnt/set"])
 def test_what_is_no_object_store_is_refused(to: str) -> None:
-    assert ShardConfig(output=Path("out"), annotate_only=True, copy_to="gs://bucket/set").copy_to
+    assert ShardConfig(output=Path("out"), source="images", copy_to="gs://bucket/set").copy_to
     with pytest.raises(ValueError, match="give a URL that can be written, as s3://BUCKET/SET") as found:
-        ShardConfig(output=Path("out"), annotate_only=True, copy_to=to)
+        ShardConfig(output=Path("out"), source="images", copy_to=to)
     assert "SECRET" not in str(found.value)

@@ -71,7 +71,7 @@ def failure(way: Way, reader: SplitReader, shard_set: Path) -> str:
 
 
 def rebuild(root: Path) -> str:
-    return f"python jobs/shard_imagenet.py --source IMAGES --output {root} --only train-000002"
+    return f"rm {root}/train/train-000002.* && python jobs/shard_imagenet.py --source IMAGES --output {root}"
 
 
 @both

@@ -17,11 +17,10 @@ from PIL import Image
 
 from pipeline.annotation import ShardAnnotation, read_annotation
 from pipeline.dataset import DatasetError, read_dataset, write_json
-from pipeline.repair import rebuild
 from pipeline.resize import encoder_settings
 from pipeline.rgb_stats import RgbMoments
 from pipeline.sample_index import describe_index, pack_index, record_batch, shard_rows
-from pipeline.shard_set import SetPlan, ShardSetError, claim_folder, finish
+from pipeline.shard_set import SetPlan, claim_folder, find_finished, finish
 from pipeline.shards import build_shard, pack, plan_shards
 from pipeline.sources import read_source
 from pipeline.split_reader import SplitReader
@@ -323,7 +322,7 @@ def other_inputs(root: Path) -> None:
         (other_inputs, "its annotation's moments are of 0 pixels"),
     ],
 )
-def test_damage_is_named_and_one_shard_is_built_again(
+def test_damage_is_named_and_mended_by_the_same_command(
     images: Path, whole: Path, damaged: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     damage(damaged)
@@ -331,8 +330,12 @@ def test_damage_is_named_and_one_shard_is_built_again(
     assert any(message in fault for fault in found), found
     # The shard is named, or at least the set; no other shard is.
     assert all(NAME in fault or "train-" not in fault for fault in found)
-    others = {path: path.stat().st_mtime_ns for path in damaged.rglob("*") if path.is_file() and NAME not in path.name}
-    rebuild(damaged, planned(images), NAME, set_aside=True)
+    others = {path: path.stat().st_mtime_ns for path in damaged.rglob("*.tar") if NAME not in path.name}
+    for path in (damaged / "train").glob(f"{NAME}.*"):
+        path.unlink()
+    plan = planned(images)
+    assert find_finished(damaged, plan) is None
+    make(damaged, plan)
     assert contents(damaged) == contents(whole)
     assert {path: path.stat().st_mtime_ns for path in others} == others
 
@@ -361,49 +364,9 @@ def test_a_key_in_two_shards_is_found(damaged: Path) -> None:
     assert faults(damaged) == [f"{NAME}: it holds a sample's key that another sample has, too"]
 
 
-# Building one shard again.
-
-
-def test_a_shard_of_an_unfinished_set_is_built_again(images: Path, whole: Path, tmp_path: Path) -> None:
-    plan = planned(images)
-    output = tmp_path / "out"
-    claim_folder(output, plan)
-    for shard in plan.shards:
-        build_shard(output, shard, plan.image, set_aside=True)
-    annotate(output, lambda a: dataclasses.replace(a, moments=RgbMoments()))
-    rebuild(output, plan, NAME, set_aside=True)
-    built = [build_shard(output, shard, plan.image, set_aside=True) for shard in plan.shards]
-    finish(output, plan, built, 0.0)
-    assert contents(output) == contents(whole)
-
-
-def test_another_set_is_not_mended(images: Path, damaged: Path, tmp_path: Path) -> None:
-    before = contents(damaged)
-    with pytest.raises(ShardSetError, match=r"finished set of another quality \(90, not 80\)"):
-        rebuild(damaged, planned(images, quality=80), NAME, set_aside=True)
-    with pytest.raises(ShardSetError, match="finished set of another samples per shard"):
-        rebuild(damaged, planned(images, per_shard=5), NAME, set_aside=True)
-    with pytest.raises(ShardSetError, match=r"--only train-000009 is no shard .*last ones are train-000003"):
-        rebuild(damaged, planned(images), "train-000009", set_aside=True)
-    with pytest.raises(ShardSetError, match="holds no shard set to mend: leave out --only"):
-        rebuild(tmp_path / "nowhere", planned(images), NAME, set_aside=True)
-    assert contents(damaged) == before
-
-
-def test_a_changed_image_is_noticed_before_anything_is_replaced(images: Path, damaged: Path, tmp_path: Path) -> None:
-    source = Path(shutil.copytree(images, tmp_path / "images"))
-    plan = planned(source)
-    path = Path(plan.shards[1].entries[0].path)
-    path.write_bytes(bytes(len(path.read_bytes())))
-    lose_tar(damaged)
-    before = contents(damaged)
-    with pytest.raises(ShardSetError, match=r"comes out otherwise than .*an image in it has changed"):
-        rebuild(damaged, plan, NAME, set_aside=True)
-    assert contents(damaged) == before
-
-
 @pytest.mark.parametrize("damage", [cut, lose_tar])
 def test_readers_name_the_command_that_mends(damaged: Path, damage: Callable[[Path], None]) -> None:
     damage(damaged)
-    with pytest.raises(DatasetError, match=f"jobs/shard_imagenet.py --source IMAGES --output {damaged} --only {NAME}$"):
+    cure = rf"rm {damaged}/train/{NAME}\.\* && python jobs/shard_imagenet.py --source IMAGES --output {damaged}$"
+    with pytest.raises(DatasetError, match=cure):
         SplitReader(damaged, read_dataset(damaged), "train")
