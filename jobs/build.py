@@ -11,9 +11,10 @@ import ray
 from jobs.cluster import LostError, stream
 from jobs.progress import Progress
 from pipeline.annotation import ShardError
+from pipeline.retry import SourceReadError
 from pipeline.set_lock import at_work
 from pipeline.shard_set import SetPlan
-from pipeline.shards import BuiltShard, ShardPlan, SourceReadError, Step, build_in_steps
+from pipeline.shards import BuiltShard, ShardPlan, Step, build_in_steps
 
 ATTEMPTS = 4
 CAREFUL_FROM = 2  # A node may be lost at any shard; a worker that dies twice at the same one may have cause.

@@ -1,4 +1,4 @@
-"""What an image is called in a shard set, in characters that every reader of tars takes."""
+"""A sample's key in a WebDataset, and its label: how they are read, and what an image is called in a set of ours."""
 
 from __future__ import annotations
 
@@ -11,8 +11,26 @@ import numpy as np
 
 # A USTAR member's name has 100 bytes; the rest is room for ".jpg" and what keeps two keys apart.
 MAX_KEY = 80
+MAX_DIGITS = 9  # Of a label.
 _HASHED = 17  # "_" and 16 hexadecimal digits
 _PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A tar member's key and extension: in a WebDataset the extension begins at the first dot of the name's last part.
+
+    >>> split_name("val.new/a.seg.png")
+    ('val.new/a', 'seg.png')
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension
+
+
+def label_number(text: bytes) -> int | None:
+    """The label that a sample's .cls holds; None where its text is no number that a label may be."""
+    digits = text.strip()
+    return int(digits) if digits.isdigit() and len(digits) <= MAX_DIGITS else None
 
 
 def key_of(wnid: str, name: str) -> str:
@@ -63,7 +81,7 @@ def rename_equal(keys: Iterable[str], count: int, key: Callable[[int], str]) -> 
         count: how many there are.
         key: gives the one at a place again.
     """
-    hashes = np.fromiter((_hash(text) for text in keys), np.uint64, count)
+    hashes = np.fromiter((key_hash(text) for text in keys), np.uint64, count)
     order = np.argsort(hashes, kind="stable")
     ordered = hashes[order]
     # Each place whose key an earlier one has; a new key may add the one whose own it is.
@@ -74,19 +92,19 @@ def rename_equal(keys: Iterable[str], count: int, key: Callable[[int], str]) -> 
     following: dict[str, int] = {}
 
     def owners(text: str) -> list[int]:
-        first, last = (np.searchsorted(ordered, np.uint64(_hash(text)), side=side) for side in ("left", "right"))
+        first, last = (np.searchsorted(ordered, np.uint64(key_hash(text)), side=side) for side in ("left", "right"))
         found: list[int] = order[first:last].tolist()
         return found
 
     while again:
         place = heapq.heappop(again)
         text = candidate = key(place)
-        while _hash(candidate) in given or any(i < place and i not in renamed for i in owners(candidate)):
+        while key_hash(candidate) in given or any(i < place and i not in renamed for i in owners(candidate)):
             following[text.lower()] = following.get(text.lower(), 1) + 1
             candidate = f"{text}_{following[text.lower()]}"
         if candidate != text:
             renamed[place] = candidate
-        given.add(_hash(candidate))
+        given.add(key_hash(candidate))
         for later in owners(candidate):
             if later > place and later not in queued:
                 queued.add(later)
@@ -94,5 +112,6 @@ def rename_equal(keys: Iterable[str], count: int, key: Callable[[int], str]) -> 
     return renamed
 
 
-def _hash(key: str) -> int:
+def key_hash(key: str) -> int:
+    """64 bits of a key, lower case, to find one that is there twice."""
     return int.from_bytes(hashlib.blake2b(key.lower().encode(), digest_size=8).digest(), "little")

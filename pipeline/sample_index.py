@@ -25,6 +25,7 @@ from pipeline.dataset import (
     DatasetError,
     Split,
 )
+from pipeline.keys import split_name
 
 SCHEMA = pa.schema(
     [
@@ -61,7 +62,7 @@ def shard_rows(tar: bytes | mmap.mmap, index: str) -> pa.RecordBatch:
         image = next(parts[extension] for extension in IMAGE_COMPONENTS if extension in parts)
         offset, size = int(image[0]), int(image[1])
         start, length = int(parts[LABEL_COMPONENT][0]), int(parts[LABEL_COMPONENT][1])
-        keys.append(image[2].rpartition(".")[0])
+        keys.append(split_name(image[2])[0])
         offsets.append(offset)
         sizes.append(size)
         labels.append(int(bytes(tar[start : start + length])))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import itertools
 import mmap
@@ -16,10 +15,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.dataset import IMAGE_COMPONENTS, IMAGE_SIZE, LABEL_COMPONENT, MAX_JPEG_BYTES
 from pipeline.decode import ImageError
+from pipeline.keys import label_number, split_name
 from pipeline.source_files import SourceError
 from pipeline.tar_source import Member, Stretch, members
-
-MAX_DIGITS = 9  # Of a label.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,23 +52,7 @@ class Sample:
     @property
     def number(self) -> int | None:
         """The label; None where its text is no number that a label may have."""
-        return int(self.label) if self.label.isdigit() and len(self.label) <= MAX_DIGITS else None
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """A member's key and extension: the extension begins at the first dot of the name's last part.
-
-    >>> split_name("val.new/a.seg.png")
-    ('val.new/a', 'seg.png')
-    """
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension
-
-
-def key_hash(key: str) -> int:
-    """64 bits of a key, lower case, to find one that is there twice."""
-    return int.from_bytes(hashlib.blake2b(key.lower().encode(), digest_size=8).digest(), "little")
+        return label_number(self.label)
 
 
 def read_samples(

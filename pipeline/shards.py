@@ -27,9 +27,11 @@ from pipeline.annotation import Reject, ShardAnnotation, ShardError, read_annota
 from pipeline.dataset import INDEX_VERSION, write_atomically, write_json
 from pipeline.decode import ImageError
 from pipeline.isolation import IsolatedConverter, KilledError
+from pipeline.keys import split_name
 from pipeline.listing import Entries, Entry, Listing
 from pipeline.read_ahead import readings
 from pipeline.resize import Converted, convert, encoder_settings
+from pipeline.retry import SourceReadError
 from pipeline.rgb_stats import RgbMoments
 from pipeline.sample_index import shard_rows
 from pipeline.source_files import read_bytes, state_of
@@ -49,10 +51,6 @@ Convert = Callable[[bytes, int], Converted]
 
 class BadImageError(ShardError):
     """An image that does not convert, where none may be set aside."""
-
-
-class SourceReadError(OSError):
-    """The source's disk or network failed; trying again may help."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +138,7 @@ def index_of(file: BinaryIO) -> str:
     samples: dict[str, list[str]] = {}
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
-            key, _, extension = member.name.partition(".")
+            key, extension = split_name(member.name)
             samples.setdefault(key, []).append(f"{extension} {member.offset_data} {member.size} {member.name}")
     lines = [f"{INDEX_VERSION} {len(samples)}", *(" ".join(components) for components in samples.values())]
     return "\n".join(lines) + "\n"

@@ -12,14 +12,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.dataset import DATASET_FILE, DatasetError, parse_dataset
+from pipeline.dataset import DATASET_FILE, LABEL_COMPONENT, DatasetError, parse_dataset
 from pipeline.file_table import Classes, FileTable
+from pipeline.keys import label_number, split_name
 from pipeline.source_files import LISTING_THREADS, SourceError, is_image_name, read_bytes
 from pipeline.storage import join, parent, shown
 from pipeline.tar_source import Member, Window, members, members_in, table_of, whole
 
-LABEL_EXTENSION = ".cls"
-MAX_DIGITS = 9  # Of a label
 _CURE = "give shards with an image and its .cls in each sample"
 
 Tars = Mapping[str, str]
@@ -39,7 +38,7 @@ def contents_of(tar: str) -> tuple[Literal["samples", "images", "others"], str]:
         for member in found:
             if member.hidden:
                 continue
-            if parts and _key(member)[0] != _key(parts[0])[0]:
+            if parts and split_name(member.name)[0] != split_name(parts[0].name)[0]:
                 break
             parts.append(member)
     if not parts:
@@ -47,7 +46,7 @@ def contents_of(tar: str) -> tuple[Literal["samples", "images", "others"], str]:
     images = [is_image_name(member.name) for member in parts]
     if all(images):
         return "images", parts[0].name
-    samples = len(parts) > 1 or parts[0].name.lower().endswith(LABEL_EXTENSION)
+    samples = len(parts) > 1 or parts[0].name.lower().endswith(f".{LABEL_COMPONENT}")
     return "samples" if samples else "others", parts[0].name
 
 
@@ -153,11 +152,11 @@ def _read_shard(path: str) -> tuple[FileTable, NDArray[np.int64], int]:
         for member in members_in(file):
             if member.hidden:
                 continue
-            key, extension = _key(member)
-            if is_image_name(f"x{extension}"):
+            key, extension = split_name(member.name)
+            if is_image_name(f"x.{extension}"):
                 what, there = "image", key in images
                 images[key] = member
-            elif extension == LABEL_EXTENSION:
+            elif extension.lower() == LABEL_COMPONENT:
                 what, there = "label", key in labels
                 labels[key] = file.contents(member)
             else:
@@ -166,22 +165,13 @@ def _read_shard(path: str) -> tuple[FileTable, NDArray[np.int64], int]:
             if there:
                 raise SourceError(f"{tar.where} holds two {what}s of the sample {key!r}: {_CURE}")
     for key in images.keys() ^ labels.keys():
-        has, lacks = ("an image", f"no {LABEL_EXTENSION}") if key in images else (f"a {LABEL_EXTENSION}", "no image")
+        has, lacks = ("an image", f"no .{LABEL_COMPONENT}") if key in images else (f"a .{LABEL_COMPONENT}", "no image")
         raise SourceError(f"{tar.where}: the sample {key!r} has {has} and {lacks}: {_CURE}")
     numbers = []
     for key in images:
-        text = labels[key].strip()
-        if not text.isdigit() or len(text) > MAX_DIGITS:
-            raise SourceError(
-                f"{tar.where}: the sample {key!r} has the label {text[:40]!r}: a label is a number from 0 on"
-            )
-        numbers.append(int(text))
+        number = label_number(labels[key])
+        if number is None:
+            text = labels[key].strip()[:40]
+            raise SourceError(f"{tar.where}: the sample {key!r} has the label {text!r}: a label is a number from 0 on")
+        numbers.append(number)
     return table_of(tar, list(images.values())), np.array(numbers, np.int64), others
-
-
-def _key(member: Member) -> tuple[str, str]:
-    """The key of the sample that a member is part of, and the part's extension, lower case, with its dot."""
-    folder, base = os.path.split(member.name)
-    # A WebDataset key ends at the first dot of the last part of the name.
-    stem, dot, extension = base.partition(".")
-    return os.path.join(folder, stem), dot + extension.lower()

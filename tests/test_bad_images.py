@@ -9,8 +9,9 @@ import pytest
 
 from pipeline.annotation import ShardError, read_annotation
 from pipeline.dataset import read_dataset
+from pipeline.retry import SourceReadError
 from pipeline.shard_set import ShardSetError, find_finished
-from pipeline.shards import BadImageError, SourceReadError, build_shard
+from pipeline.shards import BadImageError, build_shard
 from pipeline.split_reader import SplitReader
 from tests.photographs import write_source
 from tests.shard_sets import build_all, contents, make, planned, tars

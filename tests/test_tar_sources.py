@@ -15,8 +15,9 @@ import pytest
 from pipeline.annotation import ShardError
 from pipeline.class_names import is_imagenet, names_of
 from pipeline.resize import Converted, convert, encoder_settings
+from pipeline.retry import SourceReadError
 from pipeline.shard_set import SetPlan, claim_folder, finish
-from pipeline.shards import SourceReadError, build_shard, plan_shards
+from pipeline.shards import build_shard, plan_shards
 from pipeline.source_files import SourceError, read_bytes
 from pipeline.sources import Listing, read_source
 from tests.photographs import encoded, photograph, write_source

@@ -17,8 +17,9 @@ from pipeline import remote
 from pipeline.listing import Listing
 from pipeline.read_ahead import readings
 from pipeline.resize import encoder_settings
+from pipeline.retry import SourceReadError
 from pipeline.shard_set import SetPlan, claim_folder, finish
-from pipeline.shards import SourceReadError, build_shard, plan_shards
+from pipeline.shards import build_shard, plan_shards
 from pipeline.source_files import SourceError, read_bytes
 from pipeline.sources import read_source
 from pipeline.storage import NoRangesError, child, shown
