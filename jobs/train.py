@@ -13,8 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
+from ray.train import (
+    CheckpointConfig,
+    ControllerError,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    UserCallback,
+)
 
 from jobs import checkpoint
 from jobs.backend import NodeTorchConfig, NodeTrainer

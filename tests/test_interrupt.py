@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ray.train.v2.api.exceptions import ControllerError
+from ray.train import ControllerError
 
 from jobs.checkpoint import RUN_FILE
 from jobs.interrupt import Beat
