@@ -14,8 +14,7 @@ from typing import Any
 
 import ray.train
 from pyarrow import fs as arrow_fs
-from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode, UserCallback
-from ray.train import ControllerError
+from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode, ControllerError, UserCallback
 
 from jobs.checkpoint import RUN_FILE, SPARE_FILE
 from pipeline.storage import is_url, open_location, shown

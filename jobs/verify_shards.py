@@ -20,7 +20,7 @@ import ray
 from jobs.cli import run
 from jobs.cluster import RETRIES, LostError, connected, in_parallel
 from jobs.progress import Progress
-from pipeline.dataset import DATASET_FILE, DatasetInfo, read_dataset, rebuild_advice
+from pipeline.dataset import DATASET_FILE, DatasetInfo, read_dataset, rebuild_advice, staged_from
 from pipeline.shard_samples import Fault
 from pipeline.verify import ShardReport, check_set, check_shard
 
@@ -57,6 +57,8 @@ def main(config: VerifyConfig) -> None:
     """
     root = Path(os.path.abspath(config.data))
     info = read_dataset(root)
+    if origin := staged_from(root):
+        raise VerifyError(f"{root} is a copy for training, staged from {origin}: check that one; a copy checks itself")
     samples = sum(part.samples for part in info.splits.values())
     with (
         connected(config.workers, logging_level=logging.ERROR, log_to_driver=False),

@@ -222,11 +222,18 @@ def is_decoded(root: Path) -> bool:
     return (root / DECODED_FILE).exists()
 
 
+def staged_from(root: Path) -> str | None:
+    """Where a staged copy was copied from; None for a set that is no copy."""
+    try:
+        return str(json.loads((root / STAGED_FILE).read_bytes())["from"])
+    except FileNotFoundError:
+        return None
+
+
 def mend_advice(root: Path, split: str, shard: str) -> str:
     """What to do about one damaged shard of a set that may be a staged copy."""
-    try:
-        origin = json.loads((root / STAGED_FILE).read_bytes())["from"]
-    except FileNotFoundError:
+    origin = staged_from(root)
+    if origin is None:
         return rebuild_advice(root, split, shard)
     file = root / split / f"{shard}{'.rgb' if is_decoded(root) else '.tar'}"
     return (

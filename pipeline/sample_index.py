@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from pipeline.dataset import (
     IMAGE_COMPONENTS,
     LABEL_COMPONENT,
-    STAGED_FILE,
     DatasetError,
     Split,
+    staged_from,
 )
 from pipeline.keys import split_name
 
@@ -198,7 +198,7 @@ def open_index(root: Path, name: str, split: Split, classes: int) -> SampleIndex
     """
     path = root / index_file(name)
     check_has_index(str(root), split)
-    if (root / STAGED_FILE).exists():
+    if staged_from(root) is not None:
         cure = f"this is a staged copy, so delete {path} and run the same command again, which stages it again"
     else:
         cure = _again(str(root))

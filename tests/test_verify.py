@@ -15,6 +15,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from jobs.verify_shards import VerifyConfig, VerifyError
+from jobs.verify_shards import main as verify
 from pipeline.annotation import ShardAnnotation, read_annotation
 from pipeline.dataset import DatasetError, read_dataset, write_json
 from pipeline.resize import encoder_settings
@@ -24,6 +26,7 @@ from pipeline.shard_set import SetPlan, claim_folder, find_finished, finish
 from pipeline.shards import build_shard, pack, plan_shards
 from pipeline.sources import read_source
 from pipeline.split_reader import SplitReader
+from pipeline.staging import stage
 from pipeline.verify import ShardReport, check_set, check_shard
 from tests.photographs import encoded, photograph, write_source
 from tests.shard_sets import read_index
@@ -370,3 +373,10 @@ def test_readers_name_the_command_that_mends(damaged: Path, damage: Callable[[Pa
     cure = rf"rm {damaged}/train/{NAME}\.\* && python jobs/shard_imagenet.py --source IMAGES --output {damaged}$"
     with pytest.raises(DatasetError, match=cure):
         SplitReader(damaged, read_dataset(damaged), "train")
+
+
+def test_a_staged_copy_is_not_checked_in_place_of_its_set(whole: Path, tmp_path: Path) -> None:
+    """It lacks what only other readers and the sharding need."""
+    staged = stage(str(whole), tmp_path, lambda _: None)
+    with pytest.raises(VerifyError, match=f"{staged} is a copy for training, staged from {whole}: check that one"):
+        verify(VerifyConfig(staged))
