@@ -197,3 +197,50 @@ def test_a_batch_is_what_the_graph_gave(shard_set: Path, monkeypatch: pytest.Mon
         assert batch.images.data_ptr() == pointer
         assert batch.images.permute(0, 2, 3, 1).numpy().tobytes() == contents
     assert len(given) == 5
+
+
+def test_a_batchs_host_memory_is_kept_until_the_gpu_has_read_it(
+    shard_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU's way of handing over, with stand-ins for its stream and for events that are done when they are told."""
+
+    class Event:
+        done = False
+
+        def query(self) -> bool:
+            return self.done
+
+    class Stream:
+        def __init__(self) -> None:
+            self.events: list[Event] = []
+
+        def record_event(self) -> Event:
+            self.events.append(Event())
+            return self.events[-1]
+
+    def copied(output: Any, images: torch.Tensor, cuda_stream: object) -> None:
+        assert cuda_stream is stream
+        images.copy_(torch.from_dlpack(output))
+
+    info = read_dataset(shard_set)
+    reader = SplitReader(shard_set, info, "train")
+    planned = list(Plan(45, 5, 3, colour_matrix(info.rgb)).epoch(0))
+    expected = list(Loader(reader, info.rgb, 5, torch.device("cpu"), 1).run(planned))
+    loader, stream = Loader(reader, info.rgb, 5, torch.device("cpu"), 1), Stream()
+    run = loader._pipeline.run
+    given: list[np.ndarray] = []
+    monkeypatch.setattr(loader, "_on_gpu", True)
+    monkeypatch.setattr(loader._pipeline, "run", lambda stream=None: run())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr("pipeline.loader.feed_ndarray", copied)
+    monkeypatch.setattr(loader._buffers, "give", given.append)
+    for number, (batch, right) in enumerate(zip(loader.run(planned), expected, strict=True)):
+        assert torch.equal(batch.images, right.images)
+        assert torch.equal(batch.labels, right.labels)
+        # The first two are read late, and then each before the next batch.
+        assert len(given) == max(0, number - 2)
+        if number == 2:
+            stream.events[0].done = True
+        if number >= 3:
+            stream.events[number - 2].done = True
+    assert len({id(buffer) for buffer in given}) == len(given)
