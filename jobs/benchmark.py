@@ -14,7 +14,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ from model.recipe import RECIPES
 from model.training import Trainer, Worker
 from pipeline.dataset import DatasetInfo, read_dataset, write_json
 from pipeline.loader import GpuDecoder, Loader, define
-from pipeline.plan import Plan, PlannedBatch, colour_matrix
+from pipeline.plan import Plan, colour_matrix
 from pipeline.split_reader import SplitReader
 
 
@@ -94,12 +94,12 @@ def measure(config: BenchmarkConfig) -> Findings:
     trainer = Trainer(network, recipe, Worker(0, 1, device, precision))
     network.train()
     loader = Loader(reader, info.rgb, config.batch_size, device, config.threads, gpu_decoder=config.gpu_decoder)
-    batches = loader.run(endless(plan))
+    batches = loader.run(plan.endless())
     resident = next(batches)
     trainer.step([resident])
     settle = torch.cuda.synchronize if config.gpu else _nothing
     many = 4 * config.steps
-    to_read = list(itertools.islice(endless(plan), many))
+    to_read = list(itertools.islice(plan.endless(), many))
     encoded = [torch.from_numpy(reader.image(i % len(reader)).copy()) for i in range(many * config.batch_size)]
     graph = bare_graph(config, reader.read(to_read[0].samples), info)
     decoded = np.stack([reader.decoded(sample) for sample in to_read[0].samples.tolist()])
@@ -202,12 +202,6 @@ def all_reduce_ms(config: BenchmarkConfig, gradient_bytes: int) -> float | None:
     if config.network_gbit is not None:
         return stages.stated_ms(gradient_bytes, config.network_gbit)
     return None if config.gpu else stages.measured_ms(gradient_bytes, config.rounds)
-
-
-def endless(plan: Plan) -> Iterator[PlannedBatch]:
-    """Epoch after epoch."""
-    for epoch in itertools.count():
-        yield from plan.epoch(epoch)
 
 
 def _nothing() -> None:

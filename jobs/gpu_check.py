@@ -242,7 +242,7 @@ def check(
 
 def memory_growth(loader: Loader, plan: Plan, count: int, device: torch.device) -> tuple[float, float]:
     """How many MB this process and the device hold more after so many batches than after the first tenth of them."""
-    batches = loader.run(itertools.chain.from_iterable(plan.epoch(epoch) for epoch in itertools.count()))
+    batches = loader.run(plan.endless())
     first = (0.0, 0.0)
     for number, _ in enumerate(itertools.islice(batches, count)):
         if number == count // 10:

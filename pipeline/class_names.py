@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-IMAGENET_CLASSES = 1000
 # sha256 of the 1000 wnids of ILSVRC-2012, sorted, joined by line breaks. The lists that come with Caffe
 # (synset_words.txt), with the devkit (by its ids) and with Keras (imagenet_class_index.json) agree on it.
 _IMAGENET_WNIDS = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
@@ -21,11 +20,6 @@ def names_of(wnids: Sequence[str]) -> tuple[str, ...]:
     """A name for each of the sorted class names, which is the same where no better one is known."""
     if not is_imagenet(wnids):
         return tuple(wnids)
-    return imagenet_names()
-
-
-def imagenet_names() -> tuple[str, ...]:
-    """ILSVRC-2012's thousand names, in the order of their sorted wnids."""
     # Takes seconds to import, and only ImageNet itself needs it.
     from torchvision.models import AlexNet_Weights
 

@@ -81,10 +81,9 @@ class DatasetInfo:
     splits: dict[str, Split]
     """By name: train and val."""
     image: dict[str, Any]
-    """Resize and encoder settings: size, filter, quality, subsampling, encoder version; size and format alone where the
-    tars were made elsewhere."""
+    """Resize and encoder settings: size, filter, quality, subsampling, encoder version."""
     seed: int
-    """Of the permutation that dealt the samples to shards; 0 where the tars were made elsewhere."""
+    """Of the permutation that dealt the samples to shards."""
     rgb: RgbStatistics
     """Of the stored training pixels."""
     source_fingerprint: str

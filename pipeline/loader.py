@@ -1,6 +1,6 @@
 """Executes a plan with DALI: bytes and the plan's numbers in, batches on the device out.
 
-One graph, on CPU and GPU alike: `decoders.image`, then `crop_mirror_normalize` with crop position, flip and mean (less
+The same graph on CPU and GPU: `decoders.image`, then `crop_mirror_normalize` with crop position, flip and mean (less
 the color jitter) of each sample. DALI draws nothing and shuffles nothing.
 
 Reader threads prepare whole batches ahead: they draw the plan's numbers, read the images into one buffer and check

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -136,6 +137,11 @@ class Plan:
         for step in range(first_step, self.steps):
             start = step * self.batch_size
             yield PlannedBatch(order[start + mine.start : start + mine.stop], draw)
+
+    def endless(self) -> Iterator[PlannedBatch]:
+        """One epoch after another, for whoever measures."""
+        for epoch in itertools.count():
+            yield from self.epoch(epoch)
 
     def augmentation(self, epoch: int, samples: NDArray[np.int64]) -> Augmentation:
         """The crop, flip and color jitter of each of some samples (int64 [n]) in one epoch."""

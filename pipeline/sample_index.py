@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import mmap
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +44,7 @@ def index_file(split: str) -> str:
     return f"{split}.arrow"
 
 
-def shard_rows(tar: bytes | mmap.mmap, index: str) -> pa.RecordBatch:
+def shard_rows(tar: bytes, index: str) -> pa.RecordBatch:
     """The rows of one shard, all of shard 0.
 
     Args:
@@ -65,7 +64,7 @@ def shard_rows(tar: bytes | mmap.mmap, index: str) -> pa.RecordBatch:
         keys.append(split_name(image[2])[0])
         offsets.append(offset)
         sizes.append(size)
-        labels.append(int(bytes(tar[start : start + length])))
+        labels.append(int(tar[start : start + length]))
         checksums.append(zlib.crc32(tar[offset : offset + size]))
     return record_batch(keys, np.zeros(len(keys)), offsets, sizes, labels, checksums)
 

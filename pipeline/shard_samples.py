@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
-import mmap
-import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -46,8 +44,6 @@ class Sample:
     jpeg: bytes
     index_line: str
     """All its components in DALI's index."""
-    json: bytes = b""
-    """Its .json, as sets made elsewhere may have one."""
 
     @property
     def number(self) -> int | None:
@@ -55,22 +51,17 @@ class Sample:
         return label_number(self.label)
 
 
-def read_samples(
-    tar: Stretch, data: bytes | mmap.mmap, faults: list[Fault], shard: str, most: int = sys.maxsize
-) -> Iterator[Sample]:
+def read_samples(tar: Stretch, data: bytes, faults: list[Fault], shard: str) -> Iterator[Sample]:
     """The samples of a tar that have an image and a label, in its order; what is wrong is added to `faults`.
 
     Args:
         tar: all of `data`, to read the headers from.
         shard: its name, for `faults`.
-        most: with so many faults, the caller's own included, the rest is not read.
 
     Raises:
         OSError: if it cannot be read.
     """
     for key, parts in itertools.groupby(_members(tar, faults, shard), lambda member: split_name(member.name)[0]):
-        if len(faults) >= most:
-            return
         group = list(parts)
         components = [(split_name(member.name)[1], member) for member in group]
         images = [member for extension, member in components if extension.lower() in IMAGE_COMPONENTS]
@@ -83,13 +74,11 @@ def read_samples(
         if any(any(character.isspace() for character in member.name) for member in group):
             faults.append(Fault("its name holds white space, which DALI's index cannot", shard, key))
             continue
-        note = next((member for extension, member in components if extension == "json"), None)
         yield Sample(
             key,
             _bytes_of(data, labels[0]).strip(),
             _bytes_of(data, images[0]),
             " ".join(f"{extension} {part.offset} {part.size} {part.name}" for extension, part in components),
-            b"" if note is None else _bytes_of(data, note),
         )
 
 
@@ -132,5 +121,5 @@ def _members(tar: Stretch, faults: list[Fault], shard: str) -> Iterator[Member]:
         faults.append(Fault(f"its tar cannot be read to its end: {error}", shard))
 
 
-def _bytes_of(data: bytes | mmap.mmap, member: Member) -> bytes:
-    return bytes(data[member.offset : member.offset + member.size])
+def _bytes_of(data: bytes, member: Member) -> bytes:
+    return data[member.offset : member.offset + member.size]

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -105,13 +105,9 @@ def path_costs(reader: SplitReader, root: Path, batch_size: int, images: int) ->
     info = read_dataset(root)
     plan = Plan(len(reader), min(batch_size, len(reader)), 0, colour_matrix(info.rgb))
 
-    def planned() -> Iterator[PlannedBatch]:
-        for epoch in itertools.count():
-            yield from plan.epoch(epoch)
-
     with mock.patch.object(loader_module, "define", without_decoder):
         loader = Loader(reader, info.rgb, batch_size, torch.device("cpu"), 1)
-    batches = loader.run(planned())
+    batches = loader.run(plan.endless())
     for _ in range(8):
         next(batches)
     count = -(-images // plan.batch_size)
@@ -131,7 +127,7 @@ def part_costs(reader: SplitReader, root: Path, batch_size: int, batches: int = 
     """What parts of a batch cost, each alone, in microseconds an image."""
     info = read_dataset(root)
     plan = Plan(len(reader), min(batch_size, len(reader)), 0, colour_matrix(info.rgb))
-    some = list(itertools.islice(itertools.chain.from_iterable(plan.epoch(e) for e in itertools.count()), batches))
+    some = list(itertools.islice(plan.endless(), batches))
     mean = np.array(info.rgb.mean) * 255
     files = sorted((root / "train").glob("*.rgb" if reader.pixels else "*.tar"))
     descriptors = [os.open(path, os.O_RDONLY) for path in files]

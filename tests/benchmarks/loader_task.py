@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,8 +51,7 @@ class PeerConfig:
         return Plan(len(self.reader), BATCH, 0, colour_matrix(read_dataset(self.data).rgb))
 
     def endless(self) -> Iterator[PlannedBatch]:
-        for epoch in itertools.count():
-            yield from self.plan.epoch(epoch)
+        return self.plan.endless()
 
 
 Batches = Iterator[Tensor | None]
