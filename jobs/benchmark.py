@@ -34,7 +34,8 @@ from jobs.worker import make_network
 from model.recipe import RECIPES
 from model.training import Trainer, Worker
 from pipeline.dataset import DatasetInfo, read_dataset, write_json
-from pipeline.loader import GpuDecoder, Loader, define
+from pipeline.graph import GpuDecoder, define
+from pipeline.loader import Loader
 from pipeline.plan import Plan, colour_matrix
 from pipeline.split_reader import SplitReader
 

@@ -12,7 +12,8 @@ import numpy as np
 from model.recipe import Recipe
 from model.training import Worker
 from pipeline.dataset import read_dataset
-from pipeline.loader import Batch, GpuDecoder, Loader, decoder_name
+from pipeline.graph import GpuDecoder, decoder_name
+from pipeline.loader import Batch, Loader
 from pipeline.plan import Plan, PlannedBatch, center_crops, colour_matrix, share
 from pipeline.split_reader import SplitReader
 

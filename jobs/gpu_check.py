@@ -25,8 +25,10 @@ from torch import Tensor
 
 from jobs.stages import Findings
 from pipeline.dataset import IMAGE_BYTES, IMAGE_SHAPE, read_dataset
-from pipeline.loader import Batch, GpuDecoder, Loader, Reader
+from pipeline.graph import GpuDecoder
+from pipeline.loader import Batch, Loader
 from pipeline.plan import Plan, PlannedBatch, center_crops, colour_matrix
+from pipeline.reader_process import Reader
 from pipeline.split_reader import Allocate, SplitReader
 
 MAX_LEVELS = 5.0  # A value further off than two correct decoders can be...
@@ -112,7 +114,8 @@ class DecodedOnHost:
 
     def __init__(self, reader: SplitReader) -> None:
         self._reader = reader
-        self.labels, self.describe = reader.labels, reader.describe
+        self.labels, self.describe, self.row_bytes = reader.labels, reader.describe, IMAGE_BYTES
+        self.descriptors = reader.descriptors
 
     def read(self, samples: NDArray[np.int64], allocate: Allocate) -> NDArray[np.uint8]:
         rows = allocate((len(samples), IMAGE_BYTES)).reshape(-1, *IMAGE_SHAPE)

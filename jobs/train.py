@@ -38,7 +38,7 @@ from jobs.train_config import TrainConfig, Workers
 from jobs.worker import Assignment, train_worker
 from model.recipe import Recipe
 from pipeline.dataset import DATASET_FILE, DatasetError, DatasetInfo, is_decoded, read_dataset
-from pipeline.loader import decoder_name
+from pipeline.graph import decoder_name
 from pipeline.plan import Plan, colour_matrix
 from pipeline.staging import read_remote_dataset
 from pipeline.storage import is_url, join, on_disk, open_location, shown

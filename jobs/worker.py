@@ -30,7 +30,8 @@ from model.metrics import LabelledImages, Score
 from model.recipe import Recipe
 from model.training import Due, StoppedError, Trainer, Worker
 from pipeline.dataset import DatasetError
-from pipeline.loader import Batch, GpuDecoder
+from pipeline.graph import GpuDecoder
+from pipeline.loader import Batch
 from pipeline.pixel_stage import stage_pixels
 from pipeline.plan import share
 from pipeline.staging import stage

@@ -26,14 +26,16 @@ class DamagedError(ValueError):
 class ShardFile:
     """A file that stays open while this object lives; one replaced by another of its name is read as it was.
 
+    Pickled, it is good in a process that inherits `descriptor`.
+
     Raises:
         OSError: if it cannot be opened.
     """
 
     def __init__(self, path: str) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self._descriptor)
-        status = os.fstat(self._descriptor)
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self.descriptor)
+        status = os.fstat(self.descriptor)
         self.size = status.st_size
         self._written_ns = status.st_mtime_ns
 
@@ -49,9 +51,9 @@ class ShardFile:
             DamagedError: if they cannot be read or are not those of the checksum, for no reason that can be seen.
         """
         try:
-            read = os.preadv(self._descriptor, (room,), offset)
+            read = os.preadv(self.descriptor, (room,), offset)
             # Short before the end of the file only where the disk failed on the way: asking for the rest says so.
-            while read < len(room) and (more := os.preadv(self._descriptor, (room[read:],), offset + read)):
+            while read < len(room) and (more := os.preadv(self.descriptor, (room[read:],), offset + read)):
                 read += more
         except (OSError, OverflowError) as error:
             raise DamagedError(f"cannot be read: {error}") from error
@@ -63,7 +65,7 @@ class ShardFile:
             raise DamagedError("is not what was written: its bytes have another CRC-32 than the sample index says")
 
     def _refuse_change(self) -> None:
-        status = os.fstat(self._descriptor)
+        status = os.fstat(self.descriptor)
         if status.st_size != self.size:
             raise ChangedError(f"had {self.size} bytes when it was opened and has {status.st_size} now")
         if status.st_mtime_ns != self._written_ns:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,7 +39,8 @@ def _plain_memory(shape: tuple[int, int]) -> NDArray[np.uint8]:
 class SplitReader:
     """One split's images, its shards open.
 
-    `index` is the sample index, `labels` int32 [samples] of it. `pixels` tells whether images come decoded.
+    `index` is the sample index, `labels` int32 [samples] of it. `pixels` tells whether images come decoded. `row_bytes`
+    is the most that `read` returns of an image.
 
     Args:
         root: a shard set on a disk, or a decoded cache of one.
@@ -54,9 +56,12 @@ class SplitReader:
         self.split = split
         self.pixels = is_decoded(root)
         self._root = root
-        self._rows = info.splits[split].shards
-        self.index = open_index(root, split, info.splits[split], len(info.classes))
-        self.labels = self.index.labels
+        self._info = info.splits[split]
+        self._classes = len(info.classes)
+        self._rows = self._info.shards
+        self._open_index()
+        longest = min(int(self.index.sizes.max(initial=0)), MAX_JPEG_BYTES)
+        self.row_bytes = IMAGE_BYTES if self.pixels else longest + len(END_OF_IMAGE)
         allow_open_files(len(self._rows))
         self._files = []
         for row in self._rows:
@@ -74,6 +79,23 @@ class SplitReader:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process that inherits `descriptors`: it reads the files that were opened here."""
+        return {name: value for name, value in vars(self).items() if name not in ("index", "labels")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open_index()
+
+    @property
+    def descriptors(self) -> list[int]:
+        """Of the open shards."""
+        return [file.descriptor for file in self._files]
+
+    def _open_index(self) -> None:
+        self.index = open_index(self._root, self.split, self._info, self._classes)
+        self.labels = self.index.labels
 
     def read(self, samples: NDArray[np.int64], allocate: Allocate = _plain_memory) -> NDArray[np.uint8]:
         """The images of some samples, each checked against the index.

@@ -62,7 +62,8 @@ class OtherImages:
 
     def __init__(self, reader: SplitReader, others: Mapping[int, NDArray[np.uint8]]) -> None:
         self._reader, self._others = reader, others
-        self.labels, self.describe = reader.labels, reader.describe
+        self.labels, self.describe, self.row_bytes = reader.labels, reader.describe, 2**18
+        self.descriptors = reader.descriptors
 
     def read(self, samples: NDArray[np.int64], allocate: Allocate) -> NDArray[np.uint8]:
         images = [self._others.get(sample, self._reader.image(sample)) for sample in samples.tolist()]

@@ -13,7 +13,7 @@ from torch import nn
 
 from jobs import checkpoint
 from jobs.checkpoint import DECODER_CURES, CheckpointError
-from pipeline.loader import decoder_name
+from pipeline.graph import decoder_name
 from tests.test_training import IDENTITY, RECIPE, Recorder, SmallData, Stopped, make_trainer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,15 +138,16 @@ WRONG = {
 }
 
 
+def drawn_wrongly(flaw: str, batch: PlannedBatch, samples: np.ndarray) -> Augmentation:
+    return WRONG[flaw](batch.draw(samples))
+
+
 @pytest.mark.parametrize("flaw", WRONG)
 def test_a_plan_executed_wrongly_is_found(
     loader: Loader, planned: list[PlannedBatch], batches: list[Batch], flaw: str
 ) -> None:
     def wrong(batch: PlannedBatch) -> PlannedBatch:
-        def draw(samples: np.ndarray) -> Augmentation:
-            return WRONG[flaw](batch.draw(samples))
-
-        return PlannedBatch(batch.samples, draw)
+        return PlannedBatch(batch.samples, functools.partial(drawn_wrongly, flaw, batch))
 
     assert "values differ" in equal(batches, loader.run(map(wrong, planned)))
     assert compare(batches, loader.run(map(wrong, planned))).problems

@@ -17,7 +17,8 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from pipeline.dataset import read_dataset
-from pipeline.loader import Loader, define
+from pipeline.graph import define
+from pipeline.loader import Loader
 from pipeline.plan import Plan, colour_matrix
 from pipeline.split_reader import SplitReader
 
@@ -199,16 +200,23 @@ def test_a_batch_is_what_the_graph_gave(shard_set: Path, monkeypatch: pytest.Mon
     assert len(given) == 5
 
 
+@pytest.mark.parametrize("far_behind", [False, True])
 def test_a_batchs_host_memory_is_kept_until_the_gpu_has_read_it(
-    shard_set: Path, monkeypatch: pytest.MonkeyPatch
+    shard_set: Path, monkeypatch: pytest.MonkeyPatch, far_behind: bool
 ) -> None:
-    """The GPU's way of handing over, with stand-ins for its stream and for events that are done when they are told."""
+    """The GPU's way of handing over, with stand-ins for its stream and for events that are done when they are told.
+
+    Or, of a GPU far behind, only when they are waited for.
+    """
 
     class Event:
         done = False
 
         def query(self) -> bool:
             return self.done
+
+        def synchronize(self) -> None:
+            self.done = True
 
     class Stream:
         def __init__(self) -> None:
@@ -228,19 +236,22 @@ def test_a_batchs_host_memory_is_kept_until_the_gpu_has_read_it(
     expected = list(Loader(reader, info.rgb, 5, torch.device("cpu"), 1).run(planned))
     loader, stream = Loader(reader, info.rgb, 5, torch.device("cpu"), 1), Stream()
     run = loader._pipeline.run
-    given: list[np.ndarray] = []
     monkeypatch.setattr(loader, "_on_gpu", True)
     monkeypatch.setattr(loader._pipeline, "run", lambda stream=None: run())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr("pipeline.loader.feed_ndarray", copied)
-    monkeypatch.setattr(loader._buffers, "give", given.append)
+    used: list[int] = []
     for number, (batch, right) in enumerate(zip(loader.run(planned), expected, strict=True)):
         assert torch.equal(batch.images, right.images)
         assert torch.equal(batch.labels, right.labels)
-        # The first two are read late, and then each before the next batch.
-        assert len(given) == max(0, number - 2)
+        used.append(loader._copying[-1][1])
+        # The first two events are done late, and then each before the next batch.
+        kept = [slot for _, slot in loader._copying]
+        assert not set(loader._free) & set(kept)
+        if far_behind:
+            continue
+        assert used[max(0, number - 2) :] == kept
         if number == 2:
             stream.events[0].done = True
         if number >= 3:
             stream.events[number - 2].done = True
-    assert len({id(buffer) for buffer in given}) == len(given)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import io
 import itertools
+import os
 import re
-import threading
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +21,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from pipeline.dataset import read_dataset
-from pipeline.loader import PREFETCH, READERS, Loader, LoaderError
+from pipeline.dataset import DatasetError, read_dataset
+from pipeline.graph import PREFETCH
+from pipeline.loader import AHEAD, READERS, Loader, LoaderError
 from pipeline.pixel_stage import stage_pixels
 from pipeline.plan import TEN_CROPS, Augmentation, Plan, PlannedBatch, center_crops, colour_matrix
+from pipeline.reader_process import ReaderProcessError
 from pipeline.split_reader import Allocate, SplitReader
 from tests.damage import OtherImages
 
@@ -65,9 +71,14 @@ def test_training_batches_are_the_plans(shard_set: Path, reader: SplitReader, lo
             assert batch.images.dtype == torch.float32
 
 
+def given(augmentation: Augmentation, samples: NDArray[np.int64]) -> Augmentation:
+    return augmentation
+
+
 def fixed(samples: NDArray[np.int64], crops: NDArray[np.int64], flips: NDArray[np.bool_]) -> PlannedBatch:
     """A batch with these crops, whole, and no color jitter."""
-    return PlannedBatch(samples, lambda _: Augmentation(crops, flips, np.zeros((len(samples), 3), np.float32)))
+    augmentation = Augmentation(crops, flips, np.zeros((len(samples), 3), np.float32))
+    return PlannedBatch(samples, functools.partial(given, augmentation))
 
 
 def test_every_crop_position_is_cut_exactly(shard_set: Path, reader: SplitReader, loader: Loader) -> None:
@@ -158,9 +169,10 @@ def threads_and_memory() -> tuple[int, int]:
     return int(status["Threads"]), 1024 * int(status["VmRSS"])
 
 
-def test_a_dropped_loader_leaves_no_thread_and_no_memory(shard_set: Path, reader: SplitReader) -> None:
+def test_a_dropped_loader_leaves_no_thread_no_process_and_no_memory(shard_set: Path, reader: SplitReader) -> None:
     rgb = read_dataset(shard_set).rgb
     before, _ = threads_and_memory()
+    processes, files = children(), len(os.listdir("/proc/self/fd"))
 
     def build_and_drop(runs: int) -> None:
         loader = Loader(reader, rgb, 20, CPU, 2)
@@ -184,6 +196,8 @@ def test_a_dropped_loader_leaves_no_thread_and_no_memory(shard_set: Path, reader
     assert threads <= before
     # Had each that ran left a batch behind, it would be 161 MB; blocks that malloc keeps are allowed.
     assert grown - memory < 100e6
+    assert children() == processes
+    assert len(os.listdir("/proc/self/fd")) == files
 
 
 @pytest.mark.parametrize("samples", [(8,), tuple(range(5, 10))])
@@ -222,22 +236,82 @@ def test_another_failure_of_dali_is_not_called_damage(
     assert not isinstance(found.value, ValueError)
 
 
-def test_a_batch_is_read_and_drawn_by_no_thread_that_asks_for_it(shard_set: Path, reader: SplitReader) -> None:
-    threads: set[str] = set()
+class TellsWho(OtherImages):
+    """Cannot be read, and says by whom it was tried."""
 
-    def draw(samples: NDArray[np.int64]) -> Augmentation:
-        threads.add(threading.current_thread().name)
-        return center_crops(samples).draw(samples)
+    def read(self, samples: NDArray[np.int64], allocate: Allocate) -> NDArray[np.uint8]:
+        raise DatasetError(f"process {os.getpid()}")
 
-    class Noted(OtherImages):
-        def read(self, samples: NDArray[np.int64], allocate: Allocate) -> NDArray[np.uint8]:
-            threads.add(threading.current_thread().name)
-            return super().read(samples, allocate)
 
-    loader = Loader(Noted(reader, {}), read_dataset(shard_set).rgb, 5, CPU, 1)
-    assert len(list(loader.run(PlannedBatch(np.arange(40), draw).chunks(5)))) == 8
-    assert threads
-    assert all(name.startswith("reader_") for name in threads)
+def tell_who(samples: NDArray[np.int64]) -> Augmentation:
+    raise DatasetError(f"process {os.getpid()}")
+
+
+def test_a_batch_is_read_and_drawn_in_another_process(shard_set: Path, reader: SplitReader) -> None:
+    rgb = read_dataset(shard_set).rgb
+    for images, draw in ((TellsWho(reader, {}), center_crops(np.arange(5)).draw), (reader, tell_who)):
+        with pytest.raises(DatasetError, match=r"^process \d+$") as found:
+            list(Loader(images, rgb, 5, CPU, 1).run([PlannedBatch(np.arange(5), draw)]))
+        assert str(found.value) != f"process {os.getpid()}"
+
+
+def children() -> set[int]:
+    """This process's."""
+    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+
+
+def test_a_reader_process_that_is_killed_is_no_damage_of_data(shard_set: Path, reader: SplitReader) -> None:
+    before = children()
+    loader = Loader(reader, read_dataset(shard_set).rgb, 5, CPU, 1)
+    batches = loader.run(itertools.repeat(center_crops(np.arange(5))))
+    next(batches)
+    for child in children() - before:
+        os.kill(child, signal.SIGKILL)
+    with pytest.raises(ReaderProcessError, match="killed by signal 9"):
+        list(itertools.islice(batches, PREFETCH + AHEAD + 1))
+    assert not issubclass(ReaderProcessError, ValueError)
+
+
+LOADER_OF_A_SCRIPT = """
+import sys
+from pathlib import Path
+import numpy as np
+import torch
+from pipeline.dataset import read_dataset
+from pipeline.loader import Loader
+from pipeline.plan import center_crops
+from pipeline.split_reader import SplitReader
+
+root = Path(sys.argv[1])
+reader = SplitReader(root, read_dataset(root), "train")
+loader = Loader(reader, read_dataset(root).rgb, 5, torch.device("cpu"), 1)
+next(loader.run([center_crops(np.arange(5))]))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_readers_end_with_a_process_that_is_killed(shard_set: Path) -> None:
+    command = [sys.executable, "-c", LOADER_OF_A_SCRIPT, str(shard_set)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as script:  # type: ignore[call-overload]
+        assert script.stdout.readline() == b"ready\n"
+        readers = Path(f"/proc/{script.pid}/task/{script.pid}/children").read_text().split()
+        assert len(readers) == READERS
+        script.kill()
+    deadline = time.monotonic() + 30.0
+    while any(Path(f"/proc/{pid}/fd").exists() for pid in readers) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    # Whoever waits for orphans may be slow; a dead one has no files.
+    assert not [pid for pid in readers if Path(f"/proc/{pid}").exists() and state(pid) != "Z"]
+
+
+def state(pid: str) -> str:
+    """A process's, as in ps: Z of one that has ended and that nobody has waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "Z"
 
 
 def test_no_more_is_read_ahead_than_is_said(shard_set: Path, reader: SplitReader) -> None:
@@ -251,4 +325,4 @@ def test_no_more_is_read_ahead_than_is_said(shard_set: Path, reader: SplitReader
 
     loader = Loader(reader, read_dataset(shard_set).rgb, 5, CPU, 1)
     for number, _ in enumerate(itertools.islice(loader.run(endless()), 20), start=1):
-        assert len(planned) <= number + PREFETCH + READERS
+        assert len(planned) <= number + PREFETCH + AHEAD

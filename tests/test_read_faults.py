@@ -173,7 +173,7 @@ def test_a_disk_that_fails(root: Path, shard_set: Path, way: Way) -> None:
     file = reader._files[2]
     memory = os.open("/proc/self/mem", os.O_RDONLY)
     try:
-        os.dup2(memory, file._descriptor, inheritable=False)
+        os.dup2(memory, file.descriptor, inheritable=False)
     finally:
         os.close(memory)
     line = failure(way, reader, shard_set)
@@ -192,7 +192,7 @@ def test_a_disk_that_fails_in_the_middle_of_an_image(
 
     def preadv(descriptor: int, rooms: tuple[memoryview], offset: int) -> int:
         end = offset + len(rooms[0])
-        if descriptor != reader._files[2]._descriptor or end <= bad or offset > place.image + place.size:
+        if descriptor != reader._files[2].descriptor or end <= bad or offset > place.image + place.size:
             return kernel(descriptor, rooms, offset)
         if offset >= bad:
             raise OSError(5, "Input/output error")

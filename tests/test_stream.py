@@ -12,7 +12,6 @@ import itertools
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,8 +24,8 @@ from model.recipe import Recipe
 from model.training import Worker
 from pipeline.dataset import read_dataset
 from pipeline.loader import Batch
-from pipeline.plan import Plan, colour_matrix
-from pipeline.split_reader import SplitReader
+from pipeline.plan import Plan, PlannedBatch, colour_matrix
+from pipeline.reader_process import ReaderProcess
 
 TRAIN, VAL = 45, 15  # Images in the set.
 SEED = 11
@@ -135,19 +134,17 @@ def test_the_next_epoch_is_read_while_the_network_validates(
     """From the batches that are read ahead on, training and validation share the decoder."""
     (data,) = workers(shard_set, 13, 1, 13)
     read: list[bytes] = []
-    reads = SplitReader.read
+    submit = ReaderProcess.submit
 
-    def noted(self: SplitReader, samples: NDArray[np.int64], *more: Any) -> NDArray[np.uint8]:
-        if self.split == "train":
-            read.append(samples.tobytes())
-        return reads(self, samples, *more)
+    def noted(self: ReaderProcess, slot: int, planned: PlannedBatch) -> None:
+        read.append(planned.samples.tobytes())
+        submit(self, slot, planned)
 
-    monkeypatch.setattr(SplitReader, "read", noted)
+    monkeypatch.setattr(ReaderProcess, "submit", noted)
     assert len(list(data.training(2, 0))) == 3
     plan = Plan(TRAIN, 13, SEED, colour_matrix(read_dataset(shard_set).rgb))
     following = [planned.samples.tobytes() for planned in plan.epoch(3)]
-    # Readers are not waited for here; two batches of the next epoch are with DALI already, which waited for them.
-    assert set(following[:2]) <= set(read)
+    assert set(following) <= set(read)
     assert sum(len(batch) for batch in data.validation()) == VAL
     assert stream([data], 3) == whole
     assert read.count(following[0]) == 1

@@ -5,6 +5,10 @@
 The loader is the one that training uses, but that its graph has no decoder: it takes the images' bytes and every
 argument of the plan, and gives one pixel an image. Then each part of the path alone. Pixels are read from a decoded
 cache, which is made in a temporary folder.
+
+Processor time in the thread that trains does not tell what that thread loses: between two operators it may have to wait
+for the interpreter's lock. So the loader also runs beside a loop of small operators, and it is counted too by how much
+that takes longer.
 """
 
 from __future__ import annotations
@@ -14,10 +18,9 @@ import itertools
 import os
 import statistics
 import tempfile
-import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,12 +33,15 @@ from jobs.cli import run
 from jobs.device import processor
 from pipeline import loader as loader_module
 from pipeline.dataset import read_dataset, write_json
-from pipeline.loader import PREFETCH, Loader
+from pipeline.graph import PREFETCH
+from pipeline.loader import Loader
 from pipeline.pixel_stage import stage_pixels
 from pipeline.plan import Plan, PlannedBatch, colour_matrix
+from pipeline.reader_process import SharedMemory, read_into
 from pipeline.split_reader import SplitReader
 
 TICKS = os.sysconf("SC_CLK_TCK")
+OPERATORS = 1500  # Of a step; together 2.7 ms on the machine of docs/benchmarks.md.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +94,11 @@ def without_decoder(
     return pipeline
 
 
-def python_seconds() -> float:
-    """Processor time of this process's Python threads; DALI's own are none."""
+def reader_seconds() -> float:
+    """Processor time of this process's children so far."""
     total = 0
-    for thread in threading.enumerate():
-        try:
-            fields = Path(f"/proc/self/task/{thread.native_id}/stat").read_text().rpartition(")")[2].split()
-        except FileNotFoundError:
-            continue
+    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
         total += int(fields[11]) + int(fields[12])
     return total / TICKS
 
@@ -111,16 +114,31 @@ def path_costs(reader: SplitReader, root: Path, batch_size: int, images: int) ->
     for _ in range(8):
         next(batches)
     count = -(-images // plan.batch_size)
-    wall, mine, python, process = time.perf_counter(), time.thread_time(), python_seconds(), time.process_time()
+    wall, mine, readers, process = time.perf_counter(), time.thread_time(), reader_seconds(), time.process_time()
     for batch in itertools.islice(batches, count):
         assert len(batch) == plan.batch_size
     done = count * plan.batch_size
-    return {
+    found = {
         "training_thread_us": 1e6 * (time.thread_time() - mine) / done,
-        "python_threads_us": 1e6 * (python_seconds() - python) / done,
+        "readers_us": 1e6 * (reader_seconds() - readers) / done,
         "process_us": 1e6 * (time.process_time() - process) / done,
         "images_per_s": done / (time.perf_counter() - wall),
     }
+    steps = max(8, count // 10)
+    found["small_operators_us"] = (small_operators(steps, batches) - small_operators(steps)) / plan.batch_size
+    return found
+
+
+def small_operators(steps: int, batches: Iterator[object] | None = None) -> float:
+    """Microseconds a step of a thread that does what one does that launches a GPU's kernels; each on its own batch."""
+    numbers = torch.zeros(16)
+    started = time.perf_counter()
+    for _ in range(steps):
+        if batches is not None:
+            next(batches)
+        for _ in range(OPERATORS):
+            numbers.add_(1)
+    return 1e6 * (time.perf_counter() - started) / steps
 
 
 def part_costs(reader: SplitReader, root: Path, batch_size: int, batches: int = 20) -> dict[str, float]:
@@ -144,10 +162,7 @@ def part_costs(reader: SplitReader, root: Path, batch_size: int, batches: int = 
         for size in reader.index.sizes[planned.samples].tolist():
             zlib.crc32(memoryview(room)[:size])
 
-    buffers = loader_module._Buffers(pinned=False)
-
-    def prepare(planned: PlannedBatch) -> None:
-        buffers.give(loader_module._prepare(reader, mean, buffers, planned).buffer)
+    slot = SharedMemory(1, batch_size, reader.row_bytes).slots[0]
 
     parts: dict[str, Callable[[PlannedBatch], object]] = {
         "draw": lambda planned: planned.draw(planned.samples),
@@ -157,7 +172,7 @@ def part_costs(reader: SplitReader, root: Path, batch_size: int, batches: int = 
         ],
         "preadv": pread,
         **({} if reader.pixels else {"crc32": crc}),
-        "prepare": lambda planned: prepare(planned),
+        "prepare": lambda planned: read_into(slot, reader, mean, planned),
     }
     found = {}
     for name, part in parts.items():

@@ -28,7 +28,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from jobs.cli import run
 from pipeline.dataset import IMAGE_SHAPE, read_dataset
-from pipeline.loader import PREFETCH, Loader
+from pipeline.graph import PREFETCH
+from pipeline.loader import Loader
 from pipeline.plan import COLOUR_STD, CROP_SIZE, Augmentation
 from pipeline.split_reader import SplitReader
 from tests.benchmarks import loader_others as others
