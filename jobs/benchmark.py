@@ -183,10 +183,9 @@ def measure(config: BenchmarkConfig) -> Findings:
 def bare_graph(config: BenchmarkConfig, images: NDArray[np.uint8], info: DatasetInfo) -> Pipeline:
     """The loader's graph, built, fed the same batch again and again: center crops."""
     n = len(images)
-    center, mean = np.full(n, 0.5, np.float32), np.tile(255 * np.array(info.rgb.mean, np.float32), (n, 1))
-    inputs = (images, center, center, np.zeros(n, np.int32), mean)
+    numbers = np.tile(np.array([0.5, 0.5, 0.0, *(255 * np.array(info.rgb.mean))], np.float32), (n, 1))
     pipeline = define(
-        lambda: inputs,
+        lambda: (images, numbers),
         n,
         config.threads,
         "gpu" if config.gpu else "cpu",

@@ -46,10 +46,10 @@ def define(
     """The graph for batches of up to `batch_size` images, unbuilt. Its output is float32 HWC.
 
     Args:
-        source: called once a batch, returns its arrays, or raises StopIteration at the end: images (uint8 [n, bytes] of
-            JPEGs, or [n, 256, 256, 3] of pixels), left and top of the crop as fractions of the room for it (float32
-            [n]), flip (int32 [n]) and what to subtract from r, g, b (float32 [n, 3]). With ten crops, images and the
-            last. The arrays must stay as they are until the batch is out.
+        source: called once a batch, returns its two arrays, or raises StopIteration at the end: images (uint8 [n,
+            bytes] of JPEGs, or [n, 256, 256, 3] of pixels) and float32 [n, 6] of left and top of the crop as fractions
+            of the room for it, flip (0 or 1) and what to subtract from r, g, b. With ten crops, only the last three of
+            these count. The arrays must stay as they are until the batch is out.
         batch_size: the largest batch.
         threads: decoder threads on the host.
         device: the operators' only difference.
@@ -59,16 +59,11 @@ def define(
         gpu_decoder: which of nvJPEG's decoders takes every image.
     """
     on_gpu = device == "gpu"
-    kinds = [(types.UINT8, 3 if pixels else 1), (types.FLOAT, 0), (types.FLOAT, 0), (types.INT32, 0), (types.FLOAT, 1)]
-    kinds = [kinds[0], kinds[-1]] if ten_crop else kinds
     pipeline = Pipeline(batch_size, threads, device_id, prefetch_queue_depth=PREFETCH)
     with pipeline:
-        given, *place, mean = fn.external_source(
-            source=source,
-            num_outputs=len(kinds),
-            dtype=[kind for kind, _ in kinds],
-            ndim=[dimensions for _, dimensions in kinds],
-            no_copy=True,
+        # Each input costs the thread that trains as much Python as any other, so all numbers are one.
+        given, numbers = fn.external_source(
+            source=source, num_outputs=2, dtype=[types.UINT8, types.FLOAT], ndim=[3 if pixels else 1, 1], no_copy=True
         )
         if pixels:
             images = given.gpu() if on_gpu else given
@@ -88,6 +83,8 @@ def define(
                 host_memory_padding=DECODER_BUFFER,
             )
 
+        mean = numbers[3:6]
+
         def crop(left: Any, top: Any, flip: Any) -> Any:
             return fn.crop_mirror_normalize(
                 images,
@@ -105,6 +102,6 @@ def define(
         if ten_crop:
             output = fn.stack(*(crop(left / LAST, top / LAST, int(flip)) for top, left, flip in TEN_CROPS))
         else:
-            output = crop(*place)
+            output = crop(numbers[0], numbers[1], fn.cast(numbers[2], dtype=types.INT32))
         pipeline.set_outputs(output)
     return pipeline

@@ -1,7 +1,7 @@
 """Executes a plan with DALI: bytes and the plan's numbers in, batches on the device out (`pipeline.graph`).
 
 Reader processes prepare whole batches ahead: they draw the plan's numbers, read the images into shared memory and check
-them. The thread that trains hands DALI five arrays a batch and takes the result; it touches no image.
+them. The thread that trains hands DALI two arrays a batch and takes the result; it touches no image.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipeline.dataset import DatasetError
 from pipeline.decode import ImageError, decode_stored
 from pipeline.graph import PREFETCH, GpuDecoder, define
 from pipeline.plan import TEN_CROPS, PlannedBatch
-from pipeline.reader_process import Reader, ReaderProcess, SharedMemory, Slot
+from pipeline.reader_process import Reader, ReaderProcess, SharedMemory
 from pipeline.rgb_stats import MAX_LEVEL, RgbStatistics
 
 READERS = 2  # Processes that read.
@@ -99,8 +99,8 @@ class Loader:
         memory = SharedMemory(SLOTS, batch_size, reader.row_bytes)
         self._slots = memory.slots
         self._free = list(range(SLOTS))
-        # What a slot of a whole batch gives DALI beside the images: wrapped once, as that takes longer than to feed it.
-        self._numbers = [self._wrap(slot, batch_size) for slot in self._slots]
+        # Of a whole batch, wrapped once: that takes longer than to feed it.
+        self._numbers = [TensorListCPU(slot.numbers) for slot in self._slots]
         self._labels = [torch.from_numpy(slot.labels) for slot in self._slots]
         self._batch_size = batch_size
         mean = np.array(rgb.mean) * MAX_LEVEL
@@ -131,10 +131,6 @@ class Loader:
         self._pipeline.build()
         # At once, not when Python next looks: whoever drops a loader counts on the end of its threads and processes.
         weakref.finalize(self, _close, readers, memory, pinned)
-
-    def _wrap(self, slot: Slot, n: int) -> tuple[TensorListCPU, ...]:
-        arrays = (slot.left, slot.top, slot.flip, slot.mean)
-        return tuple(TensorListCPU(array[:n]) for array in (arrays[3:] if self._ten_crop else arrays))
 
     def run(self, planned: Iterable[PlannedBatch]) -> Iterator[Batch]:
         """Yields each planned batch, in order; starting again, even before the end, drops what was under way.
@@ -173,9 +169,9 @@ class Loader:
             raise
         images = self._slots[slot].images[: math.prod(shape)].reshape(shape)
         self._in_dali.append(_Prepared(planned.samples, slot, images))
-        whole = len(planned) == self._batch_size
-        numbers = self._numbers[slot] if whole else self._wrap(self._slots[slot], len(planned))
-        return TensorListCPU(images), *numbers
+        n = len(planned)
+        whole = n == self._batch_size
+        return TensorListCPU(images), self._numbers[slot] if whole else TensorListCPU(self._slots[slot].numbers[:n])
 
     def _take_slot(self) -> int:
         """A slot that nobody reads."""

@@ -48,13 +48,8 @@ class Reader(Protocol):
 class Slot:
     """The arrays of one batch, in shared memory; a batch of fewer images fills the first of each."""
 
-    left: NDArray[np.float32]
-    """[n]: of the crop, as a fraction of the room for it."""
-    top: NDArray[np.float32]
-    flip: NDArray[np.int32]
-    """[n]: 1 where the image is flipped left to right."""
-    mean: NDArray[np.float32]
-    """[n, 3]: what to subtract from r, g, b in gray levels."""
+    numbers: NDArray[np.float32]
+    """[n, 6], as `pipeline.graph.define` takes them."""
     labels: NDArray[np.int64]
     """[n]"""
     images: NDArray[np.uint8]
@@ -72,8 +67,7 @@ class SharedMemory:
     """
 
     def __init__(self, slots: int, batch_size: int, row_bytes: int, descriptor: int | None = None) -> None:
-        kinds = {"left": "f4", "top": "f4", "flip": "i4", "mean": "(3,)f4", "labels": "i8"}
-        kinds["images"] = f"({row_bytes},)u1"
+        kinds = {"numbers": "(6,)f4", "labels": "i8", "images": f"({row_bytes},)u1"}
         sizes = [np.dtype(kind).itemsize * batch_size for kind in kinds.values()]
         starts = np.cumsum([0, *(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes)]).tolist()
         self.shape: tuple[int, int, int] = slots, batch_size, row_bytes
@@ -201,8 +195,8 @@ def read_into(slot: Slot, reader: Reader, mean: NDArray[np.float64], planned: Pl
 
     n, drawn = len(planned), planned.draw(planned.samples)
     # DALI's anchor is round(position * (256 - 227)), which is each offset exactly.
-    slot.top[:n], slot.left[:n] = drawn.crops.T / LAST
-    slot.flip[:n] = drawn.flips
-    slot.mean[:n] = mean - drawn.shifts
+    slot.numbers[:n, 1], slot.numbers[:n, 0] = drawn.crops.T / LAST
+    slot.numbers[:n, 2] = drawn.flips
+    slot.numbers[:n, 3:] = mean - drawn.shifts
     slot.labels[:n] = reader.labels[planned.samples]
     return reader.read(planned.samples, allocate).shape

@@ -29,7 +29,7 @@ EDGE_NAME, EDGE_DEVICE, EDGE_ARGUMENT = 1, 2, 4
 ARGUMENT_NAME, FLOATS, INTS, BOOLS = 1, 3, 4, 6
 # Where in this program's source an operator was written is no part of what it does.
 IGNORED = ("_origin_stack",)
-SOURCES = [f"__ExternalSource_{number}" for number in range(5)]
+IMAGES, NUMBERS = "__ExternalSource_0", "__ExternalSource_1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,37 +91,54 @@ def nothing() -> None:
     raise StopIteration
 
 
-def split(operators: list[Operator]) -> tuple[list[Operator], list[Operator]]:
-    """The inputs, and what works on them."""
+def split(operators: list[Operator]) -> tuple[list[Operator], list[Operator], list[Operator]]:
+    """The inputs, what takes the numbers of the samples apart, and what works on images."""
     sources = [op for op in operators if op.name == "ExternalSource"]
-    return sources, [op for op in operators if op not in sources]
+    numbers = [op for op in operators if op.name in ("_TensorSubscript", "Cast")]
+    return sources, numbers, [op for op in operators if op not in sources and op not in numbers]
 
 
-# External source, in the order that the loader gives them: images, left, top, flip, mean.
-PLANNED = {"crop_pos_x": SOURCES[1], "crop_pos_y": SOURCES[2], "mirror": SOURCES[3], "mean": SOURCES[4]}
+def columns(crop: Operator, numbers: list[Operator]) -> dict[str, list[int]]:
+    """Which of a sample's numbers each argument of `crop` is: one, or from one up to another."""
+    made_by = {name: op for op in numbers for name in op.outputs}
+    found = {}
+    for argument, name in crop.tensors.items():
+        op = made_by[name]
+        if op.name == "Cast":
+            (name,) = op.inputs
+            op = made_by[name]
+        assert (op.name, op.inputs) == ("_TensorSubscript", {NUMBERS: "cpu"})
+        found[argument] = [
+            value for key in ("at_0", "lo_0", "hi_0") if key in op.arguments for value in op.argument(key, INTS)
+        ]
+    return found
+
+
+# As `pipeline.graph.define` says: left, top, flip, mean less the color jitter.
+PLANNED = {"crop_pos_x": [0], "crop_pos_y": [1], "mirror": [2], "mean": [3, 6]}
 
 
 def test_on_a_gpu_jpegs_are_decoded_and_augmented_there() -> None:
     operators, outputs = serialized("gpu")
-    sources, (decoder, crop) = split(operators)
-    assert [op.device for op in sources] == ["cpu"] * 5
+    sources, numbers, (decoder, crop) = split(operators)
+    assert [op.device for op in [*sources, *numbers]] == ["cpu"] * (2 + 5)
     assert (decoder.name, decoder.device) == ("decoders__Image", "mixed")
-    assert (decoder.inputs, decoder.tensors) == ({SOURCES[0]: "cpu"}, {})
+    assert (decoder.inputs, decoder.tensors) == ({IMAGES: "cpu"}, {})
     assert list(decoder.outputs.values()) == ["gpu"]
     assert (crop.name, crop.device) == ("CropMirrorNormalize", "gpu")
     # All that the plan draws, a number a sample, and nothing drawn by DALI.
-    assert crop.tensors == PLANNED
-    assert crop.inputs == {**decoder.outputs, **dict.fromkeys(SOURCES[1:], "cpu")}
+    assert columns(crop, numbers) == PLANNED
+    assert crop.inputs == {**decoder.outputs, **dict.fromkeys(crop.tensors.values(), "cpu")}
     assert outputs == crop.outputs
     assert list(outputs.values()) == ["gpu"]
 
 
 def test_on_a_gpu_pixels_are_copied_and_augmented_there() -> None:
     operators, outputs = serialized("gpu", pixels=True)
-    sources, (crop,) = split(operators)
-    assert [op.device for op in sources] == ["cpu"] * 5
-    assert (crop.name, crop.device, crop.tensors) == ("CropMirrorNormalize", "gpu", PLANNED)
-    assert crop.inputs == {SOURCES[0]: "gpu", **dict.fromkeys(SOURCES[1:], "cpu")}
+    sources, numbers, (crop,) = split(operators)
+    assert [op.device for op in [*sources, *numbers]] == ["cpu"] * (2 + 5)
+    assert (crop.name, crop.device, columns(crop, numbers)) == ("CropMirrorNormalize", "gpu", PLANNED)
+    assert crop.inputs == {IMAGES: "gpu", **dict.fromkeys(crop.tensors.values(), "cpu")}
     assert outputs == crop.outputs
     assert list(outputs.values()) == ["gpu"]
 
@@ -129,7 +146,7 @@ def test_on_a_gpu_pixels_are_copied_and_augmented_there() -> None:
 @pytest.mark.parametrize("pixels", [False, True])
 def test_ten_crops_decode_once(pixels: bool) -> None:
     operators, outputs = serialized("gpu", pixels=pixels, ten_crop=True)
-    sources, work = split(operators)
+    sources, (mean,), work = split(operators)
     assert len(sources) == 2
     decoders = [op for op in work if op.name == "decoders__Image"]
     crops = [op for op in work if op.name == "CropMirrorNormalize"]
@@ -137,8 +154,9 @@ def test_ten_crops_decode_once(pixels: bool) -> None:
     assert len(decoders) == (0 if pixels else 1)
     assert len(crops) == 10
     assert {op.device for op in [*crops, stack]} == {"gpu"}
-    images = SOURCES[0] if pixels else next(iter(decoders[0].outputs))
-    assert all(op.inputs == {images: "gpu", SOURCES[1]: "cpu"} for op in crops)
+    images = IMAGES if pixels else next(iter(decoders[0].outputs))
+    assert all(op.inputs == {images: "gpu", **mean.outputs} for op in crops)
+    assert all(columns(op, [mean]) == {"mean": [3, 6]} for op in crops)
     assert stack.name == "Stack"
     assert outputs == stack.outputs
 
@@ -168,7 +186,7 @@ def test_cpu_and_gpu_differ_in_the_device_alone(kind: dict[str, bool]) -> None:
 
 @pytest.mark.parametrize(("name", "load"), [("cuda", 0.0), ("hardware", 1.0)])
 def test_one_decoder_takes_every_image(name: Literal["cuda", "hardware"], load: float) -> None:
-    _, (decoder, _) = split(serialized("gpu", gpu_decoder=name)[0])
+    *_, (decoder, _) = split(serialized("gpu", gpu_decoder=name)[0])
     assert np.array(decoder.argument("hw_decoder_load", FLOATS), np.uint32).view(np.float32).tolist() == [load]
     # nvJPEG interpolates chroma, as libjpeg-turbo does, only when this is set; and no decoder turns images by EXIF.
     assert decoder.argument("jpeg_fancy_upsampling", BOOLS) == [1]

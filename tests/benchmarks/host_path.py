@@ -67,26 +67,21 @@ def without_decoder(
     pixels: bool,
     **others: object,
 ) -> Pipeline:
-    """In the place of `pipeline.loader.define`: the same inputs, and one pixel cut from each image's first bytes."""
-    kinds = [(types.UINT8, 3 if pixels else 1), (types.FLOAT, 0), (types.FLOAT, 0), (types.INT32, 0), (types.FLOAT, 1)]
+    """In the place of `pipeline.graph.define`: the same inputs, and one pixel cut from each image's first bytes."""
     pipeline = Pipeline(batch_size, threads, device_id, prefetch_queue_depth=PREFETCH)
     with pipeline:
-        given, left, top, flip, mean = fn.external_source(
-            source=source,
-            num_outputs=len(kinds),
-            dtype=[kind for kind, _ in kinds],
-            ndim=[dimensions for _, dimensions in kinds],
-            no_copy=True,
+        given, numbers = fn.external_source(
+            source=source, num_outputs=2, dtype=[types.UINT8, types.FLOAT], ndim=[3 if pixels else 1, 1], no_copy=True
         )
         image = given if pixels else fn.reshape(fn.slice(given, 0, 3, axes=[0]), shape=[1, 1, 3], layout="HWC")
         pipeline.set_outputs(
             fn.crop_mirror_normalize(
                 image,
                 crop=(1, 1),
-                crop_pos_x=left,
-                crop_pos_y=top,
-                mirror=flip,
-                mean=mean,
+                crop_pos_x=numbers[0],
+                crop_pos_y=numbers[1],
+                mirror=fn.cast(numbers[2], dtype=types.INT32),
+                mean=numbers[3:6],
                 dtype=types.FLOAT,
                 output_layout="HWC",
             )
