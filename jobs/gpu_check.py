@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jobs.stages import Findings
-from pipeline.dataset import IMAGE_BYTES, IMAGE_SHAPE, read_dataset
+from pipeline.dataset import read_dataset
+from pipeline.decode import IMAGE_BYTES, IMAGE_SHAPE
 from pipeline.graph import GpuDecoder
 from pipeline.loader import Batch, Loader
 from pipeline.plan import Plan, PlannedBatch, center_crops, colour_matrix

@@ -22,7 +22,8 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from jobs.cli import run
-from pipeline.dataset import IMAGE_SIZE, DatasetInfo, read_dataset, write_atomically
+from pipeline.dataset import DatasetInfo, read_dataset, write_atomically
+from pipeline.decode import IMAGE_SIZE
 from pipeline.loader import Loader
 from pipeline.plan import CROP_SIZE, Augmentation, Plan, colour_matrix
 from pipeline.rgb_stats import MAX_LEVEL

@@ -31,20 +31,11 @@ from jobs.build import build_all
 from jobs.cli import run, say
 from jobs.cluster import connected
 from jobs.progress import Progress
-from pipeline.dataset import DatasetInfo
+from pipeline.dataset import REJECTS_FILE, DatasetInfo
 from pipeline.publish import check_destination, publish, refuse_unwritable
 from pipeline.resize import encoder_settings
 from pipeline.set_lock import JobLock
-from pipeline.shard_set import (
-    REJECTS_FILE,
-    SetPlan,
-    claim_folder,
-    find_finished,
-    finish,
-    is_left_over,
-    make_folder,
-    tidy,
-)
+from pipeline.shard_set import SetPlan, claim_folder, find_finished, finish, is_left_over, make_folder, tidy
 from pipeline.shards import plan_shards
 from pipeline.sources import read_source
 from pipeline.storage import shown

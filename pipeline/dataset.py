@@ -19,15 +19,10 @@ from pipeline.rgb_stats import RgbStatistics
 SCHEMA_VERSION = 1
 DATASET_FILE = "dataset.json"
 STAGED_FILE = "staged.json"  # In a staged copy: where it was copied from.
+REJECTS_FILE = "rejects.jsonl"
 DECODED_FILE = "pixels.json"  # In a staged copy that holds decoded pixels.
-IMAGE_SIZE = 256  # The paper, section 2: shorter side to 256, then the central 256 x 256.
-IMAGE_SHAPE = (IMAGE_SIZE, IMAGE_SIZE, 3)
-IMAGE_BYTES = IMAGE_SIZE * IMAGE_SIZE * 3
-MAX_JPEG_BYTES = 4 * 2**20  # Twenty times what the pixels take: no index has memory taken for more.
 SPLITS = ("train", "val")
 INDEX_VERSION = "v1.2"
-IMAGE_COMPONENTS = ("jpg", "jpeg")  # Extensions of a sample's image; this program writes the first.
-LABEL_COMPONENT = "cls"
 TEMPORARY_SUFFIX = ".tmp"  # Of files being written aside; no reader looks at them.
 
 

@@ -27,7 +27,11 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile
 
-from pipeline.dataset import IMAGE_SIZE, MAX_JPEG_BYTES
+IMAGE_SIZE = 256  # The paper, section 2: shorter side to 256, then the central 256 x 256.
+IMAGE_SHAPE = (IMAGE_SIZE, IMAGE_SIZE, 3)
+IMAGE_BYTES = IMAGE_SIZE * IMAGE_SIZE * 3
+MAX_JPEG_BYTES = 4 * 2**20  # Twenty times what the pixels take: no index has memory taken for more.
+
 
 # ImageNet's largest image has 61 million pixels; a header that claims more than this is a mistake or an attack.
 # Pillow's own limit is a little higher, and is heeded too.

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+IMAGE_COMPONENTS = ("jpg", "jpeg")  # Extensions of a sample's image; this program writes the first.
+LABEL_COMPONENT = "cls"
 # A USTAR member's name has 100 bytes; the rest is room for ".jpg" and what keeps two keys apart.
 MAX_KEY = 80
 MAX_DIGITS = 9  # Of a label.

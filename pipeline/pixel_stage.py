@@ -23,8 +23,6 @@ from pyarrow import fs
 from pipeline.dataset import (
     DATASET_FILE,
     DECODED_FILE,
-    IMAGE_BYTES,
-    IMAGE_SHAPE,
     STAGED_FILE,
     DatasetError,
     DatasetInfo,
@@ -33,7 +31,7 @@ from pipeline.dataset import (
     write_atomically,
     write_json,
 )
-from pipeline.decode import ImageError, decode_stored
+from pipeline.decode import IMAGE_BYTES, IMAGE_SHAPE, ImageError, decode_stored
 from pipeline.retry import Retry
 from pipeline.sample_index import (
     SampleIndex,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.dataset import IMAGE_SIZE
+from pipeline.decode import IMAGE_SIZE
 from pipeline.philox import philox
 from pipeline.rgb_stats import MAX_LEVEL, RgbStatistics
 

@@ -19,6 +19,7 @@ from pyarrow import fs
 
 from pipeline.dataset import (
     DATASET_FILE,
+    REJECTS_FILE,
     DatasetError,
     DatasetInfo,
     ShardRow,
@@ -29,7 +30,6 @@ from pipeline.dataset import (
 from pipeline.pictures import PCA_FILE, SHEET_FILE
 from pipeline.retry import Report, Retry, SourceReadError, reading
 from pipeline.sample_index import index_file
-from pipeline.shard_set import REJECTS_FILE
 from pipeline.staging import CHUNK, chunks, in_streams, read_remote_text
 from pipeline.storage import is_http, is_url, open_location, shown
 

@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import interpolate
 
-from pipeline.dataset import IMAGE_SIZE
-from pipeline.decode import decode, pixels_of_stored
+from pipeline.decode import IMAGE_SIZE, decode, pixels_of_stored
 from pipeline.rgb_stats import RgbMoments
 
 SUBSAMPLING = "4:2:0"

@@ -17,14 +17,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.dataset import (
-    IMAGE_COMPONENTS,
-    LABEL_COMPONENT,
-    DatasetError,
-    Split,
-    staged_from,
-)
-from pipeline.keys import split_name
+from pipeline.dataset import DatasetError, Split, staged_from
+from pipeline.keys import IMAGE_COMPONENTS, LABEL_COMPONENT, split_name
 
 SCHEMA = pa.schema(
     [

@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from pipeline.dataset import IMAGE_COMPONENTS, IMAGE_SIZE, LABEL_COMPONENT, MAX_JPEG_BYTES
-from pipeline.decode import ImageError
-from pipeline.keys import label_number, split_name
+from pipeline.decode import IMAGE_SIZE, MAX_JPEG_BYTES, ImageError
+from pipeline.keys import IMAGE_COMPONENTS, LABEL_COMPONENT, label_number, split_name
 from pipeline.source_files import SourceError
 from pipeline.tar_source import Member, Stretch, members
 

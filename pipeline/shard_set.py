@@ -17,6 +17,7 @@ from typing import Any
 from pipeline.annotation import Reject, ShardAnnotation, ShardError, read_annotation
 from pipeline.dataset import (
     DATASET_FILE,
+    REJECTS_FILE,
     SPLITS,
     TEMPORARY_SUFFIX,
     ClassLabel,
@@ -35,7 +36,6 @@ from pipeline.set_lock import LOCK_FILE
 from pipeline.shards import BuiltShard, ShardPlan, annotation_path, inputs_digest
 
 UNFINISHED_FILE = "unfinished.json"
-REJECTS_FILE = "rejects.jsonl"
 
 
 class ShardSetError(ValueError):

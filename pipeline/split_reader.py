@@ -13,16 +13,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.dataset import (
-    IMAGE_BYTES,
-    IMAGE_SHAPE,
-    MAX_JPEG_BYTES,
-    DatasetError,
-    DatasetInfo,
-    is_decoded,
-    mend_advice,
-)
-from pipeline.decode import ImageError, decode_stored
+from pipeline.dataset import DatasetError, DatasetInfo, is_decoded, mend_advice
+from pipeline.decode import IMAGE_BYTES, IMAGE_SHAPE, MAX_JPEG_BYTES, ImageError, decode_stored
 from pipeline.sample_index import open_index
 from pipeline.shard_file import ChangedError, DamagedError, ShardFile, allow_open_files
 

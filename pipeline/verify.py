@@ -16,13 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.annotation import ShardAnnotation, ShardError, read_annotation
-from pipeline.dataset import DATASET_FILE, IMAGE_SIZE, INDEX_VERSION, DatasetError, DatasetInfo, ShardRow
-from pipeline.decode import ImageError
+from pipeline.dataset import DATASET_FILE, INDEX_VERSION, REJECTS_FILE, DatasetError, DatasetInfo, ShardRow
+from pipeline.decode import IMAGE_SIZE, ImageError
 from pipeline.keys import key_hash, may_be_of
 from pipeline.rgb_stats import RgbMoments, RgbStatistics
 from pipeline.sample_index import index_file, index_is_whole, open_index, shard_rows
 from pipeline.shard_samples import Fault, Sample, read_samples, stored_pixels
-from pipeline.shard_set import REJECTS_FILE
 from pipeline.tar_source import whole
 
 # Another machine's LAPACK may round the last digits of the eigenvectors otherwise.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +13,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.dataset import DATASET_FILE, LABEL_COMPONENT, DatasetError, parse_dataset
 from pipeline.file_table import Classes, FileTable
-from pipeline.keys import label_number, split_name
+from pipeline.keys import LABEL_COMPONENT, label_number, split_name
 from pipeline.source_files import LISTING_THREADS, SourceError, is_image_name, read_bytes
 from pipeline.storage import join, parent, shown
 from pipeline.tar_source import Member, Window, members, members_in, table_of, whole
@@ -85,16 +85,18 @@ def class_names(shards: Tars) -> tuple[str, ...] | None:
         OSError: if it cannot be read.
     """
     folder = parent(next(iter(shards.values())))
-    for location in (join(folder, DATASET_FILE), join(parent(folder), DATASET_FILE)):
+    for location in (join(folder, "dataset.json"), join(parent(folder), "dataset.json")):
         try:
             text = read_bytes(location, None, 0).decode("utf-8")
         # A server on the web may forbid what it does not have.
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             continue
         try:
-            return tuple(label.wnid for label in parse_dataset(text, shown(location)).classes)
-        except DatasetError as error:
-            raise SourceError(f"{error}; remove it to name the classes by their labels") from error
+            return tuple(str(label["wnid"]) for label in json.loads(text)["classes"])
+        except (ValueError, LookupError, TypeError) as error:
+            raise SourceError(
+                f"{shown(location)} does not list classes by their wnid: remove it to name the classes by their labels"
+            ) from error
     return None
 
 

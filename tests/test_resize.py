@@ -11,8 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.dataset import IMAGE_SIZE
-from pipeline.decode import ImageError
+from pipeline.decode import IMAGE_SIZE, ImageError
 from pipeline.resize import convert, encoder_settings
 from pipeline.rgb_stats import RgbMoments
 from tests.photographs import encoded, photograph

@@ -18,16 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.dataset import (
-    MAX_JPEG_BYTES,
-    ClassLabel,
-    DatasetError,
-    DatasetInfo,
-    ShardRow,
-    Split,
-    read_dataset,
-    write_json,
-)
+from pipeline.dataset import ClassLabel, DatasetError, DatasetInfo, ShardRow, Split, read_dataset, write_json
+from pipeline.decode import MAX_JPEG_BYTES
 from pipeline.pixel_stage import stage_pixels
 from pipeline.sample_index import SCHEMA, describe_index, pack_index, record_batch, shard_rows
 from pipeline.shard_set import find_finished

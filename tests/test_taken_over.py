@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from pipeline.dataset import MAX_JPEG_BYTES, read_dataset
-from pipeline.decode import pixels_of_stored
+from pipeline.dataset import read_dataset
+from pipeline.decode import MAX_JPEG_BYTES, pixels_of_stored
 from pipeline.resize import convert
 from pipeline.rgb_stats import RgbMoments, RgbStatistics
 from tests.foreign_shards import sample, stored, taken_over, unpacked, write_set, write_shards

@@ -94,5 +94,5 @@ def test_splits_that_do_not_fit_are_named(tmp_path: Path) -> None:
 def test_a_damaged_description_is_named(tmp_path: Path) -> None:
     write(tmp_path / "train" / "x-0.tar", a_jpg=b"", a_cls=b"0")
     (tmp_path / "dataset.json").write_text(json.dumps({"schema_version": 99}))
-    with pytest.raises(SourceError, match=r"dataset\.json cannot be used.*remove it to name the classes"):
+    with pytest.raises(SourceError, match=r"dataset\.json does not list classes by their wnid: remove it"):
         listed(tmp_path)

@@ -27,7 +27,8 @@ from nvidia.dali import Pipeline, fn, types
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from jobs.cli import run
-from pipeline.dataset import IMAGE_SHAPE, read_dataset
+from pipeline.dataset import read_dataset
+from pipeline.decode import IMAGE_SHAPE
 from pipeline.graph import PREFETCH
 from pipeline.loader import Loader
 from pipeline.plan import COLOUR_STD, CROP_SIZE, Augmentation

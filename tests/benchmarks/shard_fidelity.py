@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jobs.cli import run
-from pipeline.dataset import IMAGE_SIZE
-from pipeline.decode import ImageError, decode
+from pipeline.decode import IMAGE_SIZE, ImageError, decode
 from pipeline.resize import convert, resize
 from tests.benchmarks.shard_writers import photographs
 from tests.reference_resize import central_square

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jobs.cli import run
-from pipeline.dataset import IMAGE_SIZE
+from pipeline.decode import IMAGE_SIZE
 from pipeline.resize import encoder_settings, resize
 from pipeline.shard_set import SetPlan, claim_folder, finish
 from pipeline.shards import BuiltShard, ShardPlan, build_shard, plan_shards
