@@ -206,26 +206,23 @@ def measure(config: BenchmarkConfig) -> tuple[Rates, str]:
             trainer.step([batch])
 
     counts = {decode: many, load: many, compute: config.steps, train: config.steps}
-    taken: dict[Callable[[], None], list[float]] = {action: [] for action in counts}
+    found: dict[Callable[[], None], list[float]] = {action: [] for action in counts}
     for number in range(1, config.rounds + 1):
-        for action in counts:
+        for action, count in counts.items():
             started = time.perf_counter()
             action()
             if config.gpu:
                 torch.cuda.synchronize()
-            taken[action].append(time.perf_counter() - started)
-        shown = ", ".join(f"{action.__name__} {values[-1]:.2f} s" for action, values in taken.items())
-        print(f"round {number} of {config.rounds}: {shown}", flush=True)
-
-    def rate(action: Callable[[], None]) -> float:
-        return counts[action] * config.batch_size / statistics.median(taken[action])
-
+            found[action].append(count * config.batch_size / (time.perf_counter() - started))
+        shown = ", ".join(f"{action.__name__} {values[-1]:,.1f}" for action, values in found.items())
+        print(f"round {number} of {config.rounds}, images/s: {shown}", flush=True)
+    decoding, loading, computing, training = (statistics.median(values) for values in found.values())
     rates = Rates(
-        decode_limit_images_per_s=rate(decode),
-        loader_images_per_s=rate(load),
-        network_images_per_s=rate(compute),
-        train_images_per_s=rate(train),
-        data_wait=sum(waits) / sum(taken[train]),
+        decode_limit_images_per_s=decoding,
+        loader_images_per_s=loading,
+        network_images_per_s=computing,
+        train_images_per_s=training,
+        data_wait=statistics.mean(waits) * training / config.batch_size,
         host_us_per_image=1e6 * statistics.median(host) / (many * config.batch_size),
         threads=config.threads,
         batch_size=config.batch_size,
