@@ -1,7 +1,8 @@
-"""How fast this machine feeds and trains AlexNet, stage by stage, and what is the limit.
+"""How fast this machine feeds and trains AlexNet, and what is the limit.
 
 Four rates over the same shard set, in one run: decoding its JPEGs whole and nothing else (the limit), the loader alone,
-the network alone on a batch that stays where it is, and both together; then each stage's part of the time.
+the network alone on a batch that stays where it is, and both together. Then torch.profiler's table of what takes the
+network longest.
 
 With --check-gpu: first compares the GPU's loader with the CPU's (`make gpu` is the whole command).
 """
@@ -16,28 +17,29 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from nvidia.dali import Pipeline
 from nvidia.dali import __version__ as dali_version
-from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torchvision.io import decode_jpeg
 
-from jobs import gpu_check, stages
+from jobs import gpu_check
 from jobs.checkpoint import Identity
 from jobs.cli import run
 from jobs.device import choose_device, processor
-from jobs.stages import Chains, Findings, Rates, Stages
 from jobs.worker import make_network
 from model.recipe import RECIPES
 from model.training import Trainer, Worker
-from pipeline.dataset import DatasetInfo, read_dataset, write_json
-from pipeline.graph import GpuDecoder, define
+from pipeline.dataset import read_dataset, write_json
+from pipeline.graph import GpuDecoder
 from pipeline.loader import Loader
 from pipeline.plan import Plan, colour_matrix
 from pipeline.split_reader import SplitReader
+
+IMAGENET_IMAGES = 1_281_167  # ILSVRC-2012's training set
+PAPER_EPOCHS = 90  # The paper, section 5
+COMFORT = 1.1  # A loader less than this much faster than the network will now and then keep it waiting.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ class BenchmarkConfig:
     machines: int = 1
     """Estimate the paper's 90 epochs for so many of these, one process each."""
     network_gbit: float | None = None
-    """Bandwidth between the machines, in Gbit/s; by default, on CPU, what two processes of this machine reach."""
+    """Bandwidth between the machines, in Gbit/s; without it their exchange of gradients is not counted."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "threads", "rounds", "steps", "machines"):
@@ -72,18 +74,97 @@ class BenchmarkConfig:
         if self.network_gbit is not None and not self.network_gbit > 0:
             raise ValueError(f"--network-gbit is {self.network_gbit}; it must be above 0")
 
-
-def rate(images: int, action: Callable[[], object], settle: Callable[[], None]) -> float:
-    """Images per second of an action that deals with so many."""
-    settle()
-    started = time.perf_counter()
-    action()
-    settle()
-    return images / (time.perf_counter() - started)
+    def exchange_ms(self, gradient_bytes: int) -> float:
+        """An all-reduce between all machines: in a ring of N, 2 (N - 1) / N of the bytes pass each link."""
+        if self.network_gbit is None:
+            return 0.0
+        return 8e3 * gradient_bytes / (self.network_gbit * 1e9) * 2 * (self.machines - 1) / self.machines
 
 
-def measure(config: BenchmarkConfig) -> Findings:
-    """Runs all chains in turn, so that a machine that slows down slows all of them."""
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Images per second, each the median of the rounds, and what follows from them."""
+
+    decode_limit_images_per_s: float
+    """libjpeg-turbo decoding the same JPEGs whole, on as many threads."""
+    loader_images_per_s: float
+    network_images_per_s: float
+    train_images_per_s: float
+    data_wait: float
+    """The fraction of training time spent waiting for the loader."""
+    host_us_per_image: float
+    """Processor time that the loader takes of the thread that trains, in microseconds."""
+    threads: int
+    """Of the loader."""
+    batch_size: int
+    """Images per step of one process."""
+    machines: int
+    """Processes, one a machine, that the estimate is for."""
+    exchange_ms: float
+    """The all-reduce of a step between the machines; 0 where their bandwidth is not stated."""
+
+    @property
+    def step_ms(self) -> float:
+        """A training step with its exchange, no part of which is hidden behind the backward pass."""
+        return 1e3 * self.batch_size / self.train_images_per_s + self.exchange_ms
+
+    @property
+    def hours(self) -> float:
+        """The paper's 90 epochs of ImageNet."""
+        return PAPER_EPOCHS * IMAGENET_IMAGES / (self.batch_size * self.machines) * self.step_ms / 3.6e6
+
+    def verdict(self) -> tuple[str, str]:
+        """What is the limit, and what would change it.
+
+        Loader and network work side by side, so the slower of them decides, unless the exchange takes longer.
+        """
+        if self.exchange_ms > self.step_ms / 2:
+            share = self.exchange_ms / self.step_ms
+            return (
+                f"the exchange between machines is the limit: {share:.0%} of a step on {self.machines}",
+                "a larger batch for each worker, or a faster network between the machines",
+            )
+        ratio = self.loader_images_per_s / self.network_images_per_s
+        if ratio >= COMFORT:
+            return (
+                f"the network is the limit; the loader could feed {ratio:.1f} times as much",
+                "more workers, or a faster device; the loader need not change",
+            )
+        part = self.loader_images_per_s / self.decode_limit_images_per_s
+        return (
+            f"the loader is the limit, with {self.threads} threads: it gives {ratio:.0%} of what the network takes and "
+            f"{part:.0%} of bare decoding",
+            "give each worker more cores (--threads here, --cpus-per-worker when training), or train with --stage-as "
+            "pixels; if cores are idle, keep the set on a faster disk or in memory (/dev/shm)",
+        )
+
+    def lines(self) -> list[str]:
+        """What a person reads."""
+        verdict, advice = self.verdict()
+        exchange = f"{self.exchange_ms:.1f} ms a step" if self.exchange_ms else "not counted (--network-gbit counts it)"
+        return [
+            f"  decoding alone (the limit)  {self.decode_limit_images_per_s:10.1f}",
+            f"  loader alone                {self.loader_images_per_s:10.1f}",
+            f"  network alone               {self.network_images_per_s:10.1f}",
+            f"  training                    {self.train_images_per_s:10.1f}   waiting for data {self.data_wait:.2%}",
+            f"  the loader takes {self.host_us_per_image:.1f} us an image of the thread that trains",
+            verdict,
+            f"to go faster: {advice}",
+            f"the paper's {PAPER_EPOCHS} epochs of ImageNet on {self.machines} such machine(s), "
+            f"{self.batch_size * self.machines} images a step: {self.hours:,.1f} hours; exchange: {exchange}",
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as data."""
+        verdict, advice = self.verdict()
+        return {**dataclasses.asdict(self), "verdict": verdict, "advice": advice, "hours_90_epochs": self.hours}
+
+
+def measure(config: BenchmarkConfig) -> tuple[Rates, str]:
+    """The rates, and the profiler's table of a step of the network.
+
+    Each round measures all of them in turn, so that a machine that slows down slows them all.
+    """
     info = read_dataset(config.data)
     reader = SplitReader(config.data, info, "train")
     recipe = dataclasses.replace(RECIPES["default"], batch_size=config.batch_size)
@@ -91,20 +172,14 @@ def measure(config: BenchmarkConfig) -> Findings:
     device = choose_device(config.gpu)
     torch.set_num_threads(config.threads)
     network = make_network(Identity.of(recipe, info)).to(memory_format=torch.channels_last).to(device)
-    precision = torch.bfloat16 if config.gpu else torch.float32
-    trainer = Trainer(network, recipe, Worker(0, 1, device, precision))
+    trainer = Trainer(network, recipe, Worker(0, 1, device, torch.bfloat16 if config.gpu else torch.float32))
     network.train()
     loader = Loader(reader, info.rgb, config.batch_size, device, config.threads, gpu_decoder=config.gpu_decoder)
     batches = loader.run(plan.endless())
     resident = next(batches)
     trainer.step([resident])
-    settle = torch.cuda.synchronize if config.gpu else _nothing
     many = 4 * config.steps
-    to_read = list(itertools.islice(plan.endless(), many))
     encoded = [torch.from_numpy(reader.image(i % len(reader)).copy()) for i in range(many * config.batch_size)]
-    graph = bare_graph(config, reader.read(to_read[0].samples), info)
-    decoded = np.stack([reader.decoded(sample) for sample in to_read[0].samples.tolist()])
-    cropping = bare_graph(config, decoded, info)
     waits: list[float] = []
     host: list[float] = []
 
@@ -113,23 +188,15 @@ def measure(config: BenchmarkConfig) -> Findings:
             for _ in pool.map(decode_jpeg, encoded):
                 pass
 
-    def read() -> None:
-        for planned in to_read:
-            reader.read(planned.samples)
-
-    def run_graph() -> None:
-        for _ in range(many):
-            graph.run()
-
-    def augment() -> None:
-        for _ in range(many):
-            cropping.run()
-
     def load() -> None:
         worked = time.thread_time()
         for _ in itertools.islice(batches, many):
             pass
         host.append(time.thread_time() - worked)
+
+    def compute() -> None:
+        for _ in range(config.steps):
+            trainer.step([resident])
 
     def train() -> None:
         for _ in range(config.steps):
@@ -138,74 +205,56 @@ def measure(config: BenchmarkConfig) -> Findings:
             waits.append(time.perf_counter() - asked)
             trainer.step([batch])
 
-    def loss() -> torch.Tensor:
-        with torch.autocast(device.type, precision, enabled=config.gpu):
-            return F.cross_entropy(network(resident.images).float(), resident.labels)
-
-    def forward() -> None:
-        for _ in range(config.steps):
-            loss()
-
-    def gradients() -> None:
-        for _ in range(config.steps):
-            loss().backward()
-
-    def compute() -> None:
-        for _ in range(config.steps):
-            trainer.step([resident])
-
-    jobs = {
-        **dict.fromkeys((decode, read, run_graph, load, augment), many),
-        **dict.fromkeys((train, compute, forward, gradients), config.steps),
-    }
-    found: dict[str, list[float]] = {job.__name__: [] for job in jobs}
+    counts = {decode: many, load: many, compute: config.steps, train: config.steps}
+    found: dict[Callable[[], None], list[float]] = {action: [] for action in counts}
     for number in range(1, config.rounds + 1):
-        for job, count in jobs.items():
-            found[job.__name__].append(rate(count * config.batch_size, job, settle))
-        shown = ", ".join(f"{name} {values[-1]:,.1f}" for name, values in found.items())
-        print(f"round {number} of {config.rounds}: {shown}", flush=True)
-    middle = {name: statistics.median(values) for name, values in found.items()}
-    seconds = config.steps * config.batch_size * config.rounds / middle["train"]
+        for action, count in counts.items():
+            started = time.perf_counter()
+            action()
+            if config.gpu:
+                torch.cuda.synchronize()
+            found[action].append(count * config.batch_size / (time.perf_counter() - started))
+        shown = ", ".join(f"{action.__name__} {values[-1]:,.1f}" for action, values in found.items())
+        print(f"round {number} of {config.rounds}, images/s: {shown}", flush=True)
+    decoding, loading, computing, training = (statistics.median(values) for values in found.values())
     rates = Rates(
-        middle["decode"],
-        middle["load"],
-        middle["compute"],
-        middle["train"],
-        sum(waits) / seconds,
-        1e6 * statistics.median(host) / (many * config.batch_size),
+        decode_limit_images_per_s=decoding,
+        loader_images_per_s=loading,
+        network_images_per_s=computing,
+        train_images_per_s=training,
+        data_wait=statistics.mean(waits) * training / config.batch_size,
+        host_us_per_image=1e6 * statistics.median(host) / (many * config.batch_size),
+        threads=config.threads,
+        batch_size=config.batch_size,
+        machines=config.machines,
+        exchange_ms=config.exchange_ms(sum(4 * parameter.numel() for parameter in network.parameters())),
     )
-    chains = Chains(*(middle[name] for name in ("read", "run_graph", "augment", "forward", "gradients")))
-    gradient_bytes = sum(4 * parameter.numel() for parameter in network.parameters())
-    parts = Stages.of(rates, chains, config.batch_size, all_reduce_ms(config, gradient_bytes))
-    return Findings(rates, parts, config.threads, config.batch_size, config.machines)
+    return rates, profiled(lambda: trainer.step([resident]), config.gpu)
 
 
-def bare_graph(config: BenchmarkConfig, images: NDArray[np.uint8], info: DatasetInfo) -> Pipeline:
-    """The loader's graph, built, fed the same batch again and again: center crops."""
-    n = len(images)
-    numbers = np.tile(np.array([0.5, 0.5, 0.0, *(255 * np.array(info.rgb.mean))], np.float32), (n, 1))
-    pipeline = define(
-        lambda: (images, numbers),
-        n,
-        config.threads,
-        "gpu" if config.gpu else "cpu",
-        0 if config.gpu else None,
-        pixels=images.ndim > 2,
-        gpu_decoder=config.gpu_decoder,
-    )
-    pipeline.build()
-    return pipeline
+def profiled(action: Callable[[], object], gpu: bool) -> str:
+    """The ten kernels that take longest of an action on a GPU; on a CPU, the ten operators."""
+    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profiler:
+        action()
+        if gpu:
+            torch.cuda.synchronize()
+    order = "self_cuda_time_total" if gpu else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=order, row_limit=10)
 
 
-def all_reduce_ms(config: BenchmarkConfig, gradient_bytes: int) -> float | None:
-    """The exchange of gradients between two, by the stated bandwidth or measured on the CPU."""
-    if config.network_gbit is not None:
-        return stages.stated_ms(gradient_bytes, config.network_gbit)
-    return None if config.gpu else stages.measured_ms(gradient_bytes, config.rounds)
-
-
-def _nothing() -> None:
-    """On CPU, an action is over when it returns."""
+def row(device: str, gpu_decoder: GpuDecoder, rates: Rates, checked: gpu_check.GpuCheck) -> str:
+    """A device's row of the table in docs/benchmarks.md."""
+    cells = [
+        device,
+        gpu_decoder,
+        f"{rates.loader_images_per_s:,.0f}",
+        f"{rates.network_images_per_s:,.0f}",
+        f"{rates.train_images_per_s:,.0f}",
+        f"{rates.host_us_per_image:.1f}",
+        "bit for bit" if checked.exact else "NO",
+        f"{checked.host_mb_grown:+.0f}, {checked.device_mb_grown:+.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def main(config: BenchmarkConfig) -> None:
@@ -219,17 +268,16 @@ def main(config: BenchmarkConfig) -> None:
             config.data, device, config.batch_size, config.steps, config.threads, gpu_decoder=config.gpu_decoder
         )
         print("\n".join(checked.lines()), flush=True)
-    findings = measure(config)
+    rates, kernels = measure(config)
     name = torch.cuda.get_device_name(0) if config.gpu else processor()
-    print(f"{name}, {config.threads} thread(s), batch {config.batch_size}; images/s, medians of {config.rounds}:")
-    for line in findings.lines():
-        print(line)
+    print(f"{kernels}\n{name}, {config.threads} thread(s), batch {config.batch_size}; images/s, medians of rounds:")
+    print("\n".join(rates.lines()))
     if config.json is not None:
         versions = {"torch": torch.__version__, "dali": dali_version, "gpu_decoder": config.gpu_decoder}
-        value = {"device": name, **versions, **findings.to_json()}
+        value = {"device": name, **versions, **rates.to_json()}
         write_json(config.json, value if checked is None else {**value, "gpu_check": dataclasses.asdict(checked)})
     if checked is not None:
-        print(f"for docs/benchmarks.md:\n{checked.row(name, findings, config.gpu_decoder)}")
+        print(f"for docs/benchmarks.md:\n{row(name, config.gpu_decoder, rates, checked)}")
         # After the file: what a check finds is wanted most where it fails.
         checked.refuse_problems(device)
 

@@ -23,12 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jobs.stages import Findings
 from pipeline.dataset import read_dataset
 from pipeline.decode import IMAGE_BYTES, IMAGE_SHAPE
 from pipeline.graph import GpuDecoder
 from pipeline.loader import Batch, Loader
-from pipeline.plan import Plan, PlannedBatch, center_crops, colour_matrix
+from pipeline.plan import Plan, center_crops, colour_matrix
 from pipeline.reader_process import Reader
 from pipeline.split_reader import Allocate, SplitReader
 
@@ -36,6 +35,11 @@ MAX_LEVELS = 5.0  # A value further off than two correct decoders can be...
 MAX_BEYOND = 0.001  # ...which this share of an image's values may be.
 MAX_MEAN = 1.0  # Mean absolute difference of an image. libjpeg's fast inverse DCT, a poor one, differs by 0.98.
 MAX_BIAS = 0.5  # Mean difference of a channel over an image: rounding has no side.
+LIMITS = (
+    (MAX_MEAN, "levels of mean absolute difference"),
+    (MAX_BIAS, "levels of mean difference in a channel"),
+    (MAX_BEYOND, f"of its values differ by more than {MAX_LEVELS:g} levels"),
+)
 
 
 class GpuCheckError(ValueError):
@@ -49,16 +53,14 @@ class Comparison:
     images: int
     mean: float
     """Mean absolute difference over all values of all images."""
-    worst_mean: float
-    """The largest mean absolute difference of an image."""
-    worst_bias: float
-    """The largest mean difference of one channel of an image, without its sign."""
-    worst_beyond: float
-    """The largest share of an image's values that differ by more than MAX_LEVELS."""
-    largest: float
-    """The largest difference of any value."""
+    worst: tuple[float, ...]
+    """What LIMITS are for, of the worst image each."""
     problems: tuple[str, ...]
     """What is out of tolerance, the first image of each kind; none when the streams agree."""
+
+    def __str__(self) -> str:
+        worst = ", ".join(f"{value:.4g} {what}" for value, (_, what) in zip(self.worst, LIMITS, strict=True))
+        return f"{self.images} images, mean absolute difference {self.mean:.3f} levels; of the worst image {worst}"
 
 
 def compare(reference: Iterable[Batch], other: Iterable[Batch]) -> Comparison:
@@ -69,7 +71,7 @@ def compare(reference: Iterable[Batch], other: Iterable[Batch]) -> Comparison:
         other: the batches to judge, on any device; both must be cut alike.
     """
     problems: dict[str, str] = {}
-    rows: list[Tensor] = []  # Of each batch [n, 5]: mean, bias, share beyond, largest.
+    rows: list[Tensor] = []  # Of each batch [n, 3]: what LIMITS are for.
     for number, (one, two) in enumerate(itertools.zip_longest(reference, other)):
         if one is None or two is None or len(one) != len(two) or len(one.images) != len(two.images):
             problems["length"] = f"batch {number}: one stream ends, or has fewer images, than the other"
@@ -78,34 +80,20 @@ def compare(reference: Iterable[Batch], other: Iterable[Batch]) -> Comparison:
             problems.setdefault("labels", f"batch {number}: samples or labels differ")
         difference = two.images.float().cpu() - one.images.float().cpu()
         size = difference.abs()
-        found = torch.stack(
-            [
-                size.mean((1, 2, 3)),
-                difference.mean((2, 3)).abs().amax(1),
-                (size > MAX_LEVELS).float().mean((1, 2, 3)),
-                size.amax((1, 2, 3)),
-            ],
-            dim=1,
-        )
+        beyond = (size > MAX_LEVELS).float().mean((1, 2, 3))
+        found = torch.stack([size.mean((1, 2, 3)), difference.mean((2, 3)).abs().amax(1), beyond], dim=1)
         rows.append(found)
-        for column, name, limit in ((0, "mean", MAX_MEAN), (1, "bias", MAX_BIAS), (2, "beyond", MAX_BEYOND)):
+        for column, (limit, what) in enumerate(LIMITS):
             # Written so that a NaN is out of tolerance too.
             for image in (~(found[:, column] <= limit)).nonzero().flatten().tolist()[:1]:
-                what = {
-                    "mean": "levels of mean absolute difference",
-                    "bias": "levels of mean difference in a channel",
-                    "beyond": f"of its values differ by more than {MAX_LEVELS:g} levels",
-                }[name]
                 sample = int(one.samples[image * len(one) // len(one.images)])
                 value = float(found[image, column])
-                problems.setdefault(name, f"batch {number}, sample {sample}: {value:.4g} {what} (at most {limit:g})")
-    every = torch.cat(rows) if rows else torch.zeros(0, 4)
-    if not len(every):
+                problems.setdefault(what, f"batch {number}, sample {sample}: {value:.4g} {what} (at most {limit:g})")
+    every = torch.cat(rows) if rows else torch.zeros(1, len(LIMITS))
+    if not rows:
         problems.setdefault("length", "no image was compared")
-        every = torch.zeros(1, 4)
-    mean, bias, beyond, largest = every.amax(0).tolist()
-    count = sum(len(row) for row in rows)
-    return Comparison(count, float(every[:, 0].mean()), mean, bias, beyond, largest, tuple(problems.values()))
+    count, mean = sum(map(len, rows)), float(every[:, 0].mean())
+    return Comparison(count, mean, tuple(every.amax(0).tolist()), tuple(problems.values()))
 
 
 class DecodedOnHost:
@@ -149,46 +137,47 @@ def _rows(batches: Iterable[Batch]) -> Iterator[tuple[Tensor, int, int]]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How two streams compare."""
+
+    of: str
+    """Of what."""
+    exact: bool
+    """Whether every bit must be equal, as where no two decoders are compared."""
+    found: str
+    """In words."""
+    problems: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class GpuCheck:
     """What the check found."""
 
-    agrees: dict[str, str]
-    """By what was compared: in words, how well it agrees."""
-    problems: tuple[str, ...]
+    agreements: tuple[Agreement, ...]
     host_mb_grown: float
     """Growth of the process's memory over `memory_batches`."""
     device_mb_grown: float
     """The same of the device's."""
     memory_batches: int
 
+    @property
+    def exact(self) -> bool:
+        """Whether all that must be equal is."""
+        return not any(agreement.problems for agreement in self.agreements if agreement.exact)
+
     def lines(self) -> list[str]:
         """What a person reads."""
         memory = f"host {self.host_mb_grown:+.0f} MB, device {self.device_mb_grown:+.0f} MB"
         return [
-            *(f"{name}: {words}" for name, words in self.agrees.items()),
+            *(f"{agreement.of}: {agreement.found}" for agreement in self.agreements),
             f"memory over {self.memory_batches} batches: {memory}",
         ]
 
-    def row(self, device: str, findings: Findings, gpu_decoder: GpuDecoder) -> str:
-        """The device's row of the table in docs/benchmarks.md."""
-        rates = findings.rates
-        exact = not any("JPEGs" not in problem for problem in self.problems)
-        cells = [
-            device,
-            gpu_decoder,
-            f"{rates.loader_images_per_s:,.0f}",
-            f"{rates.network_images_per_s:,.0f}",
-            f"{rates.train_images_per_s:,.0f}",
-            f"{rates.host_us_per_image:.1f}",
-            "bit for bit" if exact else "NO",
-            f"{self.host_mb_grown:+.0f} | {self.device_mb_grown:+.0f}",
-        ]
-        return f"| {' | '.join(cells)} |"
-
     def refuse_problems(self, device: torch.device) -> None:
         """Raises GpuCheckError if there are any."""
-        if self.problems:
-            raise GpuCheckError(f"the loader on {device} is not the CPU's: {'; '.join(self.problems)}")
+        problems = [f"{one.of}: {problem}" for one in self.agreements for problem in one.problems]
+        if problems:
+            raise GpuCheckError(f"the loader on {device} is not the CPU's: {'; '.join(problems)}")
 
 
 def check(
@@ -204,44 +193,41 @@ def check(
 
     Args:
         batch_size: images a batch.
-        steps: how many batches of each kind are compared.
+        steps: how many training batches, and as many of center crops, are compared.
     """
     info = read_dataset(data)
-    train, val = SplitReader(data, info, "train"), SplitReader(data, info, "val")
-    plan = Plan(len(train), min(batch_size, len(train)), 0, colour_matrix(info.rgb))
+    reader = SplitReader(data, info, "train")
+    plan = Plan(len(reader), min(batch_size, len(reader)), 0, colour_matrix(info.rgb))
     planned = list(itertools.islice(plan.epoch(0), steps))
-    center = list(itertools.islice(center_crops(np.arange(len(val))).chunks(batch_size), steps))
-    ten = list(itertools.islice(center_crops(np.arange(len(val))).chunks(max(1, batch_size // 10)), steps))
-
-    def run(
-        reader: Reader, batches: list[PlannedBatch], where: torch.device, ten_crop: bool = False
-    ) -> Iterator[Batch]:
-        largest = max(map(len, batches))
-        return Loader(reader, info.rgb, largest, where, threads, ten_crop, gpu_decoder).run(batches)
-
-    cpu = torch.device("cpu")
-    kinds = {"training": (train, planned, False), "center crop": (val, center, False), "ten crops": (val, ten, True)}
-    agrees, problems = {}, []
-    for name, (reader, batches, ten_crop) in kinds.items():
-        pixels = DecodedOnHost(reader)
-        wrong = equal(run(pixels, batches, cpu, ten_crop), run(pixels, batches, device, ten_crop))
-        agrees[f"{name}, from equal pixels"] = wrong or "equal to the CPU's, bit for bit"
-        problems += [f"{name}, from equal pixels: {wrong}"] if wrong else []
+    batches = [*planned, *(center_crops(batch.samples) for batch in planned)]
     cut = [part for batch in planned for part in batch.chunks(batch_size // 2 + 1)]
-    wrong = equal(run(train, planned, device), run(train, cut, device))
-    agrees["training, in batches of two sizes"] = wrong or "equal, bit for bit"
-    problems += [f"training, in batches of two sizes: {wrong}"] if wrong else []
-    for name, (reader, batches, ten_crop) in kinds.items():
-        found = compare(run(reader, batches, cpu, ten_crop), run(reader, batches, device, ten_crop))
-        agrees[f"{name}, from JPEGs"] = (
-            f"{found.images} images, mean absolute difference {found.mean:.3f} levels (worst image "
-            f"{found.worst_mean:.3f}), worst bias {found.worst_bias:.3f}, largest difference {found.largest:.0f}, "
-            f"at most {found.worst_beyond:.3%} of an image beyond {MAX_LEVELS:g}"
-        )
-        problems += [f"{name}, from JPEGs: {problem}" for problem in found.problems]
-    loader = Loader(train, info.rgb, plan.batch_size, device, threads, gpu_decoder=gpu_decoder)
-    host, on_device = memory_growth(loader, plan, memory_batches, device)
-    return GpuCheck(agrees, tuple(problems), host, on_device, memory_batches)
+    ten = list(center_crops(planned[0].samples).chunks(max(1, batch_size // 10)))
+
+    # A loader takes a second or more to build, so each runs all that it can.
+    def loaders(reader: Reader, largest: int, ten_crop: bool = False) -> list[Loader]:
+        return [
+            Loader(reader, info.rgb, largest, where, threads, ten_crop, gpu_decoder)
+            for where in (torch.device("cpu"), device)
+        ]
+
+    on_cpu, on_device = loaders(reader, plan.batch_size)
+    host_mb, device_mb = memory_growth(on_device, plan, memory_batches, device)
+    from_jpegs = compare(on_cpu.run(batches), on_device.run(batches))
+    whole = list(on_device.run(planned))
+    pixels = DecodedOnHost(reader)
+    plain = [loader.run(batches) for loader in loaders(pixels, plan.batch_size)]
+    ten_crops = [loader.run(ten) for loader in loaders(pixels, len(ten[0]), ten_crop=True)]
+    must_be_equal = {
+        "training and center crops, from equal pixels": equal(*plain),
+        "ten crops, from equal pixels": equal(*ten_crops),
+        "batches of two sizes on the device, from JPEGs": equal(whole, on_device.run(cut)),
+    }
+    agreements = [
+        Agreement(of, True, wrong or "equal, bit for bit", (wrong,) if wrong else ())
+        for of, wrong in must_be_equal.items()
+    ]
+    agreements.append(Agreement("training and center crops, from JPEGs", False, str(from_jpegs), from_jpegs.problems))
+    return GpuCheck(tuple(agreements), host_mb, device_mb, memory_batches)
 
 
 def memory_growth(loader: Loader, plan: Plan, count: int, device: torch.device) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Converting images in a child process: what a decoder's crash takes with it is that child and no more."""
+"""Converting images in a child process: a decoder that crashes or hangs costs that child and no more."""
 
 from __future__ import annotations
 
@@ -11,17 +11,25 @@ from pipeline.annotation import ShardError
 from pipeline.decode import ImageError
 from pipeline.resize import Converted, convert
 
+LIMIT_S = 1200.0  # Of an image. The slowest that is allowed, 80 megapixels of noise in a progressive JPEG, takes 11 s.
+
 
 class KilledError(RuntimeError):
     """The child was killed from outside, as for lack of memory: no proof against the image."""
 
 
 class IsolatedConverter:
-    """`convert` in a child process, which is started anew after each crash.
+    """`convert` in a child process, which is started anew after each crash or hang.
+
+    Args:
+        limit_s: how long one image may take.
 
     Raises:
         ShardError: if no child can be started.
     """
+
+    def __init__(self, limit_s: float = LIMIT_S) -> None:
+        self.limit_s = limit_s
 
     def __enter__(self) -> IsolatedConverter:
         self._start()
@@ -36,11 +44,16 @@ class IsolatedConverter:
         """See `pipeline.resize.convert`.
 
         Raises:
-            ImageError: also where the decoder crashes.
+            ImageError: also if the decoder crashes or hangs.
             KilledError: if the child is sent a SIGKILL.
         """
         try:
             self._pipe.send((data, quality))
+            if not self._pipe.poll(self.limit_s):
+                self._child.kill()
+                self._stop()
+                self._start()
+                raise ImageError(f"the decoder hangs (no result within {self.limit_s:g} s)")
             result = self._pipe.recv()
         # The child has ended.
         except (EOFError, ConnectionError) as error:

@@ -35,7 +35,7 @@ def reading() -> Iterator[None]:
 
 
 class Retry:
-    """Makes attempts for several threads; `count` is how many followed a failed one.
+    """Makes attempts for several threads.
 
     Args:
         report: told of each attempt that failed.
@@ -46,8 +46,6 @@ class Retry:
         self._report = report
         self._done = done
         self._stopped = threading.Event()
-        self._lock = threading.Lock()
-        self.count = 0
 
     def stop(self) -> None:
         """Lets nobody wait or try again: who does so now fails with the error they have."""
@@ -72,8 +70,6 @@ class Retry:
                 self._report(f"{what}: attempt {attempt} of {ATTEMPTS} failed ({error}); next in {wait:.1f} s")
                 if self._stopped.wait(wait):
                     raise
-                with self._lock:
-                    self.count += 1
         try:
             return action()
         except SourceReadError as error:

@@ -22,6 +22,7 @@ from pipeline.annotation import ShardError
 LOCK_FILE = ".job.lock"
 WORKERS_END_S = 60.0
 _JOB, _WORKERS = 0, 1  # The bytes.
+_EXCLUSIVE, _SHARED = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_SH | fcntl.LOCK_NB
 _POLL_S = 0.1
 _HELD = frozenset((errno.EAGAIN, errno.EACCES))
 _NO_LOCKS = frozenset((errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP))
@@ -57,7 +58,7 @@ class JobLock:
         self._file = self._lock()
         try:
             self.shut_out_workers()
-            _release(self._file, _WORKERS)
+            _set(self._file, _WORKERS, fcntl.LOCK_UN)
         except BaseException:
             os.close(self._file)
             raise
@@ -67,7 +68,7 @@ class JobLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # Where workers are still at work, as after an error, the next job must find their lock.
-        if _take(self._file, _WORKERS, fcntl.LOCK_EX):
+        if _set(self._file, _WORKERS, _EXCLUSIVE):
             self._path.unlink(missing_ok=True)
         os.close(self._file)
 
@@ -75,7 +76,7 @@ class JobLock:
         """Waits until no worker of this job or an earlier one is at work, and lets none begin."""
         deadline = time.monotonic() + self._patience_s
         told = False
-        while not _take(self._file, _WORKERS, fcntl.LOCK_EX):
+        while not _set(self._file, _WORKERS, _EXCLUSIVE):
             if time.monotonic() > deadline:
                 raise LockedError(
                     f"workers of a killed job or a lost node still write into {self._root}: "
@@ -90,7 +91,7 @@ class JobLock:
         while True:
             file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                if not _take(file, _JOB, fcntl.LOCK_EX, self._report):
+                if not _set(file, _JOB, _EXCLUSIVE, self._report):
                     holder = os.pread(file, 200, 0).decode("utf-8", "replace") or "just begun"
                     raise LockedError(
                         f"another job is at work on {self._root} ({holder}): wait for it to end, or give another "
@@ -123,17 +124,17 @@ def at_work(root: Path) -> Iterator[None]:
             "disk that all nodes share; run the same command again once it does"
         ) from error
     try:
-        if not _take(file, _WORKERS, fcntl.LOCK_SH):
+        if not _set(file, _WORKERS, _SHARED):
             raise LockedError(f"a worker found another job at work on {root}: run the same command again")
         yield
     finally:
         os.close(file)
 
 
-def _take(file: int, byte: int, kind: int, report: Callable[[str], None] | None = None) -> bool:
-    """Locks a byte, at once or not at all; whether it is ours, or the disk knows no locks."""
+def _set(file: int, byte: int, kind: int, report: Callable[[str], None] | None = None) -> bool:
+    """Locks a byte, at once or not at all, or unlocks it; whether that was done, or the disk knows no locks."""
     try:
-        fcntl.lockf(file, kind | fcntl.LOCK_NB, 1, byte)
+        fcntl.lockf(file, kind, 1, byte)
     except OSError as error:
         if error.errno in _HELD:
             return False
@@ -142,11 +143,3 @@ def _take(file: int, byte: int, kind: int, report: Callable[[str], None] | None 
         if report is not None:
             report(f"the disk of --output has no locks ({error.strerror}): see that no other job writes there")
     return True
-
-
-def _release(file: int, byte: int) -> None:
-    try:
-        fcntl.lockf(file, fcntl.LOCK_UN, 1, byte)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise

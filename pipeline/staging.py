@@ -189,8 +189,6 @@ def in_streams(actions: Sequence[Callable[[], int]], retry: Retry, report: Repor
             retry.stop()
             pool.shutdown(cancel_futures=True)
             raise
-    if retry.count:
-        report(f"{did} all, after {retry.count} retries")
 
 
 def _is_whole(path: Path, row: ShardRow) -> bool:

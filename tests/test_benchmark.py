@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -11,72 +10,66 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.benchmark import BenchmarkConfig, main
-from jobs.stages import ADVICE, Chains, Findings, Rates, Stages, stated_ms
+from jobs.benchmark import BenchmarkConfig, Rates, main, row
+from jobs.gpu_check import Agreement, GpuCheck
 
 ROOT = Path(__file__).resolve().parent.parent
-# Rates at which a batch of 100 takes 10 ms to read, 65 in the graph, 15 of them to augment; 100 forward and 300 with
-# backward.
-CHAINS = Chains(read=10_000.0, graph=100 / 0.065, augment=100 / 0.015, forward=1_000.0, gradients=100 / 0.3)
 
 
-def findings(loader_ms: float, network_ms: float, all_reduce: float | None = None, machines: int = 1) -> Findings:
+def rates(loader_ms: float, network_ms: float, exchange_ms: float = 0.0, machines: int = 1) -> Rates:
     """Of batches of 100 that take so long; training goes as the slower of the two."""
     slower = max(loader_ms, network_ms)
-    rates = Rates(2_000.0, 1e5 / loader_ms, 1e5 / network_ms, 1e5 / slower, 0.0, 2.5)
-    return Findings(rates, Stages.of(rates, CHAINS, 100, all_reduce), 2, 100, machines)
-
-
-def test_stages_are_what_each_chain_adds() -> None:
-    stages = findings(80.0, 310.0, 40.0).stages
-    expected = {"read": 10, "decode": 50, "augment": 15, "hand_over": 15, "forward": 100, "backward": 200, "update": 10}
-    assert dataclasses.asdict(stages) == pytest.approx({**expected, "all_reduce": 40})
-    # A whole measured a little faster than its part: that stage is 0, never less.
-    assert findings(50.0, 290.0).stages.hand_over == 0
-    assert findings(50.0, 290.0).stages.update == 0
+    return Rates(2_000.0, 1e5 / loader_ms, 1e5 / network_ms, 1e5 / slower, 0.0, 2.5, 2, 100, machines, exchange_ms)
 
 
 @pytest.mark.parametrize(
-    ("found", "limit", "words"),
+    ("found", "words", "advice"),
     [
-        (findings(80, 800), "update", "the network is the limit: update; the loader could feed 10.0 times as much"),
-        (findings(80, 310), "backward", "the network is the limit: backward; the loader could feed 3.9 times as much"),
+        (rates(80, 310), "the network is the limit; the loader could feed 3.9 times as much", "a faster device"),
         (
-            findings(330, 310),
-            "hand_over",
-            "the loader is the limit: hand-over, 2 threads; it gives 94% of what the network",
+            rates(65, 60),
+            "the loader is the limit, with 2 threads: it gives 92% of what the network takes and 77% of bare decoding",
+            "more cores",
         ),
-        (
-            findings(65, 60),
-            "decode",
-            "the loader is the limit: decode, 2 threads; it gives 92% of what the network takes",
-        ),
-        (findings(300, 310), "hand_over", "the loader is the limit: hand-over, 2 threads; it gives 103% of what"),
-        (findings(80, 310, 1000, 1), "backward", "the network is the limit: backward"),
-        (
-            findings(80, 310, 310, 4),
-            "all_reduce",
-            "the exchange between machines is the limit: all-reduce, 60% of a step",
-        ),
-        (findings(80, 310, None, 4), "backward", "the network is the limit: backward"),
+        (rates(300, 310), "the loader is the limit, with 2 threads: it gives 103% of what", "more cores"),
+        (rates(80, 310, 300, 4), "the network is the limit", "a faster device"),
+        (rates(80, 310, 465, 4), "the exchange between machines is the limit: 60% of a step on 4", "a larger batch"),
     ],
 )
-def test_the_verdict_names_the_stage_that_decides(found: Findings, limit: str, words: str) -> None:
-    assert found.limit == limit
-    assert found.verdict.startswith(words)
-    assert any(ADVICE[limit] in line for line in found.lines())
+def test_the_verdict_names_what_decides(found: Rates, words: str, advice: str) -> None:
+    assert found.verdict()[0].startswith(words)
+    assert any(line.startswith("to go faster: ") and advice in line for line in found.lines())
 
 
 def test_the_estimate_is_the_papers_ninety_epochs() -> None:
-    """Four machines, 100 images each in 310 ms, and 2 * 3 / 4 of a 40 ms exchange between two."""
-    assert findings(80, 310, 40, 4).hours == pytest.approx(90 * 1_281_167 / 400 * (0.310 + 0.060) / 3600)
-    assert findings(80, 310, 40, 1).hours == pytest.approx(90 * 1_281_167 / 100 * 0.310 / 3600)
-    # 250 MB at 10 Gbit/s: a fifth of a second.
-    assert stated_ms(250_000_000, 10.0) == pytest.approx(200.0)
+    assert rates(80, 310, 60, 4).hours == pytest.approx(90 * 1_281_167 / 400 * (0.310 + 0.060) / 3600)
+    assert rates(80, 310).hours == pytest.approx(90 * 1_281_167 / 100 * 0.310 / 3600)
 
 
-def test_what_was_not_measured_is_said() -> None:
-    assert "  all-reduce                  not measured: give --network-gbit" in findings(80, 310).lines()
+def test_the_exchange_follows_from_the_stated_bandwidth() -> None:
+    def exchange(machines: int, network_gbit: float | None) -> float:
+        return BenchmarkConfig(Path("."), machines=machines, network_gbit=network_gbit).exchange_ms(250_000_000)
+
+    # 250 MB at 10 Gbit/s take a fifth of a second; of four machines each sends 2 * 3 / 4 of them.
+    assert exchange(4, 10.0) == pytest.approx(300.0)
+    assert exchange(1, 10.0) == 0
+    assert exchange(4, None) == 0
+    assert "not counted (--network-gbit counts it)" in rates(80, 310, 0, 4).lines()[-1]
+
+
+def test_a_row_fits_the_table_of_the_benchmarks() -> None:
+    def printed(problems: tuple[str, ...], exact: bool) -> str:
+        checked = GpuCheck((Agreement("pixels", exact, "", problems),), 1.0, 2.0, 1000)
+        return row("a GPU", "cuda", rates(80, 310), checked)
+
+    assert printed((), True) == "| a GPU | cuda | 1,250 | 323 | 323 | 2.5 | bit for bit | +1, +2 |"
+    assert "| NO |" in printed(("a bit differs",), True)
+    # Two decoders may differ, and yet all is equal from equal pixels.
+    assert "| bit for bit |" in printed(("off by a level",), False)
+    header = next(
+        line for line in (ROOT / "docs" / "benchmarks.md").read_text().splitlines() if line.startswith("| device |")
+    )
+    assert printed((), True).count("|") == header.count("|")
 
 
 def test_checking_a_gpu_where_there_is_none_is_refused(shard_set: Path) -> None:
@@ -99,20 +92,15 @@ def test_the_benchmark_writes_its_rates(shard_set: Path, tmp_path: Path) -> None
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    rates = json.loads(out.read_text())
+    found = json.loads(out.read_text())
     # On a CPU, nothing feeds or is fed faster than its parts.
-    assert rates["decode_limit_images_per_s"] > rates["network_images_per_s"]
-    assert rates["loader_images_per_s"] > rates["network_images_per_s"]
-    assert rates["train_images_per_s"] > 0
-    assert 0 <= rates["data_wait"] < 1
-    assert 0 < rates["host_us_per_image"] < 1e4
-    assert rates["verdict"] in done.stdout
-    assert rates["advice"] in done.stdout
-    assert rates["hours_90_epochs"] > 0
-    times = rates["stages_ms"]
-    assert list(times) == ["read", "decode", "augment", "hand_over", "forward", "backward", "update", "all_reduce"]
-    assert all(value >= 0 for value in times.values())
-    # Stages of the network add up to its step; an all-reduce moves 4 bytes of each of 58 million parameters.
-    network = times["forward"] + times["backward"] + times["update"]
-    assert network >= 0.99 * 8e3 / rates["network_images_per_s"]
-    assert min(times["forward"], times["backward"], times["read"], times["decode"], times["all_reduce"]) > 0
+    assert found["decode_limit_images_per_s"] > found["network_images_per_s"]
+    assert found["loader_images_per_s"] > found["network_images_per_s"]
+    assert found["train_images_per_s"] > 0
+    assert 0 <= found["data_wait"] < 1
+    assert 0 < found["host_us_per_image"] < 1e4
+    assert found["verdict"] in done.stdout
+    assert found["advice"] in done.stdout
+    assert found["hours_90_epochs"] > 0
+    # The profiler's table names what convolves, forward and backward.
+    assert "convolution" in done.stdout

@@ -1,9 +1,11 @@
-"""A decoder that crashes costs one image: in a child process, in a shard, and in the job on Ray."""
+"""A decoder that crashes or hangs costs one image: in a child process, in a shard, and in the job on Ray."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.decode import ImageError
-from pipeline.isolation import IsolatedConverter
+from pipeline.isolation import LIMIT_S, IsolatedConverter
 from pipeline.resize import convert
 from pipeline.shards import BadImageError, build_in_steps
 from tests.photographs import encoded, photograph, write_source
@@ -63,6 +65,25 @@ def test_a_crash_is_the_images_fault_and_the_next_image_converts(
         with pytest.raises(ImageError, match=r"the decoder crashed \(signal 11\)"):
             child.convert(data + b"CRASH", 90)
         assert child.convert(data, 90) == expected
+
+
+def child_pid() -> int:
+    (process,) = multiprocessing.active_children()
+    assert process.pid is not None
+    return process.pid
+
+
+def test_a_decoder_that_hangs_is_killed_and_the_next_image_converts() -> None:
+    data = encoded(photograph(1, 300, 280))
+    with IsolatedConverter(limit_s=0.0) as child:
+        stopped = child_pid()
+        # A process that is stopped never answers.
+        os.kill(stopped, signal.SIGSTOP)
+        with pytest.raises(ImageError, match=r"the decoder hangs \(no result within 0 s\)"):
+            child.convert(data, 90)
+        assert child_pid() != stopped
+        child.limit_s = LIMIT_S
+        assert child.convert(data, 90) == convert(data, 90)
 
 
 def test_a_crashing_image_is_named_where_none_may_be_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
