@@ -68,7 +68,7 @@ def build_all(
             "would, give fewer --workers or remove the image, and run the same command again to continue"
         ) from error
     except OSError as error:
-        if isinstance(error, SourceReadError):
+        if isinstance(error, SourceReadError | ChildProcessError):
             raise
         raise ShardError(
             f"a shard could not be written to {output}: {error}; make room or give leave to write there, "

@@ -7,7 +7,6 @@ import signal
 from multiprocessing.connection import Connection
 from types import TracebackType
 
-from pipeline.annotation import ShardError
 from pipeline.decode import ImageError
 from pipeline.resize import Converted, convert
 
@@ -25,7 +24,7 @@ class IsolatedConverter:
         limit_s: how long one image may take.
 
     Raises:
-        ShardError: if no child can be started.
+        ChildProcessError: if no child can be started.
     """
 
     def __init__(self, limit_s: float = LIMIT_S) -> None:
@@ -82,7 +81,7 @@ class IsolatedConverter:
             self._pipe.recv()
         except EOFError as error:
             self._child.join()
-            raise ShardError(
+            raise ChildProcessError(
                 f"a process to decode images in did not start (status {self._child.exitcode}): see that there is "
                 "memory for it, and run the same command again to continue"
             ) from error
