@@ -32,11 +32,11 @@ def on_cluster() -> bool:
 def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
     """Joins the cluster that RAY_ADDRESS names (as `ray job submit` sets it), else starts Ray on this machine.
 
-    Leaves the one, or stops the other, at the end. A Ray started here has no dashboard and listens on loopback only:
-    whoever reaches its ports could run code.
+    A Ray started here ends with the context. It has no dashboard and listens on loopback only: whoever reaches its
+    ports could run code.
 
     Args:
-        cpus: what a locally started Ray shall offer; None for all of the machine's.
+        cpus: of a Ray started here; None for all of the machine's.
         options: more of ray.init's, for either.
 
     Raises:

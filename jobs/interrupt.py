@@ -126,15 +126,13 @@ def draining() -> str | None:
 
 
 class StopConsensus:
-    """The workers' exchange of what only some know: at most once a second, and the same answer on all.
-
-    Worker 0 decides by its clock and by what `news` tells it. The exchange is one all-reduce of 4 + workers numbers.
+    """The ranks' agreement on stops and checkpoints: one all-reduce of 4 + ranks numbers, at most once a second.
 
     Args:
-        worker: who this is.
+        worker: this rank, of which rank 0 decides.
         checkpoint_seconds: from one checkpoint to the next; None for no checkpoints by time.
-        news: on worker 0, why to stop, and which nodes are draining; None for neither.
-        say: tells a person.
+        news: on rank 0, why to stop, and which nodes are draining; None for neither.
+        say: prints a line.
         clock: seconds; a parameter for tests.
     """
 
@@ -157,11 +155,11 @@ class StopConsensus:
         self._slow = 0
 
     def checkpointed(self) -> None:
-        """A checkpoint was just written, for whatever reason."""
+        """A checkpoint was just written."""
         self._written = self._clock()
 
     def after_step(self, own_seconds: float) -> Due:
-        """What is due after a step of which this worker took `own_seconds` before it waited for others."""
+        """What to do after a step that took this rank `own_seconds` before it waited for others."""
         self._steps += 1
         self._own += own_seconds
         if self._steps < self._wait:
@@ -198,7 +196,7 @@ class StopConsensus:
         return float(stop is not None), float(new_drain), float(due), float(steps)
 
     def _tell_if_slow(self, own: list[float]) -> None:
-        """Says once that this worker is the one for whom the others wait, and again after it was not."""
+        """Prints once that the others wait for this rank, and again after it had caught up."""
         if len(own) < 2:
             return
         mine = own.pop(self._worker.rank)

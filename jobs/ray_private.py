@@ -13,9 +13,6 @@ from typing import Any
 
 from ray._private import ray_constants, services
 
-# No public setting reaches one worker module's logger, and silencing "ray.train" would hide tracebacks, too.
-UPLOAD_LOGGER = "ray.train.v2._internal.execution.context"
-
 
 def preemption_info() -> Any:
     """This worker's `ray.train.PreemptionInfo`, or None.

@@ -23,7 +23,6 @@ from jobs.hang import Watch, WatchedData
 from jobs.interrupt import StopConsensus, StopRequestPoller
 from jobs.keeping import Outbox, refuse_unseen, storage_error
 from jobs.ledger import Ledger
-from jobs.ray_private import UPLOAD_LOGGER
 from jobs.trackers import Tracked, Tracker, make_trackers
 from model.alexnet import AlexNet
 from model.guards import DivergedError
@@ -197,8 +196,6 @@ def _train(assignment: Assignment, watch: Watch) -> dict[str, Any]:
     # Ray Train logs every report of every worker through a logger that is none of "ray.train", so LoggingConfig, which
     # the driver sets, does not reach it.
     logging.getLogger().setLevel(logging.WARNING)
-    # An upload that failed is told by the driver in one line.
-    logging.getLogger(UPLOAD_LOGGER).setLevel(logging.CRITICAL)
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, getattr(torch, assignment.precision))

@@ -33,10 +33,6 @@ def test_no_other_file_uses_a_private_name_of_ray() -> None:
     assert found
 
 
-def test_the_upload_logger_is_the_one_of_ray_trains_context() -> None:
-    assert importlib.import_module(ray_private.UPLOAD_LOGGER).logger.name == ray_private.UPLOAD_LOGGER
-
-
 def test_the_train_context_has_the_preemption_context() -> None:
     context = importlib.import_module("ray.train.v2._internal.execution.context")
     assert "preemption_context" in inspect.signature(context.TrainContext).parameters
