@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import socket
@@ -12,14 +11,13 @@ from typing import Any
 
 import ray
 import ray.exceptions
-from ray._common.utils import get_default_ray_temp_dir
-from ray._private import ray_constants, services
+
+from jobs.ray_private import local_start
 
 RETRIES = 3
 CONNECT_SECONDS = 10
 
-# Ray's own switch for "this machine is all of the cluster": with it every part of Ray listens on 127.0.0.1 alone. It
-# reads the variable when it is imported, so the constant is set as well.
+# Ray's own switch: with it, every part of Ray listens on 127.0.0.1 only.
 LOOPBACK_SWITCH = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 # Gloo would listen at the address of the host's name, NCCL at that of the first network.
 LOOPBACK_INTERFACE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
@@ -34,11 +32,11 @@ def on_cluster() -> bool:
 def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
     """Joins the cluster that RAY_ADDRESS names (as `ray job submit` sets it), else starts Ray on this machine.
 
-    Leaves the one, or stops the other, at the end. A Ray started here has no dashboard and listens on loopback only:
-    whoever reaches its ports could run code.
+    A Ray started here ends with the context. It has no dashboard and listens on loopback only: whoever reaches its
+    ports could run code.
 
     Args:
-        cpus: what a locally started Ray shall offer; None for all of the machine's.
+        cpus: of a Ray started here; None for all of the machine's.
         options: more of ray.init's, for either.
 
     Raises:
@@ -56,7 +54,7 @@ def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
         cure = (
             "see `ray status` on that machine, and that both have the same versions of Ray and Python"
             if address
-            else f"see the logs below {get_default_ray_temp_dir()}, and the room there and in /dev/shm"
+            else "see the logs below RAY_TMPDIR (/tmp/ray by default), and the free space there and in /dev/shm"
         )
         raise ConnectionError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())}): {cure}") from error
     try:
@@ -68,29 +66,13 @@ def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
 def _start(address: str | None, cpus: int | None, options: dict[str, Any]) -> None:
     if address:
         ray.init(**options)
-    else:
-        ray_constants.ENABLE_RAY_CLUSTER = False
-        # Before the start: what Ray starts inherits them.
-        os.environ.update(LOOPBACK_SWITCH | LOOPBACK_INTERFACE)
-        # "local", because a bare init would join any Ray that happens to run on this machine.
-        # Its dashboard is a dozen more processes and 4 s more to wait for.
-        with _groups_of_their_own():
-            ray.init("local", num_cpus=cpus, include_dashboard=False, **options)
-
-
-@contextlib.contextmanager
-def _groups_of_their_own() -> Iterator[None]:
-    """Keeps what Ray starts out of this process's group.
-
-    A SIGTERM to the group, as timeout(1) sends it, would end Ray before a last checkpoint is written. Ray's processes
-    do not outlive this one all the same: the kernel kills them with it.
-    """
-    popen = services.ConsolePopen
-    services.ConsolePopen = functools.partial(popen, process_group=0)
-    try:
-        yield
-    finally:
-        services.ConsolePopen = popen
+        return
+    # Before the start: what Ray starts inherits them.
+    os.environ.update(LOOPBACK_SWITCH | LOOPBACK_INTERFACE)
+    # "local", because a bare init would join any Ray that happens to run on this machine.
+    # Its dashboard is a dozen more processes and 4 s more to wait for.
+    with local_start():
+        ray.init("local", num_cpus=cpus, include_dashboard=False, **options)
 
 
 def _refuse_unreachable(address: str) -> None:
@@ -114,42 +96,13 @@ def _refuse_unreachable(address: str) -> None:
 def in_parallel(
     function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], workers: int | None = None
 ) -> Iterator[tuple[int, Any]]:
-    """Runs a function once for each tuple of arguments, and yields each call's number and result as they end.
+    """`stream` for a plain function. A call whose worker dies, or that raises OSError, is made again, RETRIES times."""
 
-    No more run, or wait at Ray, than there are workers, so that a million calls take no more memory than a few. A call
-    whose worker dies, or that raises OSError, is made again, RETRIES times.
+    def answer(*arguments: Any) -> Iterator[Any]:
+        yield function(*arguments[:-1])
 
-    Args:
-        function: what to call; its name is what Ray shows.
-        workers: how many at a time; None for one a CPU, counted anew as nodes come and go.
-
-    Raises:
-        LostError: if Ray gave a call up.
-        BaseException: the function's own error, without Ray's wrapping.
-    """
-    task = ray.remote(function).options(
-        num_cpus=1, max_retries=RETRIES, retry_exceptions=[OSError], name=function.__name__
-    )
-    waiting = enumerate(calls)
-    running: dict[ray.ObjectRef, int] = {}
-    left = True
-    while left or running:
-        while left and len(running) < _slots(workers):
-            number, arguments = next(waiting, (-1, ()))
-            left = number >= 0
-            if left:
-                running[task.remote(*arguments)] = number
-        if running:
-            ready, _ = ray.wait(list(running), num_returns=1)
-            for reference in ready:
-                number = running.pop(reference)
-                try:
-                    result = ray.get(reference)
-                except ray.exceptions.RayTaskError as error:
-                    raise error.cause from error
-                except ray.exceptions.RayError as error:
-                    raise LostError(number, RETRIES + 1, type(error).__name__) from error
-                yield number, result
+    task = ray.remote(answer).options(num_cpus=1, max_retries=0, num_returns="streaming", name=function.__name__)
+    return stream(task, calls, workers, RETRIES + 1, (OSError,))
 
 
 class LostError(ValueError):
@@ -175,7 +128,7 @@ def stream(
     Args:
         task: a remote function with num_returns="streaming" and max_retries=0, which takes the number of its attempt,
             from 0, behind the arguments of a call.
-        workers: as in `in_parallel`.
+        workers: how many run at a time; None for one a CPU, counted anew as nodes come and go.
         attempts: how often a call is made whose worker or node dies.
         again: errors of the task's own after which its call is made again, too.
 

@@ -228,10 +228,10 @@ def check_all_reduce(places: ray.util.placement_group, bundle: dict[str, int], w
         "all ports between the nodes must be open; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, if set, must name the "
         "interface with the node's address, and be so before `ray start`; NCCL_DEBUG=INFO tells more"
     )
-    meeting = collect({0: ranks[0].meeting.remote()})[0]
-    if isinstance(meeting, NoAnswer):
-        return Finding("all-reduce", "failed", f"rank 0: {meeting.why}", cure)
-    calls = {rank: one.all_reduce.remote(meeting, rank, world, gpus, STEP_SECONDS / 2) for rank, one in ranks.items()}
+    store = collect({0: ranks[0].rendezvous.remote()})[0]
+    if isinstance(store, NoAnswer):
+        return Finding("all-reduce", "failed", f"rank 0: {store.why}", cure)
+    calls = {rank: one.all_reduce.remote(store, rank, world, gpus, STEP_SECONDS / 2) for rank, one in ranks.items()}
     answers = collect(calls, STEP_SECONDS)
     for one in ranks.values():
         ray.kill(one)

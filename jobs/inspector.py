@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from jobs.network import join, open_meeting
+from jobs.network import join, open_store
 from pipeline.dataset import DatasetError, read_dataset
 from pipeline.staging import read_remote_dataset
 from pipeline.storage import is_url, open_location
@@ -157,11 +157,11 @@ class Inspector:
 class Rank:
     """One rank of an all-reduce, as a Ray actor where a training worker would be."""
 
-    def meeting(self) -> tuple[str, int]:
-        """Where the others meet this one: the node's address, and a port."""
-        return open_meeting()
+    def rendezvous(self) -> tuple[str, int]:
+        """Opens the rendezvous store; its address and port."""
+        return open_store()
 
-    def all_reduce(self, meeting: tuple[str, int], rank: int, world: int, gpus: bool, seconds: float) -> list[float]:
+    def all_reduce(self, store: tuple[str, int], rank: int, world: int, gpus: bool, seconds: float) -> list[float]:
         """Sums a gradient over all ranks; the seconds of each round.
 
         Raises:
@@ -169,7 +169,7 @@ class Rank:
             RuntimeError: if a rank cannot be reached in time.
         """
         device = torch.device("cuda" if gpus else "cpu")
-        join(meeting, rank, world, "nccl" if gpus else "gloo", timedelta(seconds=seconds))
+        join(store, rank, world, "nccl" if gpus else "gloo", timedelta(seconds=seconds))
         times = []
         try:
             for number in range(ROUNDS + 1):

@@ -1,7 +1,7 @@
 """Stops that are announced: SIGTERM or Ctrl-C to the driver, SIGTERM to a worker, and a spot node's drain.
 
-Whoever gets the signal leaves a word in the cluster's key-value store; worker 0 looks for it in a thread of its own,
-and the workers' next exchange (`Beat`) tells all of them, so that they write one checkpoint at the same step.
+Whoever gets the signal writes the reason to the file STOP in the run's folder. A thread of rank 0 polls it, and the
+ranks' next exchange (`StopConsensus`) tells all of them, so that they write one checkpoint at the same step.
 """
 
 from __future__ import annotations
@@ -14,45 +14,49 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
-import ray
+import ray.train
 import torch
-from ray.experimental import internal_kv
-from ray.train.v2._internal.execution.callback import WorkerCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.context import get_train_context
 from torch import distributed
 
+from jobs.ray_private import preemption_info
 from model.training import Due, Worker
+from pipeline.storage import join, open_location
 
-LOOK_SECONDS = 1.0
-BEAT_SECONDS = 1.0  # Between exchanges; a step that takes longer has one each.
+POLL_SECONDS = 1.0
+EXCHANGE_SECONDS = 1.0  # Between exchanges; a step that takes longer has one each.
 AGAIN_SECONDS = 1.0  # A person who insists takes longer than timeout(1), which signals the process and its group.
 SLOW = 2.0  # Times the other workers' median
 SLOW_EXCHANGES = 3  # In a row, before it is said: any machine stumbles.
-_NAMESPACE = "alexnet-trainer"
+_STOP_FILE = "STOP"
 
 
-def _key() -> str:
-    return f"stop/{ray.get_runtime_context().get_job_id()}"
+def clear_stop_request(run: str) -> None:
+    """Before a run's start: an empty file, because a mounted folder may hide a new file for a minute, not its text."""
+    request_stop(run, "")
 
 
-def ask_to_stop(reason: str) -> None:
-    """Leaves the word for this job's workers; the first reason stays."""
-    internal_kv._internal_kv_put(_key(), reason, overwrite=False, namespace=_NAMESPACE)
+def request_stop(run: str, reason: str) -> None:
+    """Stops the run in a folder, a path or URL; a person may do so by `echo WHY > STORAGE/NAME/STOP`."""
+    filesystem, path = open_location(join(run, _STOP_FILE))
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(reason.encode())
 
 
-def asked_to_stop() -> str | None:
-    """Why this job's workers shall stop, or None."""
-    word = internal_kv._internal_kv_get(_key(), namespace=_NAMESPACE)
-    return None if word is None else word.decode()
+def stop_requested(run: str) -> str | None:
+    """Why the run shall stop, or None."""
+    filesystem, path = open_location(join(run, _STOP_FILE))
+    # A storage that fails now may answer the next time.
+    with contextlib.suppress(OSError), filesystem.open_input_stream(path) as stream:
+        return stream.read().decode("utf-8", "replace").strip() or None
+    return None
 
 
 @contextlib.contextmanager
-def signals_stop() -> Iterator[None]:
+def signals_stop(run: str) -> Iterator[None]:
     """While it lasts, SIGTERM or SIGINT (Ctrl-C) to this process, the driver, asks the workers to stop.
 
-    A later one is a KeyboardInterrupt.
+    A later one raises KeyboardInterrupt.
     """
     seen = threading.Event()
     over = threading.Event()
@@ -66,15 +70,15 @@ def signals_stop() -> Iterator[None]:
             raise KeyboardInterrupt
         seen.set()
 
-    def tell() -> None:
+    def request() -> None:
         # In a thread, because a handler may interrupt the very call to Ray that it would make.
         seen.wait()
         if not over.is_set():
             line = f"{name}: a checkpoint is written after the step under way; a second one leaves without it"
             print(line, file=sys.stderr, flush=True)
-            ask_to_stop(f"{name} to the driver")
+            request_stop(run, f"{name} to the driver")
 
-    threading.Thread(target=tell, daemon=True).start()
+    threading.Thread(target=request, daemon=True).start()
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
     for signum, was in before.items():
         # Shells let what they start in the background, and nohup lets all, live through a Ctrl-C.
@@ -89,34 +93,30 @@ def signals_stop() -> Iterator[None]:
         seen.set()
 
 
-_dismissed = threading.Event()
+_shutting_down = threading.Event()
 """In a worker: Ray Train is about to end this process, for which Ray uses SIGTERM, too."""
 
 
-class SigtermInWorkers(WorkerGroupCallback, WorkerCallback):
-    """Lets SIGTERM to a worker ask all of them to stop, instead of ending that one."""
-
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        worker_group.execute(_ask_on_sigterm)
-
-    def before_worker_shutdown(self) -> None:
-        _dismissed.set()
+def ignore_sigterm() -> None:
+    """In a worker, before Ray Train ends it."""
+    _shutting_down.set()
 
 
-def _ask_on_sigterm() -> None:
+def stop_on_sigterm(run: str) -> None:
+    """In a worker's main thread: SIGTERM asks all workers to stop, instead of ending this one."""
+    where = f"rank {ray.train.get_context().get_world_rank()} on {socket.gethostname()}"
+
     def handle(signum: int, frame: object) -> None:
         # At the end of a drain Ray ends the node's workers so; the run goes on without them.
-        if not _dismissed.is_set() and draining() is None:
-            where = f"rank {ray.train.get_context().get_world_rank()} on {socket.gethostname()}"
-            threading.Thread(target=ask_to_stop, args=(f"SIGTERM to {where}",), daemon=True).start()
+        if not _shutting_down.is_set() and draining() is None:
+            threading.Thread(target=request_stop, args=(run, f"SIGTERM to {where}"), daemon=True).start()
 
     signal.signal(signal.SIGTERM, handle)
 
 
 def draining() -> str | None:
     """Which of the run's nodes are about to be taken away, as this worker has been told, or None."""
-    # ray.train.get_preemption_info would have all workers call one actor at each look.
-    info = get_train_context().preemption_context.preemption_info
+    info = preemption_info()
     if info is None:
         return None
     left = f", {info.deadline_ms / 1000 - time.time():.0f} s left" if info.deadline_ms else ""
@@ -125,16 +125,14 @@ def draining() -> str | None:
     )
 
 
-class Beat:
-    """The workers' exchange of what only some know: at most once a second, and the same answer on all.
-
-    Worker 0 decides by its clock and by what `news` tells it. The exchange is one all-reduce of 4 + workers numbers.
+class StopConsensus:
+    """The ranks' agreement on stops and checkpoints: one all-reduce of 4 + ranks numbers, at most once a second.
 
     Args:
-        worker: who this is.
+        worker: this rank, of which rank 0 decides.
         checkpoint_seconds: from one checkpoint to the next; None for no checkpoints by time.
-        news: on worker 0, why to stop, and which nodes are draining; None for neither.
-        say: tells a person.
+        news: on rank 0, why to stop, and which nodes are draining; None for neither.
+        say: prints a line.
         clock: seconds; a parameter for tests.
     """
 
@@ -157,11 +155,11 @@ class Beat:
         self._slow = 0
 
     def checkpointed(self) -> None:
-        """A checkpoint was just written, for whatever reason."""
+        """A checkpoint was just written."""
         self._written = self._clock()
 
     def after_step(self, own_seconds: float) -> Due:
-        """What is due after a step of which this worker took `own_seconds` before it waited for others."""
+        """What to do after a step that took this rank `own_seconds` before it waited for others."""
         self._steps += 1
         self._own += own_seconds
         if self._steps < self._wait:
@@ -181,7 +179,7 @@ class Beat:
         return Due.CHECKPOINT if drain or due else Due.NOTHING
 
     def _decide(self) -> tuple[float, float, float, float]:
-        """Worker 0's word: stop, checkpoint for a drain, checkpoint by the clock, steps until the next exchange."""
+        """Rank 0's decision: stop, checkpoint for a drain, checkpoint by the clock, steps until the next exchange."""
         now = self._clock()
         step_seconds = (now - self._last) / self._steps
         self._last = now
@@ -194,11 +192,11 @@ class Beat:
         elif new_drain:
             self._say(f"draining: {drain}; writing a checkpoint, then going on until the node is taken")
         due = self._checkpoint_seconds is not None and now - self._written >= self._checkpoint_seconds
-        steps = max(1, min(1000, int(BEAT_SECONDS / step_seconds))) if step_seconds > 0 else 1
+        steps = max(1, min(1000, int(EXCHANGE_SECONDS / step_seconds))) if step_seconds > 0 else 1
         return float(stop is not None), float(new_drain), float(due), float(steps)
 
     def _tell_if_slow(self, own: list[float]) -> None:
-        """Says once that this worker is the one for whom the others wait, and again after it was not."""
+        """Prints once that the others wait for this rank, and again after it had caught up."""
         if len(own) < 2:
             return
         mine = own.pop(self._worker.rank)
@@ -211,18 +209,19 @@ class Beat:
             )
 
 
-class Lookout:
-    """Worker 0's thread that asks the cluster once a second whether to stop."""
+class StopRequestPoller:
+    """Rank 0's thread that looks for a stop request once a second."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: str) -> None:
+        self._run = run
         self._stop: str | None = None
-        threading.Thread(target=self._look, daemon=True).start()
+        threading.Thread(target=self._poll, daemon=True).start()
 
     def news(self) -> tuple[str | None, str | None]:
         """Why to stop, and which nodes are draining."""
         return self._stop, draining()
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         while self._stop is None:
-            self._stop = asked_to_stop()
-            time.sleep(LOOK_SECONDS)
+            self._stop = stop_requested(self._run)
+            time.sleep(POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""How the ranks of a run find and reach each other: the network interface, and the store where they meet.
+"""How the ranks of a run find and reach each other: the network interface, and the rendezvous store.
 
 Left alone, Gloo listens at the address that the host's name resolves to (127.0.1.1 on a Debian), NCCL takes the first
 interface that it likes, and torch's store listens on every address of rank 0's machine. Here all three use the address
@@ -20,7 +20,7 @@ from torch import distributed
 SIOCGIFADDR, SIOCGIFNETMASK = 0x8915, 0x891B  # netdevice(7)
 GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 
-_meeting: distributed.TCPStore | None = None  # Rank 0's store lives as long as its process.
+_store: distributed.TCPStore | None = None  # Rank 0's, open as long as its process.
 
 
 def interfaces() -> dict[str, ipaddress.IPv4Interface]:
@@ -68,33 +68,33 @@ def use_node_interface() -> None:
         os.environ.update({variable: f"={name}" if variable == NCCL else name for variable in unnamed})
 
 
-def open_meeting() -> tuple[str, int]:
-    """Opens the store where the ranks meet, in rank 0's process, at the node's address and nowhere else.
+def open_store() -> tuple[str, int]:
+    """Opens the rendezvous store in rank 0's process, at the node's address only.
 
     Returns:
         Its address and port.
     """
-    global _meeting
+    global _store
     host = ray.util.get_node_ip_address()
     listener = socket.create_server((host, 0), backlog=4096)
     port = listener.getsockname()[1]
     # Nothing but a socket that is bound already keeps the store from listening on all addresses; it closes it, too.
-    _meeting = distributed.TCPStore(
+    _store = distributed.TCPStore(
         host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
     )
     return host, port
 
 
-def join(meeting: tuple[str, int], rank: int, world: int, backend: str, timeout: timedelta) -> None:
+def join(address: tuple[str, int], rank: int, world: int, backend: str, timeout: timedelta) -> None:
     """Makes this process a rank of torch's process group.
 
     Args:
-        meeting: what `open_meeting` gave in rank 0's process.
+        address: what `open_store` returned in rank 0's process.
         rank: this process's.
         world: how many there are.
         backend: gloo or nccl.
         timeout: of this and of every collective operation.
     """
     use_node_interface()
-    store = _meeting if rank == 0 else distributed.TCPStore(*meeting, is_master=False, timeout=timeout)
+    store = _store if rank == 0 else distributed.TCPStore(*address, is_master=False, timeout=timeout)
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)

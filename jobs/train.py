@@ -29,7 +29,7 @@ from jobs.backend import NodeTorchConfig, NodeTrainer
 from jobs.checkpoint import Identity
 from jobs.cli import run
 from jobs.cluster import connected, on_cluster
-from jobs.interrupt import SigtermInWorkers, signals_stop
+from jobs.interrupt import clear_stop_request, signals_stop
 from jobs.keeping import Keeper, StorageError, mend_list, storage_error
 from jobs.ledger import LedgerError, prove
 from jobs.nodes import Node, alive_nodes, refuse_unshared
@@ -228,7 +228,7 @@ def launch(
     trainer = NodeTrainer(
         train_worker,
         train_loop_config=assignment,
-        torch_config=NodeTorchConfig(),
+        torch_config=NodeTorchConfig(run=run_location),
         scaling_config=ScalingConfig(
             num_workers=(workers.fewest, workers.most) if workers.elastic else workers.most,
             elastic_resize_monitor_interval_s=config.resize_seconds,
@@ -239,7 +239,7 @@ def launch(
             name=config.name,
             storage_path=path,
             storage_filesystem=filesystem,
-            callbacks=[StopOnDamage(), Keeper(run_location, config.max_failures), SigtermInWorkers()],
+            callbacks=[StopOnDamage(), Keeper(run_location, config.max_failures)],
             logging_config=LoggingConfig("WARNING"),  # at INFO, every report of every worker is a line
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(
@@ -247,8 +247,9 @@ def launch(
             ),
         ),
     )
+    clear_stop_request(run_location)
     try:
-        with signals_stop():
+        with signals_stop(run_location):
             outcome = trainer.fit().return_value
     except TrainingFailedError as error:
         cause = error.controller_failure if isinstance(error, ControllerError) else None

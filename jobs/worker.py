@@ -20,7 +20,7 @@ from jobs.checkpoint import CHECKPOINT_PREFIX, Identity
 from jobs.data import WorkerData
 from jobs.device import processor
 from jobs.hang import Watch, WatchedData
-from jobs.interrupt import Beat, Lookout
+from jobs.interrupt import StopConsensus, StopRequestPoller
 from jobs.keeping import Outbox, refuse_unseen, storage_error
 from jobs.ledger import Ledger
 from jobs.trackers import Tracked, Tracker, make_trackers
@@ -91,15 +91,16 @@ class Reporter:
         self._ledger = Ledger(assignment.run, worker)
         self._ledger.begin(*divmod(start, steps))
         self._outbox = Outbox(assignment.run) if worker.rank == 0 else None
-        news = Lookout().news if worker.rank == 0 else lambda: (None, None)
-        self._beat = Beat(worker, assignment.checkpoint_seconds, news, functools.partial(print, flush=True))
+        news = StopRequestPoller(assignment.run).news if worker.rank == 0 else lambda: (None, None)
+        say = functools.partial(print, flush=True)
+        self._consensus = StopConsensus(worker, assignment.checkpoint_seconds, news, say)
         self._steps = steps
         self._epochs = assignment.recipe.epochs
         self._trackers = trackers
 
     def trained(self, trainer: Trainer, batches: Sequence[LabelledImages], own_seconds: float) -> Due:
         self._ledger.add(self._first, np.concatenate([cast(Batch, batch).samples for batch in batches]))
-        return self._beat.after_step(own_seconds)
+        return self._consensus.after_step(own_seconds)
 
     def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
         if self._rank != 0:
@@ -164,7 +165,7 @@ class Reporter:
                 self._outbox.send(metrics, folder)
         except (OSError, SafetensorError) as error:
             raise storage_error(self._run, error) from error
-        self._beat.checkpointed()
+        self._consensus.checkpointed()
 
     def wait(self) -> None:
         """Until the last checkpoint is committed."""
@@ -195,8 +196,6 @@ def _train(assignment: Assignment, watch: Watch) -> dict[str, Any]:
     # Ray Train logs every report of every worker through a logger that is none of "ray.train", so LoggingConfig, which
     # the driver sets, does not reach it.
     logging.getLogger().setLevel(logging.WARNING)
-    # An upload that failed is told by the driver in one line.
-    logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.CRITICAL)
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, getattr(torch, assignment.precision))

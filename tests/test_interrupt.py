@@ -11,7 +11,7 @@ import torch
 from ray.train import ControllerError
 
 from jobs.checkpoint import RUN_FILE
-from jobs.interrupt import Beat
+from jobs.interrupt import StopConsensus, clear_stop_request, request_stop, stop_requested
 from jobs.keeping import Keeper, StorageError, mend_list, storage_error
 from model.training import Due, Worker
 from tests.ranks import run_ranks
@@ -31,13 +31,13 @@ class Time:
 
 def test_checkpoints_come_by_the_clock_and_count_from_the_last_one() -> None:
     clock = Time()
-    beat = Beat(Worker(0, 1, CPU), 10.0, lambda: (None, None), print, clock)
+    consensus = StopConsensus(Worker(0, 1, CPU), 10.0, lambda: (None, None), print, clock)
     due = []
     for step in range(1, 13):
         clock.now += 3
-        found = beat.after_step(0.1)
+        found = consensus.after_step(0.1)
         if found is Due.CHECKPOINT or step == 6:
-            beat.checkpointed()
+            consensus.checkpointed()
             due.append((step, found))
     assert due == [(4, Due.CHECKPOINT), (6, Due.NOTHING), (10, Due.CHECKPOINT)]
 
@@ -50,10 +50,10 @@ def test_short_steps_are_exchanged_once_a_second() -> None:
         looks += 1
         return None, None
 
-    beat = Beat(Worker(0, 1, CPU), None, news, print, clock)
+    consensus = StopConsensus(Worker(0, 1, CPU), None, news, print, clock)
     for _ in range(1000):
         clock.now += 0.0101
-        beat.after_step(0.001)
+        consensus.after_step(0.001)
     assert 10 <= looks <= 12
 
 
@@ -61,11 +61,11 @@ def test_a_word_to_stop_is_followed_and_a_drain_has_one_checkpoint() -> None:
     said: list[str] = []
     clock = Time()
     news = iter([(None, None), (None, "node a"), (None, "node a"), (None, "node a"), ("SIGTERM to the driver", None)])
-    beat = Beat(Worker(0, 1, CPU), None, lambda: next(news), said.append, clock)
+    consensus = StopConsensus(Worker(0, 1, CPU), None, lambda: next(news), said.append, clock)
     found = []
     for _ in range(5):
         clock.now += 2
-        found.append(beat.after_step(0.1))
+        found.append(consensus.after_step(0.1))
     assert found == [Due.NOTHING, Due.CHECKPOINT, Due.NOTHING, Due.NOTHING, Due.STOP]
     assert said == [
         "draining: node a; writing a checkpoint, then going on until the node is taken",
@@ -73,21 +73,21 @@ def test_a_word_to_stop_is_followed_and_a_drain_has_one_checkpoint() -> None:
     ]
 
 
-def beats(rank: int, world: int, folder: Path) -> None:
+def exchange(rank: int, world: int, folder: Path) -> None:
     """Three workers whose clocks differ; only worker 0's and its news count, and worker 2 is slow for a while."""
     clock = Time()
     said: list[str] = []
     news = iter([(None, None)] * 9 + [("stop", None)])
-    beat = Beat(Worker(rank, world, CPU), 10.0, lambda: next(news), said.append, clock)
+    consensus = StopConsensus(Worker(rank, world, CPU), 10.0, lambda: next(news), said.append, clock)
     found = []
     for step in range(10):
         clock.now += 4 if rank == 0 else 100.0 * rank
-        found.append(beat.after_step(3.0 if rank == 2 and step not in (0, 3) else 1.0).name)
+        found.append(consensus.after_step(3.0 if rank == 2 and step not in (0, 3) else 1.0).name)
     (folder / f"{rank}.json").write_text(json.dumps([found, said]))
 
 
 def test_all_workers_find_the_same_due_and_the_slow_one_says_so(tmp_path: Path) -> None:
-    run_ranks(3, tmp_path, beats, tmp_path)
+    run_ranks(3, tmp_path, exchange, tmp_path)
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
     # Nobody tells these workers that the checkpoint was written, so it stays due.
     assert [found for found, _ in results] == [["NOTHING", "NOTHING", *["CHECKPOINT"] * 7, "STOP"]] * 3
@@ -97,6 +97,15 @@ def test_all_workers_find_the_same_due_and_the_slow_one_says_so(tmp_path: Path) 
     (line,) = results[2][1]
     assert line.startswith("rank 2 on ")
     assert "is slow: 3.00 s a step for its data and forward pass, the others 1.00 s" in line
+
+
+def test_a_stop_request_is_cleared_made_and_read(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    assert stop_requested(run) is None
+    request_stop(run, "SIGTERM to the driver")
+    assert stop_requested(run) == "SIGTERM to the driver"
+    clear_stop_request(run)
+    assert stop_requested(run) is None
 
 
 def test_a_half_written_list_of_checkpoints_is_mended(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def loop():
 with connected(2):
     run = RunConfig(name="run", storage_path=str(storage))
     scale = ScalingConfig(num_workers=2)
-    TorchTrainer(loop, torch_config=NodeTorchConfig(), scaling_config=scale, run_config=run).fit()
+    TorchTrainer(loop, torch_config=NodeTorchConfig(run=str(storage)), scaling_config=scale, run_config=run).fit()
 """
 
 

@@ -38,7 +38,9 @@ class InterruptedRunError(Exception):
 
 
 class NoCluster:
-    """Stands for who watches the cluster for a wish to stop."""
+    """Stands for what polls for a stop request."""
+
+    def __init__(self, run: str) -> None: ...
 
     def news(self) -> tuple[None, None]:
         return None, None
@@ -136,7 +138,7 @@ def test_the_rate_is_drawn_as_steps_and_the_filters_apart() -> None:
 def test_a_plateau_run_ends_itself_the_same_when_it_was_interrupted(
     tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.worker.Lookout", NoCluster)
+    monkeypatch.setattr("jobs.worker.StopRequestPoller", NoCluster)
     whole = train(tiny_set, tmp_path / "whole")
     decisions = [row["epoch"] for row in whole.progress.history if row["reason"]]
     assert whole.progress.schedule.stopped

@@ -37,8 +37,8 @@ def test_two_signals_at_once_ask_once_and_a_later_one_leaves(
     signum: signal.Signals, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     asked: queue.Queue[str] = queue.Queue()
-    monkeypatch.setattr(interrupt, "ask_to_stop", asked.put)
-    with interruptible(), signals_stop():
+    monkeypatch.setattr(interrupt, "request_stop", lambda run, reason: asked.put(reason))
+    with interruptible(), signals_stop("run"):
         # As timeout(1) does: one to the process, one to its group.
         os.kill(os.getpid(), signum)
         os.kill(os.getpid(), signum)
@@ -55,7 +55,7 @@ def test_what_was_started_to_live_through_a_ctrl_c_does() -> None:
     """As a shell starts what goes to the background."""
     before, other = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
     try:
-        with signals_stop():
+        with signals_stop("run"):
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) is not other
         assert signal.getsignal(signal.SIGTERM) is other
