@@ -74,9 +74,10 @@ def _axes(history: list[dict[str, Any]]) -> Axes:
     axes.set_xlim(0, history[-1]["epoch"] + 0.2)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
-    for number, row in enumerate(row for row in history if row["reason"]):
-        label = "the rate drops, or the run stops" if number == 0 else None
-        axes.axvline(row["epoch"], linestyle="--", linewidth=1, color="gray", label=label)
+    decisions = [row["epoch"] for row in history if row["reason"]]
+    if decisions:
+        style = {"linestyles": "--", "linewidth": 1, "color": "gray", "transform": axes.get_xaxis_transform()}
+        axes.vlines(decisions, 0, 1, label="the rate drops, or the run stops", **style)
     return axes
 
 
@@ -93,14 +94,7 @@ def filters(weights: NDArray[np.float32]) -> str:
 
 
 def photograph(image: NDArray[np.uint8], truth: int, top: Sequence[tuple[int, float]], names: list[str]) -> str:
-    """An image beside its most probable classes: the paper's figure 4 (left).
-
-    Args:
-        image: [height, width, 3].
-        truth: its class.
-        top: the most probable classes and their probabilities.
-        names: of all classes.
-    """
+    """An image of class `truth` beside its most probable (class, probability): the paper's figure 4 (left)."""
     figure = Figure(figsize=(4.4, 1.5))
     left, right = figure.add_axes((0, 0, 1.5 / 4.4, 1)), figure.add_axes((0.36, 0, 0.64, 1))
     left.imshow(image)
@@ -115,13 +109,7 @@ def photograph(image: NDArray[np.uint8], truth: int, top: Sequence[tuple[int, fl
 
 
 def neighbors(images: Sequence[NDArray[np.uint8]], labels: Sequence[int], names: list[str]) -> str:
-    """A validation image, then the training images nearest to it: the paper's figure 4 (right).
-
-    Args:
-        images: each [height, width, 3].
-        labels: their classes.
-        names: of all classes.
-    """
+    """A validation image, then the training images nearest to it, by class: the paper's figure 4 (right)."""
     figure = Figure(figsize=(1.5 * len(images), 1.7), layout="constrained")
     for i, axes in enumerate(figure.subplots(1, len(images))):
         axes.imshow(images[i])

@@ -73,16 +73,7 @@ class ReportConfig:
 def page(
     name: str, state: State, network: AlexNet, events: Events, rates: dict[str, Any], images: dict[str, Any]
 ) -> str:
-    """The whole page.
-
-    Args:
-        name: the run's.
-        state: its newest.
-        network: its best checkpoint's.
-        events: what was tracked.
-        rates: by the names of RATES; may be empty.
-        images: what `gallery` gave; may be empty.
-    """
+    """The whole page: of the newest state, the best checkpoint's network, and what `read_rates` and `gallery` gave."""
     history = state.progress.history
     measured = [(meaning, f"{rates[key]:,.1f} images/s") for key, meaning in RATES.items() if key in rates]
     if "data_wait" in rates:
