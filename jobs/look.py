@@ -1,8 +1,8 @@
-"""One picture of a training batch as the network sees it: each image as stored, its window, and what colour does to it.
+"""One picture of a training batch as the network sees it.
 
-A row an image, from left to right: the stored 256 x 256 pixels with the window that this epoch cuts; the window,
-mirrored or not, before its colour shift; the same as the network gets it, but for the mean, which is added again; and
-the colour shift many times over, which the network never sees, since the paper's is too small for most eyes.
+A row an image, from left to right: the stored 256 x 256 pixels with this epoch's crop marked; the crop as the network
+gets it, flipped or not and with its color shift, but for the mean, which is added again; and the same with a larger
+color shift, which the network never sees, since the paper's is hardly visible. `--exaggerate 0` shows it without.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from pipeline.plan import CROP_SIZE, Augmentation, Plan, colour_matrix
 from pipeline.rgb_stats import MAX_LEVEL
 from pipeline.split_reader import SplitReader
 
-ROW_INCHES = 2.55
-WIDTH_INCHES = 11.5
+ROW_INCHES = 3.2
+WIDTH_INCHES = 10.5
 DPI = 100
-MARK = "#ff2d95"  # A colour that photographs rarely have.
+MARK = "#ff2d95"  # A color that photographs rarely have.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +52,9 @@ class LookConfig:
     seed: int = 0
     """The training run's seed."""
     colour: Literal["eigenvalue", "std", "none"] = "eigenvalue"
-    """How the colour shift scales, as in the recipe."""
+    """How the color shift scales, as in the recipe."""
     exaggerate: float = 8.0
-    """In the last column the colour shift is so many times as large."""
+    """In the last column the color shift is so many times as large."""
 
     def __post_init__(self) -> None:
         if self.images < 1 or self.batch_size < 1 or self.epoch < 0 or self.step < 0:
@@ -67,12 +67,10 @@ class Seen:
 
     stored: NDArray[np.uint8]
     """[n, 256, 256, 3]"""
-    window: NDArray[np.uint8]
-    """[n, 227, 227, 3]: cut and mirrored, without the colour shift."""
     network: NDArray[np.uint8]
-    """[n, 227, 227, 3]: as the network gets it, the mean added again."""
+    """[n, 227, 227, 3]: as the network gets it, with the mean added again."""
     exaggerated: NDArray[np.uint8]
-    """[n, 227, 227, 3]: with a larger colour shift."""
+    """[n, 227, 227, 3]: with a larger color shift."""
     drawn: Augmentation
     samples: NDArray[np.int64]
     """[n]: their rows in the sample index."""
@@ -81,7 +79,7 @@ class Seen:
 
 
 def look(config: LookConfig, info: DatasetInfo, reader: SplitReader) -> Seen:
-    """Runs the loader on one batch and undoes, in the pixels that came out of it, the mean and the colour shift.
+    """Runs the loader on one batch and adds, to the pixels that come out of it, the mean and more of the color shift.
 
     Raises:
         ValueError: if the epoch has no such step.
@@ -98,7 +96,6 @@ def look(config: LookConfig, info: DatasetInfo, reader: SplitReader) -> Seen:
     shift = drawn.shifts[:, None, None, :].astype(np.float64)
     return Seen(
         stored=np.stack([reader.decoded(sample) for sample in planned.samples.tolist()]),
-        window=levels(network - shift),
         network=levels(network),
         exaggerated=levels(network + (config.exaggerate - 1) * shift),
         drawn=drawn,
@@ -118,47 +115,31 @@ def picture(seen: Seen, config: LookConfig, summary: str) -> Figure:
     figure = Figure(figsize=(WIDTH_INCHES, ROW_INCHES * rows + 1.5), layout="constrained")
     figure.suptitle(summary, fontsize=12)
     headings = (
-        "stored, 256 x 256,\nand the window cut from it",
-        "the window, 227 x 227,\nmirrored or not",
-        "what the network sees\n(its colour shift added)",
-        f"colour shift x {config.exaggerate:g}: for the eye only,\nthe network never sees this",
+        "stored, 256 x 256,\nand the crop",
+        "what the network sees,\n227 x 227",
+        f"color shift x {config.exaggerate:g}: for the eye only,\nthe network never sees this",
     )
-    grid = figure.subplots(rows, 4, squeeze=False)
+    grid = figure.subplots(rows, len(headings), squeeze=False)
     for row, axes in enumerate(grid):
         top, left = (int(offset) for offset in seen.drawn.crops[row])
-        mirrored = bool(seen.drawn.flips[row])
-        red, green, blue = seen.drawn.shifts[row]
-        show(axes[0], around(seen.stored[row], top, left), f"{seen.names[row]}, image {seen.samples[row]}")
+        shift = seen.drawn.shifts[row]
+        crop = f"top {top}, left {left}" + (", flipped" if seen.drawn.flips[row] else "")
+        show(axes[0], seen.stored[row], f"{seen.names[row]}, image {seen.samples[row]}\n{crop}")
         axes[0].add_patch(Rectangle((left - 0.5, top - 0.5), CROP_SIZE, CROP_SIZE, fill=False, color=MARK, linewidth=2))
-        show(axes[1], seen.window[row], f"top {top}, left {left}" + (", mirrored" if mirrored else ""))
-        if mirrored:
-            axes[1].xaxis.label.set(color=MARK, fontweight="bold")
-        show(axes[2], seen.network[row], f"red {red:+.1f}, green {green:+.1f}, blue {blue:+.1f} levels")
-        factor = config.exaggerate
-        show(axes[3], seen.exaggerated[row], f"{factor * red:+.0f}, {factor * green:+.0f}, {factor * blue:+.0f}")
+        show(axes[1], seen.network[row], "red {:+.1f}, green {:+.1f}, blue {:+.1f} levels".format(*shift))
+        show(axes[2], seen.exaggerated[row], "{:+.0f}, {:+.0f}, {:+.0f}".format(*config.exaggerate * shift))
     for axes, heading in zip(grid[0], headings, strict=True):
         axes.set_title(heading, fontsize=11, fontweight="bold")
     return figure
 
 
-def around(image: NDArray[np.uint8], top: int, left: int) -> NDArray[np.uint8]:
-    """A stored image with what lies outside its window faded."""
-    faded = 255 - (255 - image) // 3
-    inside = slice(top, top + CROP_SIZE), slice(left, left + CROP_SIZE)
-    faded[inside] = image[inside]
-    return faded
-
-
 def show(axes: Axes, image: NDArray[np.uint8], caption: str) -> None:
-    """An image with a caption; pixels are equally large in all, so that a window looks smaller than its source."""
+    """An image with a caption, all at one scale, so that a crop looks smaller than its source."""
     axes.imshow(image, interpolation="nearest")
     room = (IMAGE_SIZE - len(image)) / 2 + 0.5
-    axes.set_xlim(-room, len(image) - 1 + room)
-    axes.set_ylim(len(image) - 1 + room, -room)
+    axes.set(xlim=(-room, len(image) - 1 + room), ylim=(len(image) - 1 + room, -room), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.set_xlabel(caption, fontsize=10)
+    axes.set_xlabel(caption, fontsize=10, parse_math=False)
 
 
 def main(config: LookConfig) -> None:
@@ -169,7 +150,7 @@ def main(config: LookConfig) -> None:
     summary = (
         f"Epoch {config.epoch + 1}, step {config.step + 1} of {config.data.name}, seed {config.seed}: "
         f"the first {len(seen.samples)} images of the batch.\n"
-        f"Colour: three draws of N(0, 0.1) along the components of the set's RGB, {shares} of its variance"
+        f"Color: three draws of N(0, 0.1) along the components of the set's RGB, {shares} of its variance"
     )
     buffer = io.BytesIO()
     with mpl.rc_context({"font.family": "sans-serif"}):

@@ -1,34 +1,35 @@
-"""One HTML page about a run; no other file is needed to read it.
+"""One self-contained HTML page about a run.
 
-Its curves with the schedule's decisions, its first layer's filters, its settings; with --data also what the network
-makes of the images: their most probable classes, their nearest neighbours by fc7, and the classes it confuses most.
+It shows the curves with the schedule's decisions, the first layer's filters and the settings. With --data it also shows
+images with their most probable classes, nearest neighbors by fc7, and the classes most often confused.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 
 from jobs import charts, checkpoint
-from jobs.answers import Asker
 from jobs.checkpoint import CheckpointError, State
 from jobs.cli import run
 from jobs.device import choose_device
 from jobs.evaluate import local_checkpoint
-from jobs.gallery import gallery
-from jobs.page import STYLE, epochs_table, table
+from jobs.predictions import Predictions, Predictor, confusions
 from jobs.trackers import EVENTS, Events, read_events
 from jobs.worker import make_network
 from model.alexnet import AlexNet
-from pipeline.dataset import read_dataset, write_atomically
+from pipeline.dataset import DatasetInfo, read_dataset, write_atomically
+from pipeline.split_reader import SplitReader
 from pipeline.storage import join
 
+TEMPLATE = "report.html.j2"  # Beside this file
+WORST = 20  # Classes in the table of confusions
 RATES = {
     "decode_limit_images_per_s": "decoding the JPEGs whole, the limit",
     "loader_images_per_s": "the loader alone",
@@ -69,54 +70,51 @@ class ReportConfig:
                 raise ValueError(f"--{field.replace('_', '-')} is {getattr(self, field)}; it must be at least 1")
 
 
-def page(name: str, state: State, network: AlexNet, events: Events, rates: dict[str, Any], images: str) -> str:
-    """The whole page.
-
-    Args:
-        name: the run's.
-        state: its newest.
-        network: its best checkpoint's.
-        events: what was tracked.
-        rates: by the names of RATES; may be empty.
-        images: the sections about a shard set; may be empty.
-    """
+def page(
+    name: str, state: State, network: AlexNet, events: Events, rates: dict[str, Any], images: dict[str, Any]
+) -> str:
+    """The whole page: of the newest state, the best checkpoint's network, and what `read_rates` and `gallery` gave."""
     history = state.progress.history
-    best = min(history, key=lambda row: float(row["top1_error"]))
-    classes = len(state.identity.wnids)
-    recipe = [(key, str(value)) for key, value in dataclasses.asdict(state.identity.recipe).items()]
-    facts = [("classes", str(classes)), ("shard set", state.identity.dataset)]
-    facts += [("machine", text) for text in events.machines]
     measured = [(meaning, f"{rates[key]:,.1f} images/s") for key, meaning in RATES.items() if key in rates]
     if "data_wait" in rates:
         measured.append(("waiting for data", f"{rates['data_wait']:.1%} of the training time"))
-    decisions = "".join(f"<li>{html.escape(row['reason'])}</li>" for row in history if row["reason"])
     per_epoch = history[0]["images"] / state.identity.recipe.batch_size
     within = {tag: [(step / per_epoch, value) for step, value in points] for tag, points in events.scalars.items()}
-    caption = "The 96 filters of the first layer, each scaled by its largest weight (the paper's figure 3)"
-    return "\n".join(
-        [
-            '<!doctype html><html lang="en"><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{html.escape(name)}</title><style>{STYLE}</style>",
-            f"<h1>Run {html.escape(name)}</h1>",
-            f"<p>{len(history)} epochs; lowest validation error {best['top1_error']:.1%} top-1, "
-            f"{best['top5_error']:.1%} top-5 after epoch {best['epoch']}. Guessing among {classes} classes: "
-            f"{1 - 1 / classes:.1%}.</p>",
-            f'<div class="charts">{"".join(charts.charts(history, within))}</div>',
-            f"<h2>The schedule's decisions</h2><ul>{decisions}</ul>" if decisions else "",
-            "<h2>First layer</h2>",
-            charts.png(charts.filters(network.conv1.weight.detach().cpu().numpy()), caption),
-            images,
-            "<h2>Epochs</h2>",
-            epochs_table(history),
-            f"<h2>Rates, by jobs/benchmark.py</h2>{table(measured)}" if measured else "",
-            "<h2>Data and machine</h2>",
-            table(facts),
-            "<h2>Settings</h2>",
-            table(recipe),
-            "</html>",
-        ]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
+    return environment.get_template(TEMPLATE).render(
+        name=name,
+        history=history,
+        best=min(history, key=lambda row: float(row["top1_error"])),
+        classes=len(state.identity.wnids),
+        curves=charts.curves(history, within),
+        filters=charts.filters(network.conv1.weight.detach().cpu().numpy()),
+        images=images,
+        rates=measured,
+        facts=[("shard set", state.identity.dataset), *(("machine", text) for text in events.machines)],
+        settings=dataclasses.asdict(state.identity.recipe).items(),
+    )
+
+
+def gallery(predictions: Predictions, data: Path, info: DatasetInfo) -> dict[str, Any]:
+    """What the page shows of a shard set."""
+    val, train = (SplitReader(data, info, split) for split in ("val", "train"))
+    names = [label.name for label in info.classes]
+    neighbors = []
+    for i, nearest in enumerate(predictions.nearest.tolist()):
+        pixels = [val.decoded(i), *(train.decoded(sample) for sample in nearest)]
+        neighbors.append(charts.neighbors(pixels, [val.labels[i], *train.labels[nearest]], names))
+    return {
+        "photographs": [
+            charts.photograph(val.decoded(i), val.labels[i], top, names) for i, top in enumerate(predictions.top)
+        ],
+        "neighbors": neighbors,
+        "confusions": confusions(predictions.val_labels, predictions.predicted, len(names))[:WORST],
+        "names": names,
+        "searched": {"val": len(predictions.val_labels), "train": predictions.train_images},
+        "available": {"val": len(val), "train": len(train)},
+    }
 
 
 def read_rates(path: Path) -> dict[str, Any]:
@@ -148,13 +146,13 @@ def main(config: ReportConfig) -> None:
         network = make_network(checkpoint.read_state(folder).identity)
         checkpoint.load_network(folder, network)
     network.to(memory_format=torch.channels_last).to(device).eval()
-    images = ""
+    images: dict[str, Any] = {}
     if config.data is not None:
         info = read_dataset(config.data)
         checkpoint.refuse_other_classes(state.identity, info, location, str(config.data))
-        asker = Asker(network, state.identity.rgb, config.batch_size, device, config.threads)
-        answers = asker.ask(config.data, info, config.images, config.shown, config.queries)
-        images = gallery(answers, config.data, info)
+        predictor = Predictor(network, state.identity.rgb, config.batch_size, device, config.threads)
+        predictions = predictor.predict(config.data, info, config.images, config.shown, config.queries)
+        images = gallery(predictions, config.data, info)
     events = read_events(join(location, EVENTS))
     write_atomically(config.output, page(config.name, state, network, events, rates, images).encode())
     print(f"report: {config.output}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.dataset import DatasetInfo, write_atomically
-from pipeline.rgb_stats import MAX_LEVEL, RgbMoments, RgbStatistics
+from pipeline.rgb_stats import MAX_LEVEL, RgbStatistics
 from pipeline.split_reader import SplitReader
 
 SHEET_FILE = "contact_sheet.jpg"
@@ -27,6 +28,7 @@ SHARDS_READ = 16  # Of 1250 mixed images of 1000 classes each: about 20 images o
 ROWS, COLUMNS = 10, 8
 TILE, GAP = 128, 6  # Pixels.
 LABEL_WIDTH, HEAD, MARGIN = 230, 84, 24
+LABEL_LETTERS = 20  # A line of a class's name; what is wider still lies under the images.
 INK, FAINT, PAPER = "#1b1b1b", "#6b6b6b", "#ffffff"
 
 # The values of ImageNet that most programs carry, from fb.resnet.torch (datasets/imagenet.lua), RGB in [0, 1]; columns
@@ -34,9 +36,9 @@ INK, FAINT, PAPER = "#1b1b1b", "#6b6b6b", "#ffffff"
 IMAGENET_EIGENVALUES = (0.2175, 0.0188, 0.0045)
 IMAGENET_EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
-LEAST_EIGENVALUE = 1e-3  # Of the plot; that of one grey level is a hundredth of it.
-ALPHA_STD = 0.1  # Of the paper's colour shift, section 4.1.
-COMPONENT_COLOURS = ("#1b1b1b", "#c2571a", "#6b3fa0")
+LEAST_EIGENVALUE = 1e-3  # Of the plot; that of one gray level is a hundredth of it.
+ALPHA_STD = 0.1  # Of the paper's color shift, section 4.1.
+COMPONENT_COLORS = ("#1b1b1b", "#c2571a", "#6b3fa0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,7 @@ def contact_sheet(info: DatasetInfo, rows: Sequence[Row]) -> bytes:
     for number, row in enumerate(rows):
         top = HEAD + number * (TILE + GAP)
         label = info.classes[row.label]
-        lines = _wrapped(label.name.replace("_", " "), middle, LABEL_WIDTH - 16)
+        lines = textwrap.wrap(label.name.replace("_", " "), LABEL_LETTERS, max_lines=3, placeholder=" ...")
         for i, line in enumerate(lines):
             draw.text((MARGIN, top + 4 + 22 * i), line, INK, middle)
         detail = f"label {row.label}" if label.wnid == label.name else f"label {row.label}, {label.wnid}"
@@ -110,31 +112,11 @@ def contact_sheet(info: DatasetInfo, rows: Sequence[Row]) -> bytes:
     return buffer.getvalue()
 
 
-def _wrapped(text: str, font: Any, width: int, most: int = 3) -> list[str]:
-    """A text in up to `most` lines of `width` pixels; what is too long ends in dots."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if not lines[-1] or font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    if len(lines) > most:
-        lines = [*lines[: most - 1], f"{lines[most - 1]} ..."]
-    cut = []
-    for line in lines:
-        short = line
-        while font.getlength(short) > width:
-            short = f"{short.removesuffix('...')[:-1]}..."
-        cut.append(short)
-    return cut
-
-
 def pca_figure(rgb: RgbStatistics, images: Sequence[NDArray[np.uint8]]) -> bytes:
-    """A PNG: pixels and eigenvectors in the cube of colours, both beside ImageNet's values, and what each does.
+    """A PNG: pixels and eigenvectors in the cube of colors, both beside ImageNet's values, and what each does.
 
     Args:
-        images: each [height, width, 3]; pixels of all are shown, and one with typical colours is shifted.
+        images: each [height, width, 3]; pixels of all are shown, and one with typical colors is shifted.
     """
     # Half a second to import, which the workers that build shards never need.
     import matplotlib as mpl
@@ -157,7 +139,7 @@ def _pca_figure(rgb: RgbStatistics, images: Sequence[NDArray[np.uint8]]) -> byte
     shift = ", ".join(f"{ALPHA_STD * value * MAX_LEVEL:.1f}" for value in rgb.eigenvalues)
     explained = (
         "One standard deviation (SD) along each component, taken away and added. "
-        f"Training shifts by 0.1 eigenvalues (SD): {shift} grey levels."
+        f"Training shifts by 0.1 eigenvalues (SD): {shift} gray levels."
     )
     figure.text(0.5, 0.277, explained, ha="center", va="center", fontsize=11)
     _draw_shifts(figure.add_axes((0.012, 0.0, 0.976, 0.23)), rgb, images)
@@ -168,7 +150,7 @@ def _pca_figure(rgb: RgbStatistics, images: Sequence[NDArray[np.uint8]]) -> byte
 
 
 def _draw_cube(axes: Any, rgb: RgbStatistics, pixels: NDArray[np.uint8]) -> None:
-    """Pixels where their colours are, and the components through their mean.
+    """Pixels at their colors, and the components through their mean.
 
     Args:
         pixels: [pixels, 3].
@@ -176,14 +158,14 @@ def _draw_cube(axes: Any, rgb: RgbStatistics, pixels: NDArray[np.uint8]) -> None
     points = pixels / MAX_LEVEL
     axes.scatter(*points.T, c=points, s=9, linewidths=0, depthshade=False)
     mean, vectors = np.array(rgb.mean), np.array(rgb.eigenvectors)
-    for i, colour in enumerate(COMPONENT_COLOURS):
+    for i, color in enumerate(COMPONENT_COLORS):
         reach = vectors[:, i] * np.sqrt(rgb.eigenvalues[i])
         ends = np.stack([mean - reach, mean + reach])
         axes.plot(*ends.T, color="white", linewidth=7, zorder=5)
-        axes.plot(*ends.T, color=colour, linewidth=4, zorder=6)
+        axes.plot(*ends.T, color=color, linewidth=4, zorder=6)
         place = mean + reach + 0.06 * vectors[:, i]
-        box = {"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": colour}
-        axes.text(*place, str(i + 1), color=colour, ha="center", va="center", fontweight="bold", bbox=box, zorder=7)
+        box = {"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": color}
+        axes.text(*place, str(i + 1), color=color, ha="center", va="center", fontweight="bold", bbox=box, zorder=7)
     for name, axis in zip(("red", "green", "blue"), (axes.xaxis, axes.yaxis, axes.zaxis), strict=True):
         axis.set_label_text(name)
         axis.set_ticks([0, 0.5, 1], ["0", "0.5", "1"])
@@ -197,11 +179,11 @@ def _draw_cube(axes: Any, rgb: RgbStatistics, pixels: NDArray[np.uint8]) -> None
 
 def _draw_values(axes: Any, rgb: RgbStatistics) -> None:
     places = np.arange(3)
-    for offset, numbers, name, colour in (
+    for offset, numbers, name, color in (
         (-0.2, rgb.eigenvalues, "this set", "#2b6cb0"),
         (0.2, IMAGENET_EIGENVALUES, "ImageNet, as widely used", "#b8c4d0"),
     ):
-        bars = axes.bar(places + offset, np.maximum(numbers, LEAST_EIGENVALUE), 0.38, label=name, color=colour)
+        bars = axes.bar(places + offset, np.maximum(numbers, LEAST_EIGENVALUE), 0.38, label=name, color=color)
         axes.bar_label(bars, [f"{number:.4f}" for number in numbers], padding=2)
     axes.set_yscale("log")
     axes.set_ylim(LEAST_EIGENVALUE, 1)
@@ -217,11 +199,11 @@ def _draw_vectors(axes: Any, rgb: RgbStatistics) -> None:
     own, known = np.array(rgb.eigenvectors), np.array(IMAGENET_EIGENVECTORS)
     # A vector's sign has no meaning.
     known = known * np.where((own * known).sum(axis=0) < 0, -1, 1)
-    for channel, colour in enumerate(("#c53030", "#2f855a", "#2b6cb0")):
+    for channel, color in enumerate(("#c53030", "#2f855a", "#2b6cb0")):
         for component in range(3):
             middle = component + (channel - 1) * 0.27
-            axes.bar(middle - 0.055, own[channel, component], 0.11, color=colour)
-            axes.bar(middle + 0.055, known[channel, component], 0.11, color=colour, alpha=0.4)
+            axes.bar(middle - 0.055, own[channel, component], 0.11, color=color)
+            axes.bar(middle + 0.055, known[channel, component], 0.11, color=color, alpha=0.4)
             # On the free side of the zero line.
             place = (0, -11) if own[channel, component] > 0 else (0, 4)
             axes.annotate("RGB"[channel], (middle, 0), place, textcoords="offset points", ha="center", fontsize=9)
@@ -234,33 +216,27 @@ def _draw_vectors(axes: Any, rgb: RgbStatistics) -> None:
 def _mark_components(axes: Any) -> None:
     axes.set_xticks(range(3), [f"component {i + 1}" for i in range(3)])
     axes.spines[["top", "right"]].set_visible(False)
-    for text, colour in zip(axes.get_xticklabels(), COMPONENT_COLOURS, strict=True):
-        text.set(color=colour, fontweight="bold")
+    for text, color in zip(axes.get_xticklabels(), COMPONENT_COLORS, strict=True):
+        text.set(color=color, fontweight="bold")
 
 
 def _draw_shifts(axes: Any, rgb: RgbStatistics, images: Sequence[NDArray[np.uint8]]) -> None:
     """A strip of one image, shifted along each component."""
-    image = min(images, key=lambda image: _difference(image, rgb)).astype(np.float64)
+    mean = MAX_LEVEL * np.array(rgb.mean)
+    # One with typical colors.
+    image = min(images, key=lambda image: float(np.abs(image.mean((0, 1)) - mean).sum())).astype(np.float64)
     panels = [("as stored", INK, image)]
-    for i, colour in enumerate(COMPONENT_COLOURS):
+    for i, color in enumerate(COMPONENT_COLORS):
         shift = MAX_LEVEL * np.sqrt(rgb.eigenvalues[i]) * np.array(rgb.eigenvectors)[:, i]
         panels += [
-            (f"component {i + 1}: - SD", colour, image - shift),
-            (f"component {i + 1}: + SD", colour, image + shift),
+            (f"component {i + 1}: - SD", color, image - shift),
+            (f"component {i + 1}: + SD", color, image + shift),
         ]
     height, width = image.shape[:2]
     step = width + 3 * GAP
     strip = np.full((height, step * len(panels) - 3 * GAP, 3), float(MAX_LEVEL))
-    for i, (title, colour, shifted) in enumerate(panels):
+    for i, (title, color, shifted) in enumerate(panels):
         strip[:, i * step : i * step + width] = shifted
-        axes.text(i * step + width / 2, -10, title, ha="center", va="bottom", fontsize=10, color=colour)
+        axes.text(i * step + width / 2, -10, title, ha="center", va="bottom", fontsize=10, color=color)
     axes.imshow(np.clip(strip, 0, MAX_LEVEL).round().astype(np.uint8))
     axes.axis("off")
-
-
-def _difference(image: NDArray[np.uint8], rgb: RgbStatistics) -> float:
-    """How far an image's colours are from the whole set's, by mean and covariance."""
-    own = RgbStatistics.of(RgbMoments.of(image))
-    return sum(
-        float(np.abs(np.subtract(getattr(own, name), getattr(rgb, name))).sum()) for name in ("mean", "covariance")
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -32,11 +31,9 @@ def test_the_demo_on_ones_own_images(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "$ ray job submit" in done.stdout
-    assert "guessing among 3 classes would have 66.7%" in done.stdout
-    for name, crops in (("centre", 1), ("ten_crops", 10)):
-        result = json.loads((tmp_path / "demo" / f"{name}.json").read_text())
-        assert (result["images"], result["crops"]) == (3, crops)
-        assert 0 <= result["top1_error"] <= 1
+    assert "Guessing among 3 classes would have 66.7%" in done.stdout
+    for crops in ("centre crop", "ten crops"):
+        assert f"{crops}, 3 images" in done.stdout
     assert "<svg" in (tmp_path / "demo" / "report.html").read_text()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from jobs import charts, checkpoint
-from jobs.answers import Asker
 from jobs.checkpoint import Identity
-from jobs.gallery import gallery
-from jobs.report import page
+from jobs.predictions import Confusion, Predictor, confusions
+from jobs.report import gallery, page
 from jobs.trackers import EVENTS, Tracked, make_trackers, read_events
 from jobs.worker import Assignment, Reporter, WorkerData, make_network
 from model.recipe import RECIPES
@@ -110,28 +112,34 @@ def learnt(progress: Progress) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if "seconds" not in name} for row in progress.history]
 
 
-def test_the_rate_is_drawn_as_steps_and_the_filters_apart() -> None:
-    history: list[dict[str, Any]]
-    history = [{"epoch": epoch, "lr": rate, "reason": ""} for epoch, rate in ((1, 0.1), (2, 0.1), (3, 0.01))]
+def test_the_rate_is_drawn_as_steps() -> None:
+    measured = dict.fromkeys(("train_loss", "val_loss", "train_error", "top1_error", "top5_error"), 0.5)
+    rates = ((1, 0.1), (2, 0.1), (3, 0.01))
+    history = [{**measured, "epoch": epoch, "lr": rate, "reason": ""} for epoch, rate in rates]
     for within in ({}, {"train/lr": [(0.5, 0.1), (1.5, 0.1), (2.5, 0.01), (3.0, 0.01)]}):
-        drawing = charts.svg(charts._rate(history, within), "rate")
+        drawing = charts.curves(history, within)["Learning rate"]
         (drawn,) = re.findall(rf'<path d="([^"]+)"[^>]*stroke: {charts.TRAINING}', drawing)
         points = np.array(re.findall(r"[-.\d]+", drawn), np.float64).reshape(-1, 2)
         moves = np.abs(np.diff(points, axis=0)) > 0.01
         assert moves.any(axis=0).all()
         assert not moves.all(axis=1).any()
 
+
+def test_each_filter_is_drawn_by_itself() -> None:
     weights = np.random.default_rng(0).normal(size=(96, 3, 11, 11)).astype(np.float32)
-    picture = charts.filters(weights)
-    assert picture.shape == (6 * 12 - 1, 16 * 12 - 1, 4)
-    assert np.count_nonzero(picture[..., 3]) == 96 * 11 * 11
-    for number, weight in enumerate(weights):
-        y, x = 12 * (number // 16), 12 * (number % 16)
-        shown = picture[y : y + 11, x : x + 11].astype(np.float64)
-        np.testing.assert_allclose(
-            shown[..., :3] / 127.5 - 1, weight.transpose(1, 2, 0) / np.abs(weight).max(), atol=0.005
-        )
-        assert (shown[..., 3] == 255).all()
+    images = re.findall(r"data:image/png;base64,\s*([^\"]+)", charts.filters(weights))
+    for image, weight in zip(images, weights, strict=True):
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB"), np.float64)
+        np.testing.assert_allclose(shown / 127.5 - 1, weight.transpose(1, 2, 0) / np.abs(weight).max(), atol=0.01)
+
+
+def test_confusions_start_with_the_worst_class() -> None:
+    labels, predicted = np.array([0, 0, 0, 1, 1, 3]), np.array([0, 1, 1, 1, 3, 3])
+    assert confusions(labels, predicted, 4) == [
+        Confusion(label=0, images=3, wrong=2, mistaken_for=1, as_that=2),
+        Confusion(label=1, images=2, wrong=1, mistaken_for=3, as_that=1),
+        Confusion(label=3, images=1, wrong=0, mistaken_for=0, as_that=0),
+    ]
 
 
 @pytest.mark.slow
@@ -164,15 +172,20 @@ def test_a_plateau_run_ends_itself_the_same_when_it_was_interrupted(
     network = make_network(state.identity).eval()
     checkpoint.load_network(tmp_path / "parts", network)
     info = read_dataset(tiny_set)
-    answers = Asker(network, state.identity.rgb, 4, CPU.device, 1).ask(tiny_set, info, images=100, shown=8, queries=3)
+    # A class's name is text, never markup or a formula.
+    info = dataclasses.replace(info, classes=tuple(dataclasses.replace(c, name="<b>$x$ 中") for c in info.classes))
+    predictor = Predictor(network, state.identity.rgb, 4, CPU.device, 1)
+    predictions = predictor.predict(tiny_set, info, images=100, shown=8, queries=3)
     events = read_events(str(tmp_path / "parts" / EVENTS))
     # One value an epoch: what the interruption made happen twice is there once.
     assert [step for step, _ in events.scalars["train/loss"]] == [2 * row["epoch"] for row in parts.progress.history]
-    text = page("parts", state, network, events, {}, gallery(answers, tiny_set, info))
+    text = page("parts", state, network, events, {}, gallery(predictions, tiny_set, info))
     (tmp_path / "report.html").write_text(text)
     for epoch in decisions:
         assert text.count(f"<li>epoch {epoch}: error ") == 1
     assert text.count("stopping, the rate was reduced 3 times</li>") == 1
-    assert (text.count("<svg"), text.count("data:image/png"), text.count('class="thumbnail"')) == (4, 1, 8 + 3 * 7)
+    assert (text.count("<svg"), text.count("<image")) == (3 + 1 + 8 + 3, 96 + 8 + 3 * 7)
+    assert "<b>" not in text
+    assert "&lt;b&gt;$x$ 中" in text
     assert text.count("this machine") == 1
     assert 'src="http' not in text

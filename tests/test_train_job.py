@@ -135,7 +135,7 @@ def test_a_runs_folder_stands_for_its_best_checkpoint(run: Path, shard_set: Path
     done = call("report", "--storage", run.parent, "--name", run.name, "--output", tmp_path / "report.html")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 3 + 1
     assert f"{lowest:.1%} top-1" in page
 
 
