@@ -32,7 +32,7 @@ from jobs.cluster import connected, on_cluster
 from jobs.interrupt import SigtermInWorkers, signals_stop
 from jobs.keeping import Keeper, StorageError, mend_list, storage_error
 from jobs.ledger import LedgerError, prove
-from jobs.nodes import Node, alive_nodes, refuse_unshared
+from jobs.nodes import Node, alive_nodes, check_shared
 from jobs.trackers import refuse_missing
 from jobs.train_config import TrainConfig, Workers
 from jobs.worker import Assignment, train_worker
@@ -292,11 +292,11 @@ def refuse_local_paths(config: TrainConfig) -> None:
     mount = "a folder of the same path on a mount that all nodes have"
     if not is_url(config.storage):
         folder = os.path.abspath(os.path.join(config.storage, config.name))
-        refuse_unshared("--storage", folder, f"give a URL (s3://, gs://) or {mount}")
+        check_shared("--storage", folder, f"give a URL (s3://, gs://) or {mount}")
     if not is_url(config.data):
         # --stage copies on each node from --data, which therefore must be seen there, too.
         cure = f"copy the set to an object store and give its URL and --stage, or give {mount}"
-        refuse_unshared("--data", os.path.abspath(config.data), cure, marker=DATASET_FILE)
+        check_shared("--data", os.path.abspath(config.data), cure, marker=DATASET_FILE)
 
 
 def ledger_line(run: str, plan: Plan) -> str:

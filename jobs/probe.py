@@ -1,0 +1,88 @@
+"""What the doctor tries where a training worker would be: the device, and the exchange with the other ranks."""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+from datetime import timedelta
+from typing import Literal
+
+import numpy as np
+import ray
+import torch
+from PIL import Image
+from torch import distributed
+
+from jobs.network import join, open_meeting
+from pipeline.graph import define
+
+GRADIENT = 62_378_344  # float32 values that a step's all-reduce sums: AlexNet's parameters.
+ROUNDS = 3
+TIMEOUT = timedelta(seconds=60)
+
+
+class Rank:
+    """A Ray actor."""
+
+    def address(self) -> str:
+        """Of its node."""
+        return str(ray.util.get_node_ip_address())
+
+    def use_device(self, device: Literal["cpu", "gpu"]) -> str:
+        """Runs torch and the DALI graph of training on the device; its name.
+
+        Raises:
+            RuntimeError: torch's or DALI's, if they cannot use it.
+        """
+        name = "CPU"
+        if device == "gpu":
+            torch.ones(1, device="cuda").sum().item()
+            name = torch.cuda.get_device_name()
+        jpeg = io.BytesIO()
+        Image.new("RGB", (256, 256)).save(jpeg, "JPEG")
+        image, place = np.frombuffer(jpeg.getvalue(), np.uint8)[None], np.zeros(1, np.float32)
+        batch = [image, place, place, np.zeros(1, np.int32), np.zeros((1, 3), np.float32)]
+        pipeline = define(lambda: batch, 1, 1, device, 0 if device == "gpu" else None)
+        pipeline.build()
+        pipeline.run()
+        return name
+
+    def meeting(self) -> tuple[str, int]:
+        """Where the other ranks find this one: the node's address, and a port."""
+        return open_meeting()
+
+    def all_reduce(self, meeting: tuple[str, int], rank: int, world: int, backend: str) -> list[float]:
+        """Sums a gradient over all ranks; the seconds of each round.
+
+        Raises:
+            RuntimeError: if a rank cannot be reached in time.
+        """
+        join(meeting, rank, world, backend, TIMEOUT)
+        times = []
+        try:
+            # The first round makes the connections.
+            for _ in range(ROUNDS + 1):
+                values = torch.full((GRADIENT,), 1.0, device="cuda" if backend == "nccl" else "cpu")
+                distributed.barrier()
+                started = time.perf_counter()
+                distributed.all_reduce(values)
+                if backend == "nccl":
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - started)
+        finally:
+            distributed.destroy_process_group()
+        return times[1:]
+
+
+def bus_bandwidth(seconds: list[list[float]]) -> tuple[float, float]:
+    """The median time of a round, the slowest rank's, and what each rank's link carries in it, in GB/s.
+
+    A ring sends 2 (W - 1) / W of the buffer over each link (nccl-tests, PERFORMANCE.md: "bus bandwidth").
+
+    Args:
+        seconds: of each rank, its rounds.
+    """
+    world = len(seconds)
+    slowest = statistics.median(max(times) for times in zip(*seconds, strict=True))
+    return slowest, GRADIENT * 4 * 2 * (world - 1) / world / slowest / 1e9
