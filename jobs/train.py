@@ -30,9 +30,9 @@ from jobs.checkpoint import Identity
 from jobs.cli import run
 from jobs.cluster import connected, on_cluster
 from jobs.interrupt import SigtermInWorkers, signals_stop
-from jobs.keeping import Keeper, StorageError, mend_list, storage_error
 from jobs.ledger import LedgerError, prove
 from jobs.nodes import Node, alive_nodes, check_shared
+from jobs.run_storage import FailureReporter, StorageError, repair_checkpoint_list, storage_error
 from jobs.trackers import refuse_missing
 from jobs.train_config import TrainConfig, Workers
 from jobs.worker import Assignment, train_worker
@@ -122,8 +122,8 @@ def main(config: TrainConfig) -> None:
     refuse_missing(config.tracker)
     check_storage(config.storage, config.name)
     run_location = join(config.storage, config.name)
-    if mended := mend_list(run_location):
-        print(mended, flush=True)
+    if repaired := repair_checkpoint_list(run_location):
+        print(repaired, flush=True)
     done = checkpoint.committed(run_location)
     if done:
         folder, state = list(done.items())[-1]
@@ -239,7 +239,7 @@ def launch(
             name=config.name,
             storage_path=path,
             storage_filesystem=filesystem,
-            callbacks=[StopOnDamage(), Keeper(run_location, config.max_failures), SigtermInWorkers()],
+            callbacks=[StopOnDamage(), FailureReporter(run_location, config.max_failures), SigtermInWorkers()],
             logging_config=LoggingConfig("WARNING"),  # at INFO, every report of every worker is a line
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(

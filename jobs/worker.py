@@ -21,8 +21,8 @@ from jobs.data import WorkerData
 from jobs.device import processor
 from jobs.hang import Watch, WatchedData
 from jobs.interrupt import Beat, Lookout
-from jobs.keeping import Outbox, refuse_unseen, storage_error
 from jobs.ledger import Ledger
+from jobs.run_storage import CheckpointUploader, check_run_folder, storage_error
 from jobs.trackers import Tracked, Tracker, make_trackers
 from model.alexnet import AlexNet
 from model.guards import DivergedError
@@ -90,7 +90,7 @@ class Reporter:
         self._run = assignment.run
         self._ledger = Ledger(assignment.run, worker)
         self._ledger.begin(*divmod(start, steps))
-        self._outbox = Outbox(assignment.run) if worker.rank == 0 else None
+        self._uploader = CheckpointUploader(assignment.run) if worker.rank == 0 else None
         news = Lookout().news if worker.rank == 0 else lambda: (None, None)
         self._beat = Beat(worker, assignment.checkpoint_seconds, news, functools.partial(print, flush=True))
         self._steps = steps
@@ -156,20 +156,20 @@ class Reporter:
         metrics = {"epoch": progress.epoch, "step": progress.step, "top1_error": WORST_ERROR, **(row or {})}
         try:
             self._ledger.flush(progress.epoch, progress.step)
-            if self._outbox is None:
+            if self._uploader is None:
                 ray.train.report(metrics)
             else:
-                folder = self._outbox.room(f"{CHECKPOINT_PREFIX}{progress.epoch:04d}_{progress.step:06d}")
+                folder = self._uploader.new_folder(f"{CHECKPOINT_PREFIX}{progress.epoch:04d}_{progress.step:06d}")
                 checkpoint.save(folder, trainer, self._identity)
-                self._outbox.send(metrics, folder)
+                self._uploader.upload(metrics, folder)
         except (OSError, SafetensorError) as error:
             raise storage_error(self._run, error) from error
         self._beat.checkpointed()
 
     def wait(self) -> None:
         """Until the last checkpoint is committed."""
-        if self._outbox is not None:
-            self._outbox.wait()
+        if self._uploader is not None:
+            self._uploader.wait()
 
 
 def train_worker(assignment: Assignment) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def _train(assignment: Assignment, watch: Watch) -> dict[str, Any]:
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, getattr(torch, assignment.precision))
     if device.type == "cpu":
         torch.set_num_threads(assignment.threads)
-    refuse_unseen(assignment.run)
+    check_run_folder(assignment.run)
     folder = Path(assignment.data)
     if assignment.stage is not None:
         report = functools.partial(print, flush=True)
