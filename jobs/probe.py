@@ -52,8 +52,8 @@ class Rank:
         """Where the other ranks find this one: the node's address, and a port."""
         return open_meeting()
 
-    def all_reduce(self, meeting: tuple[str, int], rank: int, world: int, backend: str) -> list[float]:
-        """Sums a gradient over all ranks; the seconds of each round.
+    def all_reduce(self, meeting: tuple[str, int], rank: int, world: int, backend: str) -> float:
+        """Sums a gradient over all ranks; how many seconds it takes, the median of some rounds.
 
         Raises:
             RuntimeError: if a rank cannot be reached in time.
@@ -72,17 +72,4 @@ class Rank:
                 times.append(time.perf_counter() - started)
         finally:
             distributed.destroy_process_group()
-        return times[1:]
-
-
-def bus_bandwidth(seconds: list[list[float]]) -> tuple[float, float]:
-    """The median time of a round, the slowest rank's, and what each rank's link carries in it, in GB/s.
-
-    A ring sends 2 (W - 1) / W of the buffer over each link (nccl-tests, PERFORMANCE.md: "bus bandwidth").
-
-    Args:
-        seconds: of each rank, its rounds.
-    """
-    world = len(seconds)
-    slowest = statistics.median(max(times) for times in zip(*seconds, strict=True))
-    return slowest, GRADIENT * 4 * 2 * (world - 1) / world / slowest / 1e9
+        return statistics.median(times[1:])

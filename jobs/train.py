@@ -33,7 +33,7 @@ from jobs.interrupt import SigtermInWorkers, signals_stop
 from jobs.ledger import LedgerError, prove
 from jobs.nodes import Node, alive_nodes, check_shared
 from jobs.run_storage import FailureReporter, StorageError, repair_checkpoint_list, storage_error
-from jobs.trackers import refuse_missing
+from jobs.trackers import check_installed
 from jobs.train_config import TrainConfig, Workers
 from jobs.worker import Assignment, train_worker
 from model.recipe import Recipe
@@ -119,7 +119,7 @@ def main(config: TrainConfig) -> None:
     recipe = config.make_recipe()
     data, info = open_dataset(config)
     plan = Plan(info.splits["train"].samples, recipe.batch_size, recipe.seed, colour_matrix(info.rgb, recipe.colour))
-    refuse_missing(config.tracker)
+    check_installed(config.tracker)
     check_storage(config.storage, config.name)
     run_location = join(config.storage, config.name)
     if repaired := repair_checkpoint_list(run_location):

@@ -23,7 +23,7 @@ from jobs.hang import Watch, WatchedData
 from jobs.interrupt import Beat, Lookout
 from jobs.ledger import Ledger
 from jobs.run_storage import CheckpointUploader, check_run_folder, storage_error
-from jobs.trackers import Tracked, Tracker, make_trackers
+from jobs.trackers import TrackedRun, Tracker, make_trackers
 from model.alexnet import AlexNet
 from model.guards import DivergedError
 from model.metrics import LabelledImages, Score
@@ -230,7 +230,7 @@ def _train(assignment: Assignment, watch: Watch) -> dict[str, Any]:
     start = trainer.progress.epoch * data.steps + trainer.progress.step
     trackers: list[Tracker] = []
     if worker.rank == 0:
-        tracked = Tracked(assignment.run, dataclasses.asdict(assignment.recipe), machine(assignment, worker), start)
+        tracked = TrackedRun(assignment.run, dataclasses.asdict(assignment.recipe), machine(assignment, worker), start)
         trackers = make_trackers(assignment.tracker, tracked)
     if previous is not None and worker.rank == 0:
         place = f"after epoch {trainer.progress.epoch}, step {trainer.progress.step}"

@@ -14,7 +14,7 @@ import pytest
 from jobs import checks
 from jobs.checks import Given, judge, write_file
 from jobs.nodes import NoAnswer
-from jobs.probe import Rank, bus_bandwidth
+from jobs.probe import Rank
 from tests import hosts
 from tests.processes import outside_clusters
 
@@ -60,12 +60,6 @@ def test_a_storage_must_show_what_another_node_wrote(tmp_path: Path) -> None:
 
 def test_the_graph_of_training_runs_where_a_worker_would() -> None:
     assert Rank().use_device("cpu") == "CPU"
-
-
-def test_bus_bandwidth_is_a_rings() -> None:
-    # Two ranks: each link carries the buffer once. 249.5 MB in a second; the slowest rank counts.
-    seconds, bandwidth = bus_bandwidth([[1.0, 0.5, 0.5], [0.5, 1.0, 1.0]])
-    assert (seconds, bandwidth) == (1.0, pytest.approx(0.249513, rel=1e-4))
 
 
 def doctor(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
