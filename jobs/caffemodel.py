@@ -26,25 +26,16 @@ _FIELDS: dict[str, dict[str, tuple[int, str]]] = {
         "data": (5, "bytes"),
         "shape": (7, "BlobShape"),
     },
-    "LRNParameter": {
-        "local_size": (1, "uint32"),
-        "alpha": (2, "float"),
-        "beta": (3, "float"),
-        "norm_region": (4, "int32"),
-        "k": (5, "float"),
-    },
     "LayerParameter": {
         "name": (1, "string"),
         "type": (2, "string"),
         "blobs": (7, "repeated BlobProto"),
-        "lrn_param": (118, "LRNParameter"),
     },
     # The format of 2014, in which BVLC's two networks were published.
     "V1LayerParameter": {
         "name": (4, "string"),
         "type": (5, "int32"),
         "blobs": (6, "repeated BlobProto"),
-        "lrn_param": (18, "LRNParameter"),
     },
     "NetParameter": {
         "name": (1, "string"),
@@ -65,14 +56,12 @@ def _net_parameter() -> type[message.Message]:
         described = file.message_type.add(name=name)
         for field_name, (number, kind) in fields.items():
             repeated, _, kind = kind.rpartition(" ")
-            label = field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL
+            added = described.field.add(name=field_name, number=number)
+            added.label = field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL
             if kind in _FIELDS:
-                described.field.add(
-                    name=field_name, number=number, label=label, type=field.TYPE_MESSAGE, type_name=f".caffe.{kind}"
-                )
+                added.type_name = f".caffe.{kind}"
             else:
-                scalar = getattr(field, f"TYPE_{kind.upper()}")
-                described.field.add(name=field_name, number=number, label=label, type=scalar)
+                added.type = getattr(field, f"TYPE_{kind.upper()}")
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("caffe.NetParameter"))
@@ -90,7 +79,7 @@ def read_caffemodel(path: Path) -> list[CaffeLayer]:
     except message.DecodeError as error:
         raise InterchangeError(f"{path} is no .caffemodel or is cut short: {error}") from error
     layers = [
-        CaffeLayer(layer.name, kind, tuple(_tensor(blob, f"{path}, {layer.name}") for blob in layer.blobs), _lrn(layer))
+        CaffeLayer(layer.name, kind, tuple(_tensor(blob, f"{path}, {layer.name}") for blob in layer.blobs))
         for layer, kind in [(layer, layer.type) for layer in net.layer]
         + [(layer, _V1_TYPES.get(layer.type, str(layer.type))) for layer in net.layers]
     ]
@@ -106,16 +95,3 @@ def _tensor(blob: Any, where: str) -> Tensor:
     if values.size != np.prod(shape):
         raise InterchangeError(f"{where}: a blob of shape {shape} holds {values.size} values")
     return torch.from_numpy(values.copy()).reshape(shape)
-
-
-def _lrn(layer: Any) -> tuple[int, float, float, float] | None:
-    """An LRN layer's constants, Caffe's defaults where the file has none."""
-    if not layer.HasField("lrn_param"):
-        return None
-    given = layer.lrn_param
-    if given.norm_region != 0:
-        raise InterchangeError(f"{layer.name} normalises within a channel, AlexNet does across channels")
-    defaults = {"local_size": 5, "alpha": 1.0, "beta": 0.75, "k": 1.0}
-    size, *rest = (getattr(given, n) if given.HasField(n) else default for n, default in defaults.items())
-    alpha, beta, k = (float(value) for value in rest)
-    return int(size), alpha, beta, k

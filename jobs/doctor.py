@@ -4,7 +4,7 @@
         --storage s3://BUCKET/runs --workers 8 --gpus
 
 Give what the run will be given. Plain `python jobs/doctor.py` checks this machine alone. Prints a table with a cure for
-each failure; exit status 1 if anything failed. Every step has a time limit, so that the doctor itself never hangs.
+each failure; exit status 1 if anything failed. Every check has a time limit.
 """
 
 from __future__ import annotations
@@ -12,33 +12,33 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import random
+import platform
 import secrets
-import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
-import torch
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from jobs import checks
-from jobs.checks import Finding, finding
-from jobs.cli import GpuChoice, one_line, run
-from jobs.cluster import CONNECT_SECONDS, connected, on_cluster
-from jobs.inspector import Facts, Inspector, Rank, bus_bandwidth
-from jobs.nodes import NoAnswer, Node, alive_nodes, collect, on
-from pipeline.dataset import DatasetInfo, read_dataset, write_json
-from pipeline.staging import read_remote_dataset
-from pipeline.storage import is_url, on_disk
-
-SAMPLE_SHARDS = 2  # Of each split, hashed on each node.
-STEP_SECONDS = 120.0  # For what reads data or sums gradients.
-PING_ROUNDS = 3
-STEPS = 8  # More steps with a time limit than any run of the doctor has.
+from jobs.checks import (
+    NODE_CHECKS,
+    STEP_SECONDS,
+    Finding,
+    Given,
+    check_all_reduce,
+    check_gpus,
+    judge,
+    remove_file,
+    write_file,
+)
+from jobs.cli import GpuChoice, run
+from jobs.cluster import connected
+from jobs.nodes import NoAnswer, alive_nodes, collect, on_each
+from jobs.probe import Rank
+from pipeline.dataset import write_json
+from pipeline.storage import is_url
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +73,13 @@ def main(config: DoctorConfig) -> None:
     Raises:
         ValueError: if Ray cannot be reached, or anything failed, after the table was printed.
     """
-    limit = CONNECT_SECONDS + config.wait + STEPS * STEP_SECONDS
-    watchdog = threading.Timer(limit, _give_up, [limit])
-    watchdog.daemon = True
-    watchdog.start()
     with connected(config.workers, logging_level=logging.ERROR, log_to_driver=False):
         found = list(examine(config))
-    watchdog.cancel()
-    print_table(found)
+    width = max(len(one.check) for one in found)
+    for one in found:
+        print(f"{one.status.upper():<8}{one.check:<{width}}  {one.found}")
+        if one.cure:
+            print(f"{'':8}{'':{width}}  cure: {one.cure}")
     failed = [one.check for one in found if one.status == "failed"]
     if config.json is not None:
         write_json(config.json, {"failed": failed, "findings": [dataclasses.asdict(one) for one in found]})
@@ -89,130 +88,43 @@ def main(config: DoctorConfig) -> None:
 
 
 def examine(config: DoctorConfig) -> Iterator[Finding]:
-    """All findings, in the order in which one explains the next."""
-    gpus = config.gpus if config.gpus is not None else ray.cluster_resources().get("GPU", 0) > 0
-    usable = [row for row in ray.nodes() if row["Alive"] and row["Resources"].get("CPU", 0) >= 1]
-    world = config.workers or (max(int(ray.cluster_resources().get("GPU", 0)), 1) if gpus else max(len(usable), 1))
-    bundle = {"CPU": 1, **({"GPU": 1} if gpus else {})}
+    """All rows, of the cluster that this process is connected to."""
+    resources = ray.cluster_resources()
+    gpus = config.gpus if config.gpus is not None else resources.get("GPU", 0) > 0
+    present = int(resources.get("GPU", 0)) if gpus else sum(node.cpus > 0 for node in alive_nodes())
+    world = config.workers or max(present, 1)
+    bundle = {"CPU": 1, "GPU": 1} if gpus else {"CPU": 1}
     # Asked for first: with an autoscaler this brings up the nodes that are to be examined, and keeps them.
     places = placement_group([bundle] * world, strategy="SPREAD")
     placed = places.wait(config.wait)
-    nodes = alive_nodes()
-    inspectors = {node: ray.remote(Inspector).options(**on(node)).remote() for node in nodes}
-    answers = collect({node: one.facts.remote(config.stage) for node, one in inspectors.items()})
-    facts: dict[Node, Facts] = {node: fact for node, fact in answers.items() if not isinstance(fact, NoAnswer)}
-    yield finding(
-        "nodes answer",
-        [f"{node}: {fact.why}" for node, fact in answers.items() if isinstance(fact, NoAnswer)],
-        f"{len(nodes)}: {', '.join(map(str, nodes[:8]))}{', ...' if len(nodes) > 8 else ''}",
-        "look at /tmp/ray/session_latest/logs on that node; end its Ray and start it again",
-    )
-    if facts:
-        inspectors = {node: inspectors[node] for node in facts}
-        one_machine = not on_cluster()
-        yield checks.check_versions(facts)
-        yield checks.check_token(facts, one_machine)
-        yield from checks.check_limits(facts)
-        yield checks.check_clocks(measure_clocks(inspectors))
-        yield from checks.check_gpus(facts, gpus, torch.version.cuda)
-        yield check_storage(config.storage, inspectors)
-        info, about_data = check_data(config, inspectors)
-        yield about_data
-        need = None if info is None else sum(part.bytes for part in info.splits.values())
-        yield checks.check_disk(facts, need)
+    answers = on_each(alive_nodes(), platform.node)
+    cure = "look at /tmp/ray/session_latest/logs on that node; end its Ray and start it again"
+    yield judge("nodes answer", answers, cure)
+    nodes = [node for node, answer in answers.items() if not isinstance(answer, NoAnswer)]
+    given = Given(_absolute(config.data), _absolute(config.storage), config.stage, f".doctor-{secrets.token_hex(8)}")
+    # What the first node writes, each node must read. If it cannot write, its own row says why.
+    writer = nodes[:1] if config.storage else []
+    on_each(writer, write_file, given.storage, given.marker, seconds=STEP_SECONDS)
+    yield from (check.run(nodes, given) for check in NODE_CHECKS if nodes)
+    on_each(writer, remove_file, given.storage, given.marker, seconds=STEP_SECONDS)
     if placed:
-        yield check_all_reduce(places, bundle, world, gpus)
+        ranks = start_ranks(places, bundle, world)
+        if gpus:
+            yield check_gpus(ranks)
+        yield check_all_reduce(ranks, gpus)
     else:
+        there = ", ".join(f"{ray.cluster_resources().get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
         yield Finding(
             "all-reduce",
             "failed",
-            f"no room for {world} worker(s) of {bundle} within {config.wait} s; the cluster has "
-            + ", ".join(f"{ray.cluster_resources().get(kind, 0):g} {kind}" for kind in ("CPU", "GPU")),
+            f"no room for {world} worker(s) of {bundle} within {config.wait} s; the cluster has {there}",
             "fewer --workers, end other jobs (`ray status`), or give the cluster longer to grow with --wait",
         )
     remove_placement_group(places)
 
 
-def measure_clocks(inspectors: dict[Node, ray.actor.ActorHandle]) -> dict[Node, tuple[float, float]]:
-    """How many seconds each node is ahead, by the quickest of a few calls, and half of that call's duration."""
-    skews = {}
-    for node, inspector in inspectors.items():
-        best = (0.0, float("inf"))
-        for _ in range(PING_ROUNDS):
-            sent = time.time()
-            answer = collect({node: inspector.clock.remote()})[node]
-            doubt = (time.time() - sent) / 2
-            if not isinstance(answer, NoAnswer) and doubt < best[1]:
-                best = (answer - sent - doubt, doubt)
-        skews[node] = best
-    return skews
-
-
-def check_storage(storage: str | None, inspectors: dict[Node, ray.actor.ActorHandle]) -> Finding:
-    """A file that one node writes is read on every node."""
-    if storage is None:
-        return Finding("storage", "skipped", "give --storage to check it")
-    location = storage if is_url(storage) else os.path.abspath(storage)
-    name, data = f".doctor-{secrets.token_hex(8)}", secrets.token_bytes(1024)
-    writer = next(iter(inspectors))
-    cure = "give a --storage that every node can write and read: a URL (s3://, gs://) or a shared mount"
-    written = collect({writer: inspectors[writer].write.remote(location, name, data)}, STEP_SECONDS)[writer]
-    if isinstance(written, NoAnswer):
-        return Finding(
-            "storage", "failed", f"{writer} cannot write {storage}: {one_line(ValueError(written.why))}", cure
-        )
-    answers = collect({node: one.read.remote(location, name) for node, one in inspectors.items()}, STEP_SECONDS)
-    collect({writer: inspectors[writer].remove.remote(location, name)}, STEP_SECONDS)
-    wrong = [f"{node} does not read what {writer} wrote" for node, answer in answers.items() if not _same(answer, data)]
-    return finding("storage", wrong, f"written on {writer}, read on {len(answers)} node(s)", cure)
-
-
-def check_data(
-    config: DoctorConfig, inspectors: dict[Node, ray.actor.ActorHandle]
-) -> tuple[DatasetInfo | None, Finding]:
-    """The same finished set is there for every node, and a sample of its shards has the right bytes."""
-    if config.data is None:
-        return None, Finding("data", "skipped", "give --data to check it")
-    location = config.data if is_url(config.data) else os.path.abspath(config.data)
-    try:
-        info = read_remote_dataset(location) if is_url(location) else read_dataset(Path(location))
-    except (ValueError, OSError) as error:
-        return None, Finding("data", "failed", one_line(error), "give the --data of a finished set")
-    sample = [
-        (split, row)
-        for split, part in info.splits.items()
-        for row in random.Random(0).sample(part.shards, min(SAMPLE_SHARDS, len(part.shards)))
-    ]
-    prints = collect({node: one.fingerprint.remote(location) for node, one in inspectors.items()}, STEP_SECONDS)
-    wrong = [
-        f"{node} does not see this set"
-        + (f" ({one_line(ValueError(seen.why))[:120]})" if isinstance(seen, NoAnswer) else "")
-        for node, seen in prints.items()
-        if seen != info.fingerprint
-    ]
-    if wrong:
-        cure = (
-            "put the set on a mount that every node has, or in an object store, and copy it to each disk with --stage"
-        )
-        return info, Finding("data", "failed", "; ".join(wrong), cure)
-    # Spread over the nodes: one bad link or disk among them is met, too.
-    readers = list(inspectors.items())
-    calls = {
-        (split, row): readers[number % len(readers)][1].digest_shard.remote(location, split, row.name)
-        for number, (split, row) in enumerate(sample)
-    }
-    digests = collect(calls, STEP_SECONDS)
-    bad = [row.name for (_, row), digest in digests.items() if digest != row.sha256]
-    return info, finding(
-        "data",
-        [f"{name} is not the shard that dataset.json describes" for name in bad],
-        f"{sum(part.samples for part in info.splits.values()):,} images; {len(sample)} shards hashed",
-        f"python jobs/verify_shards.py --data {on_disk(location)} finds all damage, and says how to mend it",
-    )
-
-
-def check_all_reduce(places: ray.util.placement_group, bundle: dict[str, int], world: int, gpus: bool) -> Finding:
-    """All ranks, placed as training places them, sum AlexNet's gradient."""
+def start_ranks(places: PlacementGroup, bundle: dict[str, int], world: int) -> dict[str, Any]:
+    """An actor in each place, by its rank and its node's address."""
     ranks = {
         rank: ray.remote(Rank)
         .options(
@@ -223,46 +135,15 @@ def check_all_reduce(places: ray.util.placement_group, bundle: dict[str, int], w
         .remote()
         for rank in range(world)
     }
-    name = "NCCL" if gpus else "Gloo"
-    cure = (
-        "all ports between the nodes must be open; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, if set, must name the "
-        "interface with the node's address, and be so before `ray start`; NCCL_DEBUG=INFO tells more"
-    )
-    store = collect({0: ranks[0].rendezvous.remote()})[0]
-    if isinstance(store, NoAnswer):
-        return Finding("all-reduce", "failed", f"rank 0: {store.why}", cure)
-    calls = {rank: one.all_reduce.remote(store, rank, world, gpus, STEP_SECONDS / 2) for rank, one in ranks.items()}
-    answers = collect(calls, STEP_SECONDS)
-    for one in ranks.values():
-        ray.kill(one)
-    wrong = [f"rank {r}: {one_line(ValueError(a.why))}" for r, a in answers.items() if isinstance(a, NoAnswer)]
-    if wrong:
-        return Finding("all-reduce", "failed", f"{name}: " + "; ".join(wrong[:4]), cure)
-    seconds, bandwidth = bus_bandwidth(list(answers.values()), world)
-    text = f"{name}, {world} rank(s): AlexNet's gradient in {seconds:.3f} s, {bandwidth:.2f} GB/s"
-    slow = [f"{text}, which is too slow to train over"] if world > 1 and bandwidth < checks.SLOWEST_GB_PER_S else []
-    return finding("all-reduce", slow, text, cure)
+    addresses = collect({rank: actor.address.remote() for rank, actor in ranks.items()})
+    return {
+        f"rank {rank}" + ("" if isinstance(address, NoAnswer) else f" on {address}"): ranks[rank]
+        for rank, address in addresses.items()
+    }
 
 
-def print_table(found: list[Finding]) -> None:
-    """One line a finding, and below each failure its cure."""
-    width = max(len(one.check) for one in found)
-    for one in found:
-        print(f"{one.status.upper():<8}{one.check:<{width}}  {one.found}")
-        if one.cure:
-            print(f"{'':8}{'':{width}}  cure: {one.cure}")
-
-
-def _same(answer: object, data: bytes) -> bool:
-    return isinstance(answer, bytes) and answer == data
-
-
-def _give_up(seconds: float) -> None:
-    print(
-        f"error: the doctor had no end after {seconds:.0f} s: Ray itself hangs; start the cluster anew", file=sys.stderr
-    )
-    sys.stderr.flush()
-    os._exit(1)
+def _absolute(location: str | None) -> str | None:
+    return location if location is None or is_url(location) else os.path.abspath(location)
 
 
 if __name__ == "__main__":

@@ -35,9 +35,6 @@ class ImportConfig:
     """A shard set with the classes that the weights tell apart, in order: for ImageNet, that of the wnids."""
     output: Path
     """The checkpoint's folder; it must not exist."""
-    mean: tuple[float, float, float] = CAFFE_MEAN
-    """Mean r, g, b in grey levels (0..255) that is subtracted; by default that of Caffe's ImageNet, which both sources
-    subtracted as an image."""
 
 
 def read_source(path: Path) -> Imported:
@@ -58,8 +55,8 @@ def read_source(path: Path) -> Imported:
     raise InterchangeError(f"{path} is of no known kind: give a .caffemodel, or the .pth.tar of jiecaoyu's AlexNet")
 
 
-def describe(imported: Imported, info: DatasetInfo, mean: tuple[float, float, float], where: Path) -> Identity:
-    """What the weights are and what they tell apart, as a checkpoint says it.
+def describe(imported: Imported, info: DatasetInfo, where: Path) -> Identity:
+    """What the weights are and which classes they know, as a checkpoint says it.
 
     Raises:
         InterchangeError: if the set's classes cannot be theirs.
@@ -72,9 +69,9 @@ def describe(imported: Imported, info: DatasetInfo, mean: tuple[float, float, fl
         )
     if list(wnids) != sorted(wnids):
         raise InterchangeError(f"the classes of {where} are not in the order of their wnids, as the weights' are")
-    r, g, b = (level / MAX_LEVEL for level in mean)
+    # Both sources subtracted this mean, as an image. It is all that is known, and evaluation uses nothing else.
+    r, g, b = (level / MAX_LEVEL for level in CAFFE_MEAN)
     none = (0.0, 0.0, 0.0)
-    # Only the mean is known, and evaluation uses nothing else.
     rgb = RgbStatistics(0, (r, g, b), none, (none,) * 3, none, (none,) * 3)
     recipe = Recipe(groups=2, normalisation=imported.normalisation, biases="caffe", hidden_bias=0.1, colour="none")
     return Identity(recipe, "imported", wnids, rgb)
@@ -84,7 +81,7 @@ def main(config: ImportConfig) -> None:
     if config.output.exists():
         raise InterchangeError(f"{config.output} exists already: give another --output")
     imported = read_source(config.source)
-    identity = describe(imported, read_dataset(config.data), config.mean, config.data)
+    identity = describe(imported, read_dataset(config.data), config.data)
     network = make_network(identity)
     network.load_state_dict(imported.tensors)
     with config.source.open("rb") as file:

@@ -7,13 +7,15 @@ import hashlib
 import os
 import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from jobs.cli import one_line
 
 ANSWER_SECONDS = 60.0  # A worker process starts and imports its modules in about five; a busy machine takes longer.
 
@@ -58,13 +60,20 @@ def alive_nodes() -> list[Node]:
     return sorted(nodes, key=lambda node: [int(part) if part.isdigit() else 0 for part in node.address.split(".")])
 
 
-def on(node: Node) -> dict[str, Any]:
-    """Ray's options for what shall run on one node and nowhere else, whatever is reserved there."""
-    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=False)}
+def on_each(
+    nodes: Iterable[Node], function: Callable[..., Any], *arguments: object, seconds: float = ANSWER_SECONDS
+) -> dict[Node, Any]:
+    """Runs a function on each node, whatever is reserved there: its results, as `collect` returns them."""
+    task = ray.remote(function)
+    calls = {}
+    for node in nodes:
+        here = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        calls[node] = task.options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(*arguments)
+    return collect(calls, seconds)
 
 
 def collect(calls: Mapping[Any, ray.ObjectRef], seconds: float = ANSWER_SECONDS) -> dict[Any, Any]:
-    """The results of calls under way, by their keys; NoAnswer where one failed or is not back in time."""
+    """The results of running calls, by their keys; NoAnswer where one failed or is not back in time."""
     ready, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=seconds) if calls else ([], [])
     arrived = set(ready)
     answers: dict[Any, Any] = {}
@@ -75,62 +84,49 @@ def collect(calls: Mapping[Any, ray.ObjectRef], seconds: float = ANSWER_SECONDS)
         try:
             answers[key] = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
-            answers[key] = NoAnswer(f"{type(error.cause).__name__}: {error.cause}")
+            # Errors that the functions raise on purpose speak for themselves.
+            kind = "" if isinstance(error.cause, ValueError | OSError) else f"{type(error.cause).__name__}: "
+            answers[key] = NoAnswer(kind + one_line(error.cause))
         except ray.exceptions.RayError as error:
-            answers[key] = NoAnswer(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            answers[key] = NoAnswer(f"{type(error).__name__}: {one_line(error)[:200]}")
     return answers
 
 
-def blind_nodes(folder: str, marker: str | None = None) -> list[Node]:
-    """The nodes that do not see this machine's folder at the same path, as a shared mount would show it.
+def check_shared(option: str, folder: str, cure: str, marker: str | None = None) -> None:
+    """Refuses a local folder that some node does not see at the same path, as a shared mount would show it.
 
     Args:
+        option: the command line's, as --storage.
         folder: an absolute path.
-        marker: a file in it whose contents tell the folder; None to write one here, look for it, and remove it.
+        cure: what to do instead, a clause.
+        marker: a file in the folder whose contents identify it; None to write one here for the check.
 
     Raises:
+        ValueError: naming the nodes.
         OSError: if the folder cannot be made, written or read here.
     """
     written = None
     if marker is None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
         marker = f".seen-by-all-{uuid.uuid4().hex}"
         written = Path(folder) / marker
+        written.parent.mkdir(parents=True, exist_ok=True)
         written.write_text(marker)
     try:
         path = os.path.join(folder, marker)
-        wanted = _contents_digest(path)
-        look = ray.remote(_contents_digest)
-        seen = collect({node: look.options(**on(node), max_retries=0).remote(path) for node in alive_nodes()})
+        digest = _contents_digest(path)
+        blind = [node for node, seen in on_each(alive_nodes(), _contents_digest, path).items() if seen != digest]
     finally:
         if written is not None:
             written.unlink(missing_ok=True)
-    return [node for node, digest in seen.items() if digest != wanted]
-
-
-def _contents_digest(path: str) -> str:
-    # Listing first asks a network file system for news; a look at one name may be answered from its cache.
-    os.listdir(os.path.dirname(path))
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def refuse_unshared(option: str, folder: str, cure: str, marker: str | None = None) -> None:
-    """Refuses a local folder that some node of the cluster does not see.
-
-    Args:
-        option: the command line's, as --storage.
-        folder: an absolute local path.
-        cure: what to do instead, a clause.
-        marker: as for blind_nodes.
-
-    Raises:
-        ValueError: naming the nodes.
-        OSError: if the folder cannot be written here.
-    """
-    blind = blind_nodes(folder, marker)
     if blind:
         names = ", ".join(map(str, blind[:5])) + (f" and {len(blind) - 5} more" if len(blind) > 5 else "")
         raise ValueError(
             f"{option} {folder} is a folder of {socket.gethostname()} that {len(blind)} node(s) of the cluster do not "
             f"see ({names}): {cure}"
         )
+
+
+def _contents_digest(path: str) -> str:
+    # Listing first makes a network file system look anew; it may answer for one name from its cache.
+    os.listdir(os.path.dirname(path))
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

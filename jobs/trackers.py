@@ -1,10 +1,10 @@
-"""Who keeps a run's metrics: TensorBoard's events always, MLflow or Weights & Biases as well if asked.
+"""Where a run's metrics go: to TensorBoard always, to MLflow or Weights & Biases as well if asked.
 
     train/loss  train/top1_error  train/lr  train/images_per_s  train/data_wait    every --log-every steps
     val/loss  val/top1_error  val/top5_error                                       after each epoch
 
-Losses are in nats, errors and data_wait fractions, steps counted from the run's start. What a run repeats after an
-interruption replaces what TensorBoard had; MLflow keeps both, and Weights & Biases the first.
+Losses are in nats; errors and data_wait are fractions; steps count from the run's start. Of steps that a run repeats
+after an interruption, TensorBoard shows the second time, MLflow both, Weights & Biases the first.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import tempfile
-import time
 from typing import Any, Protocol
 
 from pyarrow import fs as arrow_fs
@@ -25,13 +24,12 @@ from pipeline.storage import join, open_location
 EVENTS = "tensorboard"  # In the run's folder
 MACHINE = "run/machine"
 PROJECT = "alexnet-trainer"  # MLflow's experiment and Weights & Biases' project
-PACKAGES = {"mlflow": "mlflow", "wandb": "wandb"}
-MOST_POINTS = 2000  # Of one metric; a chart shows no more.
+MAX_POINTS = 2000  # Of one metric; a chart shows no more.
 
 
 @dataclasses.dataclass(frozen=True)
-class Tracked:
-    """A run, as a tracker is told of it."""
+class TrackedRun:
+    """What a tracker records of a run, beside its metrics."""
 
     location: str
     """STORAGE/NAME."""
@@ -48,29 +46,29 @@ class Tracked:
 
 
 class Tracker(Protocol):
-    """Told of metrics by rank 0."""
+    """Called by rank 0."""
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Metrics after so many steps of the run."""
+        """Records metrics; `step` counts from the run's start."""
         ...
 
     def flush(self) -> None:
-        """After an epoch: what was told is to be where others read it."""
+        """Makes the metrics readable; called after each epoch."""
         ...
 
     def close(self) -> None:
-        """At the end."""
+        """Called at the end of the run."""
         ...
 
 
-def refuse_missing(tracker: str | None) -> None:
+def check_installed(tracker: str | None) -> None:
     """Raises ValueError if a tracker's package is not installed."""
-    if tracker is not None and importlib.util.find_spec(PACKAGES[tracker]) is None:
+    if tracker is not None and importlib.util.find_spec(tracker) is None:
         raise ValueError(f"--tracker {tracker} needs its package, on every node: pip install -e '.[{tracker}]'")
 
 
-def make_trackers(tracker: str | None, run: Tracked) -> list[Tracker]:
-    """TensorBoard, and what else was asked for: mlflow or wandb."""
+def make_trackers(tracker: str | None, run: TrackedRun) -> list[Tracker]:
+    """TensorBoard, and mlflow or wandb if asked for."""
     made: list[Tracker] = [TensorBoard(run)]
     if tracker == "mlflow":
         made.append(MLflow(run))
@@ -82,13 +80,12 @@ def make_trackers(tracker: str | None, run: Tracked) -> list[Tracker]:
 class TensorBoard:
     """Events in STORAGE/NAME/tensorboard."""
 
-    def __init__(self, run: Tracked) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         self._storage, self._path = open_location(join(run.location, EVENTS))
-        # Appending is nothing that object stores do: events are written here and copied there, after each epoch and at
-        # the end.
+        # Object stores do not append: events are written here and copied there after each epoch and at the end.
         remote = not isinstance(self._storage, arrow_fs.LocalFileSystem)
         self._local = tempfile.mkdtemp() if remote else self._path
-        # What an interrupted run wrote after its last checkpoint is hidden by purge_step: it happens again.
+        # purge_step hides what an interrupted run wrote after its last checkpoint: those steps happen again.
         self._writer = SummaryWriter(self._local, purge_step=run.start + 1)
         self._writer.add_text(MACHINE, run.machine, run.start)
 
@@ -104,7 +101,7 @@ class TensorBoard:
         self._writer.close()
         try:
             self._copy()
-        # At the end, well or not: a store that fails now must not hide how training ended.
+        # A store that fails now must not hide how training ended.
         except OSError as error:
             print(f"warning: TensorBoard's last events were not kept: {' '.join(str(error).split())}", flush=True)
 
@@ -117,51 +114,35 @@ class TensorBoard:
 class MLflow:
     """A run of the experiment alexnet-trainer at MLFLOW_TRACKING_URI, found again by its location when continued."""
 
-    def __init__(self, run: Tracked) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         import mlflow
 
-        self._error = mlflow.exceptions.MlflowException
-        self._metric = mlflow.entities.Metric
-        self._client = mlflow.MlflowClient()
-        self._sent: list[Any] = []
-        experiment = mlflow.set_experiment(PROJECT).experiment_id
-        known = self._client.search_runs([experiment], f"tags.location = '{run.location}'")
+        self._mlflow = mlflow
+        mlflow.set_experiment(PROJECT)
+        known = mlflow.search_runs(filter_string=f"tags.location = '{run.location}'", output_format="list")
         if known:
-            self._run = known[0].info.run_id
-            self._client.update_run(self._run, status="RUNNING")
+            mlflow.start_run(known[0].info.run_id)
         else:
-            tags = {"location": run.location}
-            self._run = self._client.create_run(experiment, tags=tags, run_name=run.name).info.run_id
-            for name, value in run.settings.items():
-                self._client.log_param(self._run, name, value)
-        self._client.set_tag(self._run, "machine", run.machine)
+            mlflow.start_run(run_name=run.name, tags={"location": run.location})
+            mlflow.log_params(run.settings)
+        mlflow.set_tag("machine", run.machine)
 
     def log(self, values: dict[str, float], step: int) -> None:
-        now = round(1000 * time.time())
-        metrics = [self._metric(name, value, now, step) for name, value in values.items()]
-        # Sent by a thread: training does not wait for a server.
-        self._sent.append(self._client.log_batch(self._run, metrics, synchronous=False))
+        # Sent by a thread, so that training does not wait for a server.
+        self._mlflow.log_metrics(values, step=step, synchronous=False)
 
     def flush(self) -> None:
-        lost, reason = 0, ""
-        for operation in self._sent:
-            try:
-                operation.wait()
-            except self._error as error:
-                lost, reason = lost + 1, str(error)
-        if lost:
-            print(f"warning: MLflow did not take {lost} of {len(self._sent)} rows of metrics: {reason}", flush=True)
-        self._sent.clear()
+        self._mlflow.flush_async_logging()
 
     def close(self) -> None:
         self.flush()
-        self._client.set_terminated(self._run)
+        self._mlflow.end_run()
 
 
 class WeightsAndBiases:
     """A run of the project alexnet-trainer; WANDB_API_KEY or WANDB_MODE say where."""
 
-    def __init__(self, run: Tracked) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         import wandb
 
         self._run = wandb.init(
@@ -201,7 +182,7 @@ def read_events(location: str) -> Events:
         return Events({}, [])
     with tempfile.TemporaryDirectory() as folder:
         arrow_fs.copy_files(path, folder, source_filesystem=filesystem)
-        found = EventAccumulator(folder, size_guidance={"scalars": MOST_POINTS, "tensors": 0})
+        found = EventAccumulator(folder, size_guidance={"scalars": MAX_POINTS, "tensors": 0})
         found.Reload()
         tags = found.Tags()
         scalars = {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in tags["scalars"]}

@@ -30,10 +30,10 @@ from jobs.checkpoint import Identity
 from jobs.cli import run
 from jobs.cluster import connected, on_cluster
 from jobs.interrupt import clear_stop_request, signals_stop
-from jobs.keeping import Keeper, StorageError, mend_list, storage_error
 from jobs.ledger import LedgerError, prove
-from jobs.nodes import Node, alive_nodes, refuse_unshared
-from jobs.trackers import refuse_missing
+from jobs.nodes import Node, alive_nodes, check_shared
+from jobs.run_storage import FailureReporter, StorageError, repair_checkpoint_list, storage_error
+from jobs.trackers import check_installed
 from jobs.train_config import TrainConfig, Workers
 from jobs.worker import Assignment, train_worker
 from model.recipe import Recipe
@@ -119,11 +119,11 @@ def main(config: TrainConfig) -> None:
     recipe = config.make_recipe()
     data, info = open_dataset(config)
     plan = Plan(info.splits["train"].samples, recipe.batch_size, recipe.seed, colour_matrix(info.rgb, recipe.colour))
-    refuse_missing(config.tracker)
+    check_installed(config.tracker)
     check_storage(config.storage, config.name)
     run_location = join(config.storage, config.name)
-    if mended := mend_list(run_location):
-        print(mended, flush=True)
+    if repaired := repair_checkpoint_list(run_location):
+        print(repaired, flush=True)
     done = checkpoint.committed(run_location)
     if done:
         folder, state = list(done.items())[-1]
@@ -239,7 +239,7 @@ def launch(
             name=config.name,
             storage_path=path,
             storage_filesystem=filesystem,
-            callbacks=[StopOnDamage(), Keeper(run_location, config.max_failures)],
+            callbacks=[StopOnDamage(), FailureReporter(run_location, config.max_failures)],
             logging_config=LoggingConfig("WARNING"),  # at INFO, every report of every worker is a line
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(
@@ -293,11 +293,11 @@ def refuse_local_paths(config: TrainConfig) -> None:
     mount = "a folder of the same path on a mount that all nodes have"
     if not is_url(config.storage):
         folder = os.path.abspath(os.path.join(config.storage, config.name))
-        refuse_unshared("--storage", folder, f"give a URL (s3://, gs://) or {mount}")
+        check_shared("--storage", folder, f"give a URL (s3://, gs://) or {mount}")
     if not is_url(config.data):
         # --stage copies on each node from --data, which therefore must be seen there, too.
         cure = f"copy the set to an object store and give its URL and --stage, or give {mount}"
-        refuse_unshared("--data", os.path.abspath(config.data), cure, marker=DATASET_FILE)
+        check_shared("--data", os.path.abspath(config.data), cure, marker=DATASET_FILE)
 
 
 def ledger_line(run: str, plan: Plan) -> str:

@@ -21,9 +21,9 @@ from jobs.data import WorkerData
 from jobs.device import processor
 from jobs.hang import Watch, WatchedData
 from jobs.interrupt import StopConsensus, StopRequestPoller
-from jobs.keeping import Outbox, refuse_unseen, storage_error
 from jobs.ledger import Ledger
-from jobs.trackers import Tracked, Tracker, make_trackers
+from jobs.run_storage import CheckpointUploader, check_run_folder, storage_error
+from jobs.trackers import TrackedRun, Tracker, make_trackers
 from model.alexnet import AlexNet
 from model.guards import DivergedError
 from model.metrics import LabelledImages, Score
@@ -90,7 +90,7 @@ class Reporter:
         self._run = assignment.run
         self._ledger = Ledger(assignment.run, worker)
         self._ledger.begin(*divmod(start, steps))
-        self._outbox = Outbox(assignment.run) if worker.rank == 0 else None
+        self._uploader = CheckpointUploader(assignment.run) if worker.rank == 0 else None
         news = StopRequestPoller(assignment.run).news if worker.rank == 0 else lambda: (None, None)
         say = functools.partial(print, flush=True)
         self._consensus = StopConsensus(worker, assignment.checkpoint_seconds, news, say)
@@ -157,20 +157,20 @@ class Reporter:
         metrics = {"epoch": progress.epoch, "step": progress.step, "top1_error": WORST_ERROR, **(row or {})}
         try:
             self._ledger.flush(progress.epoch, progress.step)
-            if self._outbox is None:
+            if self._uploader is None:
                 ray.train.report(metrics)
             else:
-                folder = self._outbox.room(f"{CHECKPOINT_PREFIX}{progress.epoch:04d}_{progress.step:06d}")
+                folder = self._uploader.new_folder(f"{CHECKPOINT_PREFIX}{progress.epoch:04d}_{progress.step:06d}")
                 checkpoint.save(folder, trainer, self._identity)
-                self._outbox.send(metrics, folder)
+                self._uploader.upload(metrics, folder)
         except (OSError, SafetensorError) as error:
             raise storage_error(self._run, error) from error
         self._consensus.checkpointed()
 
     def wait(self) -> None:
         """Until the last checkpoint is committed."""
-        if self._outbox is not None:
-            self._outbox.wait()
+        if self._uploader is not None:
+            self._uploader.wait()
 
 
 def train_worker(assignment: Assignment) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def _train(assignment: Assignment, watch: Watch) -> dict[str, Any]:
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, getattr(torch, assignment.precision))
     if device.type == "cpu":
         torch.set_num_threads(assignment.threads)
-    refuse_unseen(assignment.run)
+    check_run_folder(assignment.run)
     folder = Path(assignment.data)
     if assignment.stage is not None:
         report = functools.partial(print, flush=True)
@@ -229,7 +229,7 @@ def _train(assignment: Assignment, watch: Watch) -> dict[str, Any]:
     start = trainer.progress.epoch * data.steps + trainer.progress.step
     trackers: list[Tracker] = []
     if worker.rank == 0:
-        tracked = Tracked(assignment.run, dataclasses.asdict(assignment.recipe), machine(assignment, worker), start)
+        tracked = TrackedRun(assignment.run, dataclasses.asdict(assignment.recipe), machine(assignment, worker), start)
         trackers = make_trackers(assignment.tracker, tracked)
     if previous is not None and worker.rank == 0:
         place = f"after epoch {trainer.progress.epoch}, step {trainer.progress.step}"

@@ -45,8 +45,6 @@ class CaffeLayer:
     """Convolution, InnerProduct, LRN, Pooling, ...; as the layer types of Caffe's current format are called."""
     blobs: tuple[Tensor, ...] = ()
     """float32: the weights, then the biases."""
-    lrn: tuple[int, float, float, float] | None = None
-    """For LRN: local_size, alpha, beta, k."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,22 +71,16 @@ def from_caffe(layers: Sequence[CaffeLayer]) -> Imported:
     """
     named = {layer.name: layer for layer in layers}
     kinds = tuple(layer.kind for layer in layers if layer.kind in ("LRN", "Pooling"))
-    orders: dict[tuple[str, ...], str] = {
-        ("LRN", "Pooling", "LRN", "Pooling", "Pooling"): "caffe",
-        ("Pooling", "LRN", "Pooling", "LRN", "Pooling"): "caffenet",
+    orders = {
+        ("LRN", "Pooling", "LRN", "Pooling", "Pooling"): ("bvlc_alexnet", "caffe"),
+        ("Pooling", "LRN", "Pooling", "LRN", "Pooling"): ("bvlc_reference_caffenet", "caffenet"),
     }
     if kinds not in orders:
         raise InterchangeError(
             f"its pooling and LRN layers are {', '.join(kinds) or 'missing'}: it is neither bvlc_alexnet nor "
             "bvlc_reference_caffenet"
         )
-    for layer in layers:
-        # Files of float32 numbers: 0.0001 is not exactly that.
-        if layer.lrn is not None and any(
-            abs(found - known) > 1e-6 * known for found, known in zip(layer.lrn, (5, 1e-4, 0.75, 1.0), strict=True)
-        ):
-            raise InterchangeError(f"{layer.name} has (size, alpha, beta, k) = {layer.lrn}, not (5, 0.0001, 0.75, 1)")
-    normalisation = orders[kinds]
+    network, normalisation = orders[kinds]
     tensors = {}
     for name in LAYERS:
         if name not in named or len(named[name].blobs) != 2:
@@ -97,7 +89,6 @@ def from_caffe(layers: Sequence[CaffeLayer]) -> Imported:
         # Older files give every blob four dimensions: [1, 1, out, in] and [1, 1, 1, out].
         tensors[f"{name}.weight"] = weight if name.startswith("conv") else weight.reshape(weight.shape[-2:])
         tensors[f"{name}.bias"] = bias.reshape(-1)
-    network = {"caffe": "bvlc_alexnet", "caffenet": "bvlc_reference_caffenet"}[normalisation]
     return Imported(f"{network} of Caffe", normalisation, _fitted(tensors))
 
 

@@ -21,11 +21,11 @@ def run_ranks(world: int, folder: Path, function: Callable[..., None], *argument
     Raises:
         torch.multiprocessing.ProcessRaisedException: with the traceback of one that fails.
     """
-    multiprocessing.spawn(_rank, (world, str(folder / "meeting"), function, arguments), nprocs=world)
+    multiprocessing.spawn(_rank, (world, str(folder / "rendezvous"), function, arguments), nprocs=world)
 
 
-def _rank(rank: int, world: int, meeting: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+def _rank(rank: int, world: int, rendezvous: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     function(rank, world, *arguments)
     distributed.destroy_process_group()
     sys.stdout.flush()

@@ -1,87 +1,65 @@
-"""The doctor: its judgements on made-up nodes, and the command on a real Ray with real faults."""
+"""The doctor: its checks on this machine and on made-up answers, and the command on a real Ray with real faults."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from jobs.checks import check_clocks, check_disk, check_gpus, check_limits, check_token, check_versions
-from jobs.inspector import Facts, Gpu, bus_bandwidth, read_gpus
-from jobs.nodes import Node
+from jobs import checks
+from jobs.checks import Given, judge, write_file
+from jobs.nodes import NoAnswer
+from jobs.probe import Rank
 from tests import hosts
 from tests.processes import outside_clusters
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_HOSTS = hosts.missing()
-A, B = Node("a", "10.0.0.1", "one", 1, 8), Node("b", "10.0.0.2", "two", 1, 8)
-VERSIONS = {"python": "3.11.7", "ray": "2.60.0", "torch": "2.14.1", "this project's code": "abc"}
-GOOD = Facts(VERSIONS, "token", 65_536, 2**34, 10**12, (Gpu("A100", "580.10", 0, 5),), "")
-CUDA = "13.0"
 
 
-def statuses(other: Facts) -> dict[str, str]:
-    """What two nodes come to, of which one is good."""
-    facts = {A: GOOD, B: other}
-    found = [check_versions(facts), check_token(facts, False), *check_limits(facts), check_disk(facts, 10**11)]
-    return {one.check: one.status for one in [*found, *check_gpus(facts, True, CUDA)]}
+def test_a_row_fails_with_who_did_not_answer_and_why() -> None:
+    assert judge("a", {1: "16 files", 2: "16 files", 3: "32 files"}, "cure") == checks.Finding(
+        "a", "ok", "16 files; 32 files"
+    )
+    assert judge("a", {1: "16 files", 2: NoAnswer("none")}, "cure") == checks.Finding("a", "failed", "2: none", "cure")
+    many = judge("a", {number: NoAnswer("none") for number in range(7)}, "cure")
+    assert many.found.endswith("4: none; and 2 more")
 
 
-def test_two_good_nodes_pass() -> None:
-    assert set(statuses(GOOD).values()) == {"ok"}
+def test_where_all_must_be_alike_what_differs_is_named() -> None:
+    alike = judge("versions", {1: "python 3.11, ray 2.60", 2: "python 3.11, ray 2.60"}, "cure", alike=True)
+    assert alike.status == "ok"
+    other = judge("versions", {1: "python 3.11, ray 2.60", 2: "python 3.11, ray 2.61"}, "cure", alike=True)
+    assert (other.status, other.found) == ("failed", "1 has ray 2.60; 2 has ray 2.61")
 
 
-@pytest.mark.parametrize(
-    ("change", "check"),
-    [
-        ({"versions": {**VERSIONS, "torch": "2.13.0"}}, "versions"),
-        ({"versions": {**VERSIONS, "this project's code": "abd"}}, "versions"),
-        ({"auth_mode": ""}, "token"),
-        ({"nofile": 1024}, "open files"),
-        ({"shm_bytes": 64 * 2**20}, "/dev/shm"),
-        ({"free_bytes": 10**10}, "disk"),
-        ({"gpus": (), "gpu_error": "no such file"}, "GPUs visible"),
-        ({"gpus": (Gpu("A100", "580.10", 97, 5),)}, "GPUs idle"),
-        ({"gpus": (Gpu("A100", "580.10", 0, 30_000),)}, "GPUs idle"),
-        ({"gpus": (Gpu("A100", "550.54", 0, 5),)}, "GPU driver"),
-    ],
-)
-def test_each_fault_fails_its_own_check_alone(change: dict[str, Any], check: str) -> None:
-    found = statuses(dataclasses.replace(GOOD, **change))
-    assert {name for name, status in found.items() if status == "failed"} == {check}
+def test_a_node_without_room_is_refused(shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = Given(data=str(shard_set), stage=str(tmp_path / "not" / "yet"))
+    assert "GB free" in checks.disk(given)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=64 * 2**20, free=1000))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
+    for check in (checks.disk, checks.shared_memory, checks.open_files):
+        with pytest.raises(ValueError, match="needed"):
+            check(given)
 
 
-def test_a_driver_is_not_judged_for_a_cuda_that_is_not_known() -> None:
-    old, new = ("GPU driver", "skipped"), ("GPU driver", "failed")
-    mixed = {A: GOOD, B: dataclasses.replace(GOOD, gpus=(Gpu("A100", "590.10", 0, 5),))}
-    for facts, cuda, wanted in (({A: GOOD}, "14.0", old), ({A: GOOD}, None, old), (mixed, "14.0", new)):
-        assert [(one.check, one.status) for one in check_gpus(facts, True, cuda)][-1] == wanted
+def test_a_storage_must_show_what_another_node_wrote(tmp_path: Path) -> None:
+    given = Given(storage=str(tmp_path / "runs"), marker=".doctor-1")
+    with pytest.raises(ValueError, match="does not read what another node wrote"):
+        checks.storage(given)
+    write_file(given.storage, given.marker)
+    checks.storage(given)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [".doctor-1"]
 
 
-def test_a_clock_is_wrong_only_beyond_the_doubt_of_its_measurement() -> None:
-    assert check_clocks({A: (0.1, 0.01), B: (6.0, 2.0)}).status == "ok"
-    wrong = check_clocks({A: (0.1, 0.01), B: (-60.0, 2.0)})
-    assert (wrong.status, "10.0.0.2 is -60.0 s" in wrong.found) == ("failed", True)
-
-
-def test_what_nvidia_smi_prints_is_read() -> None:
-    text = "NVIDIA A100-SXM4-40GB, 580.65.06, 12, 431\nNVIDIA A100-SXM4-40GB, 580.65.06, [N/A], 0\n"
-    assert [(gpu.driver, gpu.utilisation, gpu.used_mib) for gpu in read_gpus(text)] == [
-        ("580.65.06", 12, 431),
-        ("580.65.06", 0, 0),
-    ]
-
-
-def test_bus_bandwidth_is_a_rings() -> None:
-    # Two ranks: each link carries the buffer once. 249.5 MB in a second; the slowest rank counts.
-    seconds, bandwidth = bus_bandwidth([[1.0, 0.5, 0.5], [0.5, 1.0, 1.0]], 2)
-    assert (seconds, bandwidth) == (1.0, pytest.approx(0.249513, rel=1e-4))
+def test_the_graph_of_training_runs_where_a_worker_would() -> None:
+    assert Rank().use_device("cpu") == "CPU"
 
 
 def doctor(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -136,7 +114,6 @@ def test_what_is_wrong_with_one_host_of_two_is_named(shard_set: Path, tmp_path: 
     failed = {name for name, row in rows.items() if row["status"] == "failed"}
     assert (done.returncode, failed) == (1, {"storage", "disk", "open files", "/dev/shm"}), done.stdout
     for name in failed:
-        assert f"{hosts.NETWORK}.2" in rows[name]["found"]
-        # Of the storage it also says who wrote what the other does not read.
-        assert name == "storage" or f"{hosts.NETWORK}.1 " not in rows[name]["found"]
-    assert {name for name, row in rows.items() if row["status"] == "ok"} >= {"versions", "token", "data", "all-reduce"}
+        assert f"{hosts.NETWORK}.2: " in rows[name]["found"]
+        assert f"{hosts.NETWORK}.1: " not in rows[name]["found"]
+    assert {name for name, row in rows.items() if row["status"] == "ok"} >= {"versions", "data", "all-reduce"}

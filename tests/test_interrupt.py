@@ -12,7 +12,7 @@ from ray.train import ControllerError
 
 from jobs.checkpoint import RUN_FILE
 from jobs.interrupt import StopConsensus, clear_stop_request, request_stop, stop_requested
-from jobs.keeping import Keeper, StorageError, mend_list, storage_error
+from jobs.run_storage import FailureReporter, StorageError, repair_checkpoint_list, storage_error
 from model.training import Due, Worker
 from tests.ranks import run_ranks
 
@@ -110,19 +110,19 @@ def test_a_stop_request_is_cleared_made_and_read(tmp_path: Path) -> None:
 
 def test_a_half_written_list_of_checkpoints_is_mended(tmp_path: Path) -> None:
     run = str(tmp_path)
-    assert mend_list(run) is None
+    assert repair_checkpoint_list(run) is None
     whole = '{"checkpoint_results": []}'
     (tmp_path / RUN_FILE).write_text(whole)
-    Keeper(run, 3).after_report(object(), [], object())
-    assert mend_list(run) is None
+    FailureReporter(run, 3).after_report(object(), [], object())
+    assert repair_checkpoint_list(run) is None
     (tmp_path / RUN_FILE).write_text(whole[:7])
-    assert "taking the one before" in str(mend_list(run))
+    assert "taking the one before" in str(repair_checkpoint_list(run))
     assert (tmp_path / RUN_FILE).read_text() == whole
 
 
 def test_a_list_that_was_never_whole_is_put_aside(tmp_path: Path) -> None:
     (tmp_path / RUN_FILE).write_text("")
-    assert "starting anew" in str(mend_list(str(tmp_path)))
+    assert "starting anew" in str(repair_checkpoint_list(str(tmp_path)))
     assert not (tmp_path / RUN_FILE).exists()
 
 
@@ -132,9 +132,9 @@ def test_a_node_that_is_taken_is_said_once_and_is_no_failure(
     class Taken(Exception):
         preempted = True
 
-    keeper = Keeper(str(tmp_path), 0)
+    reporter = FailureReporter(str(tmp_path), 0)
     for _ in range(3):
-        keeper.after_exception(object(), {1: Taken("the actor died")})
+        reporter.after_exception(object(), {1: Taken("the actor died")})
     line = "a node was taken: rank 1: Taken: the actor died; starting again from the last checkpoint"
     assert capsys.readouterr().out.splitlines() == [line]
 
@@ -142,15 +142,15 @@ def test_a_node_that_is_taken_is_said_once_and_is_no_failure(
 def test_a_storage_that_fails_is_not_tried_again_and_a_lost_worker_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keeper = Keeper(str(tmp_path), 1)
+    reporter = FailureReporter(str(tmp_path), 1)
     error = storage_error(str(tmp_path), OSError(28, os.strerror(28)))
     with pytest.raises(ControllerError) as raised:
-        keeper.after_exception(object(), {0: error})
+        reporter.after_exception(object(), {0: error})
     assert isinstance(raised.value.controller_failure, StorageError)
     assert "No space left on device" in str(error)
     assert "run the same command again" in str(error)
     for _ in range(2):
-        keeper.after_exception(object(), {1: RuntimeError("lost\nat line 3")})
+        reporter.after_exception(object(), {1: RuntimeError("lost\nat line 3")})
     assert capsys.readouterr().out.splitlines() == [
         "failure 1 of at most 2: rank 1: RuntimeError: lost; starting again from the last checkpoint",
         "failure 2 of at most 2: rank 1: RuntimeError: lost; giving up",

@@ -67,9 +67,9 @@ def train(rank: int, world: int, shards: Path, folder: Path) -> None:
 def test_two_and_four_workers_have_one_workers_loss_curve(shard_set: Path, tmp_path: Path) -> None:
     curves = {}
     for world in (1, 2, 4):
-        meeting = tmp_path / f"of-{world}"
-        meeting.mkdir()
-        run_ranks(world, meeting, train, shard_set, tmp_path)
+        folder = tmp_path / f"of-{world}"
+        folder.mkdir()
+        run_ranks(world, folder, train, shard_set, tmp_path)
         ranks = [json.loads((tmp_path / f"{world}-{rank}.json").read_text()) for rank in range(world)]
         assert all(curve == ranks[0] for curve in ranks)
         curves[world] = ranks[0]

@@ -18,7 +18,7 @@ from jobs import charts, checkpoint
 from jobs.checkpoint import Identity
 from jobs.predictions import Confusion, Predictor, confusions
 from jobs.report import gallery, page
-from jobs.trackers import EVENTS, Tracked, make_trackers, read_events
+from jobs.trackers import EVENTS, TrackedRun, make_trackers, read_events
 from jobs.worker import Assignment, Reporter, WorkerData, make_network
 from model.recipe import RECIPES
 from model.schedule import PAPER_REDUCTIONS
@@ -102,7 +102,7 @@ def train(data: Path, folder: Path, die_in: int | None = None) -> Trainer:
         hang_seconds=120.0,
     )
     start = trainer.progress.epoch * loaded.steps
-    trackers = make_trackers(None, Tracked(str(folder), {}, "this machine", start))
+    trackers = make_trackers(None, TrackedRun(str(folder), {}, "this machine", start))
     trainer.fit(loaded, Keeper(folder, die_in, assignment, identity, CPU, loaded.steps, start, trackers))
     return trainer
 

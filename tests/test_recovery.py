@@ -16,7 +16,7 @@ import boto3
 import pytest
 from ray.train import Checkpoint
 
-from jobs.keeping import Outbox, StorageError, refuse_unseen
+from jobs.run_storage import CheckpointUploader, StorageError, check_run_folder
 from tests.runs import Run, assert_alike, last, undisturbed
 
 CHECKPOINT_BYTES = 470 * 2**20  # A network of three classes and its momentum
@@ -122,25 +122,25 @@ def test_a_run_on_s3_is_stopped_resumed_finished_and_known_again(
 
 
 def test_a_node_that_does_not_see_the_runs_folder_says_so(tmp_path: Path) -> None:
-    refuse_unseen(str(tmp_path))
-    refuse_unseen("s3://runs/here")
+    check_run_folder(str(tmp_path))
+    check_run_folder("s3://runs/here")
     with pytest.raises(StorageError, match=rf"does not see the run's folder {tmp_path}/run: give as --storage a URL"):
-        refuse_unseen(str(tmp_path / "run"))
+        check_run_folder(str(tmp_path / "run"))
 
 
-def send(outbox: Outbox, folder: Path) -> Checkpoint:
+def send(uploader: CheckpointUploader, folder: Path) -> Checkpoint:
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(bytes(2**21))
-    return outbox._upload(Checkpoint.from_directory(str(folder)), "checkpoint_0001_000000")
+    return uploader._upload(Checkpoint.from_directory(str(folder)), "checkpoint_0001_000000")
 
 
 def test_a_storage_that_vanishes_is_not_made_anew_elsewhere(tmp_path: Path) -> None:
     run = tmp_path / "mount" / "run"
     run.mkdir(parents=True)
-    outbox = Outbox(str(run))
+    uploader = CheckpointUploader(str(run))
     run.parent.rename(tmp_path / "gone")
     with pytest.raises(StorageError, match=r"run could not be written \(the run's folder has vanished\); the checkp"):
-        send(outbox, tmp_path / "checkpoint")
+        send(uploader, tmp_path / "checkpoint")
     assert not run.exists()
 
 
@@ -151,9 +151,9 @@ def test_a_storage_that_cannot_be_written_is_named(tmp_path: Path, options: str,
     with small_disk(tmp_path / "disk", "4m") as disk:
         run = disk / "run"
         run.mkdir()
-        outbox = Outbox(str(run))
+        uploader = CheckpointUploader(str(run))
         subprocess.run(["mount", "-o", options, disk], check=True)
         with pytest.raises(StorageError, match=rf"{run} could not be written \(.*{reason}"):
-            send(outbox, tmp_path / "checkpoint")
+            send(uploader, tmp_path / "checkpoint")
         subprocess.run(["mount", "-o", "remount,rw,size=8m", disk], check=True)
-        assert send(outbox, tmp_path / "again").path == f"{run}/checkpoint_0001_000000"
+        assert send(uploader, tmp_path / "again").path == f"{run}/checkpoint_0001_000000"

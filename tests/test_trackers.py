@@ -12,11 +12,11 @@ from jobs.trackers import (
     EVENTS,
     MACHINE,
     PROJECT,
-    Tracked,
+    TrackedRun,
     Tracker,
+    check_installed,
     make_trackers,
     read_events,
-    refuse_missing,
 )
 from pipeline.storage import join
 
@@ -26,7 +26,7 @@ SETTINGS = {"batch_size": 128, "lr": 0.01}
 def track(
     tracker: str | None, folder: Path, start: int, losses: dict[int, float], machine: str = "here"
 ) -> list[Tracker]:
-    trackers = make_trackers(tracker, Tracked(str(folder), SETTINGS, machine, start))
+    trackers = make_trackers(tracker, TrackedRun(str(folder), SETTINGS, machine, start))
     for step, loss in losses.items():
         for one in trackers:
             one.log({"train/loss": loss}, step)
@@ -48,7 +48,7 @@ def test_tensorboard_shows_once_what_an_interruption_made_happen_twice(tmp_path:
 def test_what_was_told_after_the_last_epoch_reaches_an_object_store_too(s3: str) -> None:
     boto3.client("s3", endpoint_url=f"http://{s3}").create_bucket(Bucket="runs")
     run = f"s3://runs/here?region=us-east-1&scheme=http&endpoint_override={s3}"
-    (tensorboard,) = make_trackers(None, Tracked(run, SETTINGS, "here", 0))
+    (tensorboard,) = make_trackers(None, TrackedRun(run, SETTINGS, "here", 0))
     tensorboard.log({"train/loss": 2.5}, 10)
     tensorboard.close()
     assert read_events(join(run, EVENTS)).scalars == {"train/loss": [(10, 2.5)]}
@@ -56,7 +56,7 @@ def test_what_was_told_after_the_last_epoch_reaches_an_object_store_too(s3: str)
 
 def test_a_store_that_is_gone_at_the_end_is_a_warning(s3: str, capsys: pytest.CaptureFixture[str]) -> None:
     run = f"s3://nowhere/here?region=us-east-1&scheme=http&endpoint_override={s3}&allow_bucket_creation=false"
-    (tensorboard,) = make_trackers(None, Tracked(run, SETTINGS, "here", 0))
+    (tensorboard,) = make_trackers(None, TrackedRun(run, SETTINGS, "here", 0))
     tensorboard.close()
     assert "warning: TensorBoard's last events were not kept: " in capsys.readouterr().out
 
@@ -68,9 +68,9 @@ def test_a_run_without_events_has_none(tmp_path: Path) -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    refuse_missing(None)
+    check_installed(None)
     with pytest.raises(ValueError, match=r"--tracker mlflow needs .* pip install -e '\.\[mlflow\]'"):
-        refuse_missing("mlflow")
+        check_installed("mlflow")
 
 
 def test_mlflow_continues_the_run_of_the_same_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

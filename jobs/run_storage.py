@@ -1,4 +1,4 @@
-"""Checkpoints on their way to the storage, and the storage's failures told from all others."""
+"""Uploading checkpoints to a run's folder, and what is done when that or a worker fails."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from pipeline.storage import is_url, open_location, shown
 
 
 class StorageError(ValueError):
-    """The storage did not take what was to be kept."""
+    """The storage cannot be written."""
 
 
 def storage_error(run: str, error: BaseException) -> StorageError:
-    """One line for a failure to write in a run's folder, and what to do."""
+    """The error for a failed write in a run's folder."""
     return StorageError(
         f"{shown(run)} could not be written ({' '.join(str(error).split())}); the checkpoints before are intact: free "
-        "space there or mend it, then run the same command again to continue"
+        "space there or repair it, then run the same command again to continue"
     )
 
 
-def refuse_unseen(run: str) -> None:
+def check_run_folder(run: str) -> None:
     """Raises StorageError if this node does not see the folder that the driver made for the run.
 
-    A node that came after the driver looked at all of them may be another than those.
+    The driver checks only the nodes that are there when the run starts.
     """
     if not is_url(run) and not os.path.isdir(run):
         raise StorageError(
@@ -44,8 +44,8 @@ def refuse_unseen(run: str) -> None:
         )
 
 
-class Outbox:
-    """Checkpoints of worker 0: written to this node's disk, uploaded while training goes on, one at a time.
+class CheckpointUploader:
+    """Rank 0's checkpoints: written to this node's disk, then uploaded while training continues, one at a time.
 
     Args:
         run: the run's folder, a path or URL.
@@ -54,14 +54,14 @@ class Outbox:
     def __init__(self, run: str) -> None:
         self._run = run
         self._filesystem, self._path = open_location(run)
-        # One place a run, so that what a killed worker left is found and removed.
+        # The same folder for each start of the run, so that what a killed worker left is removed.
         name = hashlib.sha256(f"{os.getuid()} {run}".encode()).hexdigest()[:16]
         self._folder = Path(tempfile.gettempdir()) / f"alexnet-trainer-{name}"
         shutil.rmtree(self._folder, ignore_errors=True)
         self._last: Path | None = None
 
-    def room(self, name: str) -> Path:
-        """An empty local folder for the next checkpoint, once the one before has left."""
+    def new_folder(self, name: str) -> Path:
+        """Makes an empty local folder for the next checkpoint, after the upload of the one before."""
         if self._last is not None and self._last.exists():
             self.wait()
         self._last = self._folder / name
@@ -69,8 +69,8 @@ class Outbox:
         self._last.mkdir(parents=True)
         return self._last
 
-    def send(self, metrics: dict[str, Any], folder: Path) -> None:
-        """Reports a checkpoint and returns while it is uploaded; the local folder is removed after that."""
+    def upload(self, metrics: dict[str, Any], folder: Path) -> None:
+        """Reports a checkpoint and starts its upload, after which the local folder is removed."""
         ray.train.report(
             metrics,
             checkpoint=Checkpoint.from_directory(str(folder)),
@@ -80,7 +80,7 @@ class Outbox:
         )
 
     def wait(self) -> None:
-        """Until all that was sent is committed: uploaded, and in the run's list of checkpoints."""
+        """Waits until every checkpoint is committed: uploaded, and in the run's list."""
         ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
 
     def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
@@ -96,16 +96,16 @@ class Outbox:
 
 
 @dataclasses.dataclass
-class Keeper(UserCallback):
-    """In Ray Train's controller: says what was lost, ends a run that cannot keep its checkpoints, guards their list.
+class FailureReporter(UserCallback):
+    """Runs in Ray Train's controller: reports failures, ends a run whose storage fails, and copies its checkpoint list.
 
-    Ray Train writes its list of checkpoints in place, so a full disk or a kill at the wrong moment leaves a part of it.
+    Ray Train writes that list in place: a full disk, or a kill at the wrong moment, leaves only a part of it.
     """
 
     run: str
     max_failures: int
     failures: int = 0
-    taken: str = ""
+    preempted: str = ""
 
     def after_report(self, run_context: object, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         if checkpoint is not None and not is_url(self.run):
@@ -117,14 +117,14 @@ class Keeper(UserCallback):
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         for error in worker_exceptions.values():
             if isinstance(error, StorageError):
-                # An error of the controller's is not retried: to train the same steps again would not mend a disk.
+                # Ray Train does not retry a controller's error: training the same steps again would not help.
                 raise ControllerError(error)
         lost = "; ".join(f"rank {rank}: {_first_line(error)}" for rank, error in sorted(worker_exceptions.items()))
         if any(getattr(_cause(error), "preempted", False) for error in worker_exceptions.values()):
-            # Ray Train counts these apart, and asks again and again until the node's time is over.
-            if lost != self.taken:
+            # Ray Train does not count these as failures, and repeats them until the node is gone.
+            if lost != self.preempted:
                 print(f"a node was taken: {lost}; starting again from the last checkpoint", flush=True)
-            self.taken = lost
+            self.preempted = lost
             return
         self.failures += 1
         then = "starting again from the last checkpoint" if self.failures <= self.max_failures else "giving up"
@@ -132,7 +132,7 @@ class Keeper(UserCallback):
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What Ray Train found when it asked a worker how it was, or the worker's own error."""
+    """The error of Ray Train's health check, or the worker's own."""
     return getattr(error, "health_check_failure", None) or error
 
 
@@ -142,14 +142,14 @@ def _first_line(error: BaseException) -> str:
     return f"{type(cause).__name__}: {' '.join(lines[0].split())}"
 
 
-def mend_list(run: str) -> str | None:
-    """Puts the spare list of checkpoints in the place of one that was half written.
+def repair_checkpoint_list(run: str) -> str | None:
+    """Replaces a half-written list of checkpoints by the copy that `FailureReporter` made.
 
     Args:
-        run: the run's folder, a path or URL; an object store has no half written files.
+        run: the run's folder, a path or URL; an object store has no half-written files.
 
     Returns:
-        what was done, for a person; None if nothing had to be.
+        A message about what was done; None if the list is whole.
     """
     listing, spare = Path(run) / RUN_FILE, Path(run) / SPARE_FILE
     if is_url(run) or not listing.exists() or _parses(listing):
