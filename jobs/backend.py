@@ -14,7 +14,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.execution.worker_group import ExecutionGroup
 
 from jobs.cluster import on_cluster
-from jobs.network import join, open_meeting
+from jobs.network import join, open_meeting, process_name
 
 
 class NodeBackend(_TorchBackend):
@@ -24,6 +24,9 @@ class NodeBackend(_TorchBackend):
         gpus = worker_group.get_resources_per_worker().get("GPU", 0)
         backend = backend_config.backend or ("nccl" if gpus else "gloo")
         worker_group.execute(_set_torch_distributed_env_vars)
+        # By which a process that Ray or `jobs.hang` speaks of is told.
+        places = [f"rank {rank} is {place}" for rank, place in enumerate(worker_group.execute(process_name))]
+        print(f"workers: {', '.join(places)}", flush=True)
         meeting = worker_group.execute_single(0, open_meeting)
         world, limit = len(worker_group), timedelta(seconds=backend_config.timeout_s)
         ray.get([worker_group.execute_single_async(r, join, meeting, r, world, backend, limit) for r in range(world)])
