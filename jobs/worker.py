@@ -65,7 +65,7 @@ class Assignment:
     checkpoint_seconds: float | None
     """Time between checkpoints within an epoch; None for none."""
     hang_seconds: float
-    """How long a worker may be about one piece of its own work (`jobs.hang`)."""
+    """How long a worker may take to open the set, or to get one step's images (`jobs.hang`)."""
 
 
 class Reporter:
