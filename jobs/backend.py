@@ -10,7 +10,7 @@ import ray
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs.interrupt import ignore_sigterm, stop_on_sigterm
-from jobs.network import join, open_store
+from jobs.network import join, open_store, process_name
 from jobs.ray_private import TrainerHooks
 
 TorchBackend: Any = TorchConfig().backend_cls
@@ -23,6 +23,9 @@ class NodeBackend(TorchBackend):
     def on_start(self, worker_group: Any, backend_config: NodeTorchConfig) -> None:
         gpus = worker_group.get_resources_per_worker().get("GPU", 0)
         backend = backend_config.backend or ("nccl" if gpus else "gloo")
+        # By which a process that Ray or `jobs.hang` speaks of is told.
+        places = [f"rank {rank} is {place}" for rank, place in enumerate(worker_group.execute(process_name))]
+        print(f"workers: {', '.join(places)}", flush=True)
         store = worker_group.execute_single(0, open_store)
         world, limit = len(worker_group), timedelta(seconds=backend_config.timeout_s)
         ray.get([worker_group.execute_single_async(r, join, store, r, world, backend, limit) for r in range(world)])

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.onnx import ONNXProgram
 
@@ -21,6 +21,7 @@ from jobs.cli import run
 from jobs.evaluate import local_checkpoint
 from jobs.worker import make_network
 from model.alexnet import INPUT_SIZE
+from pipeline.dataset import write_atomically
 from pipeline.rgb_stats import MAX_LEVEL
 
 PARITY = 1e-4  # Of the largest logit: float32 sums of 9,216 products in another order differ by less.
@@ -98,7 +99,8 @@ def main(config: ExportConfig) -> None:
         checkpoint.load_network(folder, network)
     about = metadata(state)
     if config.output.suffix == ".safetensors":
-        save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, config.output, about)
+        tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+        write_atomically(config.output, save(tensors, about))
         print(f"{location} is in {config.output}")
         return
     program = to_onnx(network, about)
@@ -108,7 +110,7 @@ def main(config: ExportConfig) -> None:
             f"ONNX Runtime's logits differ from torch's by {difference:.1e} of the largest, more than {PARITY:g}: "
             f"{config.output} was not written; try another version of onnxruntime"
         )
-    program.save(config.output)
+    write_atomically(config.output, program.model_proto.SerializeToString())
     print(
         f"{location} is in {config.output}; on {IMAGES} random images ONNX Runtime's logits differ from torch's by at "
         f"most {difference:.1e} of the largest"

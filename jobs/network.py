@@ -68,6 +68,11 @@ def use_node_interface() -> None:
         os.environ.update({variable: f"={name}" if variable == NCCL else name for variable in unnamed})
 
 
+def process_name() -> str:
+    """This process, for people."""
+    return f"pid {os.getpid()} on {socket.gethostname()}"
+
+
 def open_store() -> tuple[str, int]:
     """Opens the rendezvous store in rank 0's process, at the node's address only.
 

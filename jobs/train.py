@@ -30,7 +30,6 @@ from jobs.checkpoint import Identity
 from jobs.cli import run
 from jobs.cluster import connected, on_cluster
 from jobs.interrupt import clear_stop_request, signals_stop
-from jobs.ledger import LedgerError, prove
 from jobs.nodes import Node, alive_nodes, check_shared
 from jobs.run_storage import FailureReporter, StorageError, repair_checkpoint_list, storage_error
 from jobs.trackers import check_installed
@@ -132,7 +131,7 @@ def main(config: TrainConfig) -> None:
         checkpoint.refuse_other(state, own, join(run_location, folder))
         if checkpoint.finished(state, recipe):
             print(f"the run {config.name} is finished already; --epochs extends it, another --name starts anew")
-            print_result(data, run_location, state.progress.history, plan)
+            print_result(data, run_location, state.progress.history)
             return
     with connected():
         nodes = alive_nodes()
@@ -157,7 +156,7 @@ def main(config: TrainConfig) -> None:
             flush=True,
         )
         history = launch(config, recipe, data, resources, precision)
-    print_result(data, run_location, history, plan)
+    print_result(data, run_location, history)
 
 
 def open_dataset(config: TrainConfig) -> tuple[str, DatasetInfo]:
@@ -300,23 +299,12 @@ def refuse_local_paths(config: TrainConfig) -> None:
         check_shared("--data", os.path.abspath(config.data), cure, marker=DATASET_FILE)
 
 
-def ledger_line(run: str, plan: Plan) -> str:
-    """Whether each step was trained on the plan's samples, once, in words."""
-    try:
-        proof = prove(run, plan)
-    except LedgerError as error:
-        # The weights are what they are; whoever relies on exactly-once must know.
-        return f"sample ledger: NOT proved: {error}"
-    return f"sample ledger: {proof.epochs} epochs, {proof.steps} steps, each with the plan's samples, once"
-
-
-def print_result(data: str, run: str, history: list[dict[str, float]], plan: Plan) -> None:
+def print_result(data: str, run: str, history: list[dict[str, float]]) -> None:
     lowest = min(history, key=lambda row: row["top1_error"])
     print(
         f"done: {len(history)} epochs; lowest validation error {lowest['top1_error']:.1%} top-1, "
         f"{lowest['top5_error']:.1%} top-5, after epoch {lowest['epoch']}"
     )
-    print(ledger_line(run, plan))
     print(f"best checkpoint: {join(run, str(checkpoint.best(checkpoint.committed(run))))}")
     # A URL may have options, whose & a shell would take for its own.
     print(f"next: python jobs/evaluate.py --data {quote(on_disk(data))} --checkpoint {quote(run)} --ten-crop")

@@ -163,7 +163,7 @@ class TrainConfig:
     max_failures: int = 3
     """How often to start again from the last checkpoint after losing a worker or a node."""
     hang_seconds: float = 120.0
-    """A worker that is longer about one step's images, or does not answer for so long, hangs: it is named and ended,
+    """A worker that is longer about one step's images, or does not answer for so long, hangs: it is ended,
     which counts among --max-failures. Give more if the disk may be away for longer and come back."""
 
     def __post_init__(self) -> None:

@@ -7,9 +7,8 @@ import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import ray.train
 import ray.train.torch
 import torch
@@ -19,9 +18,8 @@ from jobs import checkpoint
 from jobs.checkpoint import CHECKPOINT_PREFIX, Identity
 from jobs.data import WorkerData
 from jobs.device import processor
-from jobs.hang import Watch, WatchedData
+from jobs.hang import LimitedData, limited
 from jobs.interrupt import StopConsensus, StopRequestPoller
-from jobs.ledger import Ledger
 from jobs.run_storage import CheckpointUploader, check_run_folder, storage_error
 from jobs.trackers import TrackedRun, Tracker, make_trackers
 from model.alexnet import AlexNet
@@ -31,9 +29,7 @@ from model.recipe import Recipe
 from model.training import Due, StoppedError, Trainer, Worker
 from pipeline.dataset import DatasetError
 from pipeline.graph import GpuDecoder
-from pipeline.loader import Batch
 from pipeline.pixel_stage import stage_pixels
-from pipeline.plan import share
 from pipeline.staging import stage
 
 WORST_ERROR = 2.0  # Of a checkpoint within an epoch, which has none yet
@@ -69,7 +65,7 @@ class Assignment:
     checkpoint_seconds: float | None
     """Time between checkpoints within an epoch; None for none."""
     hang_seconds: float
-    """How long a worker may be about one piece of its own work (`jobs.hang`)."""
+    """How long a worker may take to open the set, or to get one step's images (`jobs.hang`)."""
 
 
 class Reporter:
@@ -81,15 +77,11 @@ class Reporter:
         identity: Identity,
         worker: Worker,
         steps: int,
-        start: int,
         trackers: list[Tracker],
     ) -> None:
         self._identity = identity
         self._rank = worker.rank
-        self._first = share(assignment.recipe.batch_size, worker.rank, worker.world).start
         self._run = assignment.run
-        self._ledger = Ledger(assignment.run, worker)
-        self._ledger.begin(*divmod(start, steps))
         self._uploader = CheckpointUploader(assignment.run) if worker.rank == 0 else None
         news = StopRequestPoller(assignment.run).news if worker.rank == 0 else lambda: (None, None)
         say = functools.partial(print, flush=True)
@@ -99,7 +91,6 @@ class Reporter:
         self._trackers = trackers
 
     def trained(self, trainer: Trainer, batches: Sequence[LabelledImages], own_seconds: float) -> Due:
-        self._ledger.add(self._first, np.concatenate([cast(Batch, batch).samples for batch in batches]))
         return self._consensus.after_step(own_seconds)
 
     def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
@@ -156,7 +147,6 @@ class Reporter:
         # Ray Train would keep a checkpoint without a score before all others, as the best.
         metrics = {"epoch": progress.epoch, "step": progress.step, "top1_error": WORST_ERROR, **(row or {})}
         try:
-            self._ledger.flush(progress.epoch, progress.step)
             if self._uploader is None:
                 ray.train.report(metrics)
             else:
@@ -184,15 +174,14 @@ def train_worker(assignment: Assignment) -> dict[str, Any]:
         DatasetError: if the set is missing or damaged.
     """
     try:
-        with Watch(ray.train.get_context().get_world_rank(), assignment.hang_seconds) as watch:
-            return _train(assignment, watch)
+        return _train(assignment)
     except DatasetError:
         # The driver says it in one line; Ray Train would print a traceback before.
         logging.getLogger("ray.train").setLevel(logging.CRITICAL)
         raise
 
 
-def _train(assignment: Assignment, watch: Watch) -> dict[str, Any]:
+def _train(assignment: Assignment) -> dict[str, Any]:
     # Ray Train logs every report of every worker through a logger that is none of "ray.train", so LoggingConfig, which
     # the driver sets, does not reach it.
     logging.getLogger().setLevel(logging.WARNING)
@@ -209,11 +198,10 @@ def _train(assignment: Assignment, watch: Watch) -> dict[str, Any]:
             folder = stage_pixels(assignment.data, Path(assignment.stage), report, assignment.threads)
         else:
             folder = stage(assignment.data, Path(assignment.stage), report)
-    watch.begin("opening the shard set")
-    data = WorkerData(
-        folder, assignment.recipe, worker, assignment.micro_batch, assignment.threads, assignment.gpu_decoder
-    )
-    watch.end()
+    with limited(assignment.hang_seconds):
+        data = WorkerData(
+            folder, assignment.recipe, worker, assignment.micro_batch, assignment.threads, assignment.gpu_decoder
+        )
     identity = Identity.of(assignment.recipe, data.info, data.decoder, assignment.precision)
     trainer = Trainer(
         make_network(identity).to(memory_format=torch.channels_last).to(device),
@@ -234,10 +222,10 @@ def _train(assignment: Assignment, watch: Watch) -> dict[str, Any]:
     if previous is not None and worker.rank == 0:
         place = f"after epoch {trainer.progress.epoch}, step {trainer.progress.step}"
         print(f"continuing {place}, with {worker.world} worker(s)", flush=True)
-    reporter = Reporter(assignment, identity, worker, data.steps, start, trackers)
+    reporter = Reporter(assignment, identity, worker, data.steps, trackers)
     error = stopped = None
     try:
-        trainer.fit(WatchedData(data, watch), reporter)
+        trainer.fit(LimitedData(data, assignment.hang_seconds), reporter)
     except DivergedError as failure:
         # Every worker stops alike, and to start again would end the same way: an answer, not a failure to retry.
         error = str(failure)

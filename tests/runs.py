@@ -16,10 +16,10 @@ from pyarrow import fs as arrow_fs
 from safetensors.torch import load_file
 
 from jobs import checkpoint
-from jobs.ledger import Proof, prove
 from pipeline.dataset import read_dataset
 from pipeline.plan import Plan, colour_matrix
 from pipeline.storage import open_location
+from tests.observer import assert_trained_once
 from tests.processes import outside_clusters
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,12 +65,19 @@ class Followed:
 
 
 def command(
-    shards: Path, storage: str, workers: int | str, epochs: int, *more: object, checkpoint_every: int = 2
+    shards: Path,
+    storage: str,
+    workers: int | str,
+    epochs: int,
+    *more: object,
+    checkpoint_every: int = 2,
+    notes: Path | None = None,
 ) -> list[str]:
-    """What is given to Python to train a run of the name "run"."""
+    """What is given to Python to train a run of the name "run", with `tests.observer` if there is a file for it."""
     arguments = ["--data", shards, "--storage", storage, "--name", "run", "--workers", workers, "--epochs", epochs]
     arguments += ["--batch-size", BATCH, "--log-every", 1, "--no-gpus", "--checkpoint-every", checkpoint_every]
-    return ["jobs/train.py", *map(str, [*arguments, *more])]
+    program = ["jobs/train.py"] if notes is None else [ROOT / "tests" / "observer.py", notes]
+    return [*map(str, [*program, *arguments, *more])]
 
 
 class Run(Followed):
@@ -84,11 +91,13 @@ class Run(Followed):
         epochs: int,
         *more: object,
         checkpoint_every: int = 2,
+        notes: Path | None = None,
         **environment: str,
     ) -> None:
+        arguments = command(shards, storage, workers, epochs, *more, checkpoint_every=checkpoint_every, notes=notes)
         clean = outside_clusters()
         process = subprocess.Popen(
-            [sys.executable, *command(shards, storage, workers, epochs, *more, checkpoint_every=checkpoint_every)],
+            [sys.executable, *arguments],
             cwd=ROOT,
             env=clean | environment,
             stdout=subprocess.PIPE,
@@ -129,7 +138,7 @@ def plan(shards: Path) -> Plan:
     return Plan(info.splits["train"].samples, BATCH, 0, colour_matrix(info.rgb))
 
 
-def assert_alike(whole: Path, run: str, shards: Path, epochs: int, workers: int) -> None:
+def assert_alike(whole: Path, run: str, shards: Path, epochs: int, workers: int, notes: Path) -> None:
     """The run at a path or URL ended as the undisturbed one did, bit for bit, and saw each image once an epoch."""
     filesystem, path = open_location(run)
     with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +148,7 @@ def assert_alike(whole: Path, run: str, shards: Path, epochs: int, workers: int)
             a, b = load_file(whole / inside), load_file(f"{folder}/{name}")
             assert a.keys() == b.keys()
             assert all(a[key].equal(b[key]) for key in a)
-    assert prove(run, plan(shards)) == Proof(epochs, epochs * STEPS, (workers,))
+    assert assert_trained_once(notes, plan(shards), epochs * STEPS) == [workers]
 
 
 def last(run: str) -> tuple[int, int]:

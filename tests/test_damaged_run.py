@@ -21,7 +21,8 @@ from model.training import Progress
 from pipeline.dataset import DatasetError, read_dataset
 from pipeline.plan import Plan, colour_matrix
 from tests.damage import Place, flip_in_the_middle, own_copy, places
-from tests.runs import Run
+from tests.observer import assert_trained_once
+from tests.runs import STEPS, Run, plan
 from tests.test_train_job import ROOT, command, environment
 
 BATCH = 4
@@ -110,12 +111,13 @@ def test_a_failure_that_is_no_damage_is_survived(shard_set: Path, tmp_path: Path
     text = SHORT_OF_MEMORY.replace("ARMED", str(armed)).replace("FAILED", str(failed))
     (patch / "sitecustomize.py").write_text(text)
     armed.touch()
-    run = Run(shard_set, str(tmp_path / "runs"), 2, 1, PYTHONPATH=f"{patch}{os.pathsep}{ROOT}")
+    notes = tmp_path / "notes"
+    run = Run(shard_set, str(tmp_path / "runs"), 2, 1, notes=notes, PYTHONPATH=f"{patch}{os.pathsep}{ROOT}")
     assert run.end() == 0, run.text
     assert failed.exists()
     assert "out of memory" in run.text
     assert run.text.count("failure ") == 1, run.text
-    assert "sample ledger: 1 epochs, 5 steps, each with the plan's samples, once" in run.text
+    assert_trained_once(notes, plan(shard_set), STEPS)
 
 
 def test_evaluation_names_a_corrupt_image(shard_set: Path, tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from ray.cluster_utils import Cluster
 
 from jobs.checkpoint import Identity, committed
 from jobs.cluster import LOOPBACK_SWITCH
-from jobs.ledger import Proof, prove
 from jobs.nodes import Node
 from jobs.trackers import EVENTS, read_events
 from jobs.train import Resources, refuse_shortage
@@ -28,6 +27,7 @@ from jobs.worker import WorkerData, make_network
 from model.metrics import LabelledImages, Score
 from model.recipe import RECIPES, Recipe
 from model.training import Due, StoppedError, Trainer, Worker
+from tests.observer import assert_trained_once
 from tests.processes import below
 from tests.runs import BATCH, ROOT, STEPS, Run, plan
 
@@ -199,7 +199,8 @@ def test_a_run_grows_and_shrinks_with_its_cluster_and_learns_the_same(
     more = ["--dropout", 0, "--lr", 0.001, "--cpus-per-worker", 1, "--resize-seconds", 10]
     with nodes(2) as cluster:
         address = {"RAY_ADDRESS": cluster.address}
-        run = Run(shard_set, str(tmp_path), "2:3", MOST_EPOCHS, *more, checkpoint_every=0, **address)
+        notes = tmp_path / "notes"
+        run = Run(shard_set, str(tmp_path), "2:3", MOST_EPOCHS, *more, checkpoint_every=0, notes=notes, **address)
         run.wait_for("2 to 3 workers on CPU with 1 core(s) each")
         run.wait_for(f"epoch 1/{MOST_EPOCHS} step 1/{STEPS}")
         third = cluster.add_node(**NODE)
@@ -216,7 +217,7 @@ def test_a_run_grows_and_shrinks_with_its_cluster_and_learns_the_same(
     run_folder = tmp_path / "run"
     progress = list(committed(str(run_folder)).values())[-1].progress
     steps = progress.epoch * STEPS + progress.step
-    assert prove(str(run_folder), plan(shard_set)) == Proof(progress.epoch, steps, (2, 3, 2))
+    assert assert_trained_once(notes, plan(shard_set), steps) == [2, 3, 2]
     recipe = dataclasses.replace(RECIPES["default"], batch_size=BATCH, dropout=0.0, lr=0.001)
     shown = dict(read_events(str(run_folder / EVENTS)).scalars["train/loss"])
     assert sorted(shown) == list(range(1, steps + 1))

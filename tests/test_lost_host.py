@@ -63,14 +63,15 @@ def whole(shard_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def training(shards: Path, folder: Path, **options: int) -> Iterator[tuple[list[Host], Followed, str]]:
+def training(shards: Path, folder: Path, checkpoint_every: int = 2) -> Iterator[tuple[list[Host], Followed, str]]:
     """Three hosts of one core each, of which two train, a job submitted from a fourth, and its run's folder.
 
     One of the two workers at most is on the first host, the cluster's head; the fourth offers nothing to Ray.
     """
     with hosts.cluster((1, 1, 1, 0), folder / "disk", settings=IMPATIENT) as four:
         submit = ["ray", "job", "submit", "--address", f"http://{hosts.NETWORK}.1:8265", "--working-dir", ROOT]
-        arguments = command(shards, str(folder / "runs"), 2, EPOCHS, "--cpus-per-worker", 1, **options)
+        storage, cores, notes = str(folder / "runs"), ("--cpus-per-worker", 1), folder / "notes"
+        arguments = command(shards, storage, 2, EPOCHS, *cores, checkpoint_every=checkpoint_every, notes=notes)
         job = Followed(four[3].start(*submit, "--", "python", *arguments))
         yield four[:3], job, str(folder / "runs" / "run")
 
@@ -82,7 +83,7 @@ def test_a_lost_host_costs_the_steps_since_the_last_checkpoint(whole: Path, shar
         assert continued(job) >= kept
         assert job.text.count("failure ") == 1, job.text
         assert job.end() == 0, job.text
-        assert_alike(whole, run, shard_set, EPOCHS, 2)
+        assert_alike(whole, run, shard_set, EPOCHS, 2, tmp_path / "notes")
 
 
 def test_a_host_that_is_taken_back_with_notice_costs_nothing(whole: Path, shard_set: Path, tmp_path: Path) -> None:
@@ -101,7 +102,7 @@ def test_a_host_that_is_taken_back_with_notice_costs_nothing(whole: Path, shard_
         taken.kill()
         assert continued(job) >= kept
         assert job.end() == 0, job.text
-        assert_alike(whole, run, shard_set, EPOCHS, 2)
+        assert_alike(whole, run, shard_set, EPOCHS, 2, tmp_path / "notes")
 
 
 def test_a_cut_cable_costs_time_or_the_steps_since_the_last_checkpoint(
@@ -124,4 +125,4 @@ def test_a_cut_cable_costs_time_or_the_steps_since_the_last_checkpoint(
         cut.link("up")
         cut.process.wait(120)
         assert job.end() == 0, job.text
-        assert_alike(whole, run, shard_set, EPOCHS, 2)
+        assert_alike(whole, run, shard_set, EPOCHS, 2, tmp_path / "notes")

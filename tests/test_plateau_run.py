@@ -103,7 +103,7 @@ def train(data: Path, folder: Path, die_in: int | None = None) -> Trainer:
     )
     start = trainer.progress.epoch * loaded.steps
     trackers = make_trackers(None, TrackedRun(str(folder), {}, "this machine", start))
-    trainer.fit(loaded, Keeper(folder, die_in, assignment, identity, CPU, loaded.steps, start, trackers))
+    trainer.fit(loaded, Keeper(folder, die_in, assignment, identity, CPU, loaded.steps, trackers))
     return trainer
 
 

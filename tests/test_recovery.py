@@ -50,7 +50,8 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 def test_a_killed_worker_a_stopped_driver_and_a_hanging_worker_change_nothing(
     pair: Path, shard_set: Path, tmp_path: Path
 ) -> None:
-    first = Run(shard_set, str(tmp_path), 2, 2)
+    notes = tmp_path / "notes"
+    first = Run(shard_set, str(tmp_path), 2, 2, notes=notes)
     first.wait_for("epoch 1/2 step 3/5")
     os.kill(first.worker(), signal.SIGKILL)
     first.wait_for("failure 1 of at most 4: rank ")
@@ -66,20 +67,20 @@ def test_a_killed_worker_a_stopped_driver_and_a_hanging_worker_change_nothing(
         f"error: stopped after epoch {epoch}, step {step}, with a checkpoint: run the same command again to continue\n"
     )
 
-    second = Run(shard_set, str(tmp_path), 2, 2, RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S="6")
+    second = Run(shard_set, str(tmp_path), 2, 2, notes=notes, RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S="6")
     second.wait_for(f"continuing after epoch {epoch}, step {step}")
     second.wait_for("epoch 2/2 step ")
     os.kill(second.worker(), signal.SIGSTOP)
     second.wait_for("failure 1 of at most 4: rank ")
     assert "WorkerHealthCheckTimeoutError: A worker health check has been hanging for" in second.lines[-1]
     assert second.end() == 0, second.text
-    assert_alike(pair, str(tmp_path / "run"), shard_set, 2, 2)
+    assert_alike(pair, str(tmp_path / "run"), shard_set, 2, 2, notes)
 
 
 @pytest.mark.slow
 def test_a_full_disk_is_one_line_and_changes_nothing(alone: Path, shard_set: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", str(int(1.5 * CHECKPOINT_BYTES))) as disk:
-        first = Run(shard_set, str(disk), 1, 1)
+        first = Run(shard_set, str(disk), 1, 1, notes=tmp_path / "notes")
         assert first.end() == 1, first.text
         line = first.lines[-1]
         assert line.startswith(f"error: {disk}/run could not be written (")
@@ -87,20 +88,20 @@ def test_a_full_disk_is_one_line_and_changes_nothing(alone: Path, shard_set: Pat
         assert last(str(disk / "run")) == (0, 2)
 
         subprocess.run(["mount", "-o", "remount,size=4g", disk], check=True)
-        second = Run(shard_set, str(disk), 1, 1)
+        second = Run(shard_set, str(disk), 1, 1, notes=tmp_path / "notes")
         second.wait_for("continuing after epoch 0, step 2")
         assert second.end() == 0, second.text
-        assert_alike(alone, str(disk / "run"), shard_set, 1, 1)
+        assert_alike(alone, str(disk / "run"), shard_set, 1, 1, tmp_path / "notes")
 
 
 @pytest.mark.long
 def test_a_run_on_s3_is_stopped_resumed_finished_and_known_again(
-    alone: Path, shard_set: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+    alone: Path, shard_set: Path, tmp_path: Path, s3: str
 ) -> None:
     boto3.client("s3", endpoint_url=f"http://{s3}").create_bucket(Bucket="runs")
     options = f"?region=us-east-1&scheme=http&endpoint_override={s3}"
     storage, run = f"s3://runs/here{options}", f"s3://runs/here/run{options}"
-    first = Run(shard_set, storage, 1, 1)
+    first = Run(shard_set, storage, 1, 1, notes=tmp_path / "notes")
     first.wait_for("epoch 1/1 step 1/5")
     os.kill(first.worker(), signal.SIGTERM)
     assert first.end() == 1, first.text
@@ -108,10 +109,10 @@ def test_a_run_on_s3_is_stopped_resumed_finished_and_known_again(
     epoch, step = last(run)
     assert f"error: stopped after epoch {epoch}, step {step}, with a checkpoint" in first.lines[-1]
 
-    second = Run(shard_set, storage, 1, 1)
+    second = Run(shard_set, storage, 1, 1, notes=tmp_path / "notes")
     assert second.end() == 0, second.text
     assert f"continuing after epoch {epoch}, step {step}" in second.text
-    assert_alike(alone, run, shard_set, 1, 1)
+    assert_alike(alone, run, shard_set, 1, 1, tmp_path / "notes")
 
     again = Run(shard_set, storage, 1, 1)
     assert again.end() == 0, again.text

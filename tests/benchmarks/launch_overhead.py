@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.launch_overhead --data SHARDS --work FOLDER
 
-`jobs/train.py` with all that it does besides (exchanges between the workers, ledger, events, printing through Ray), and
+`jobs/train.py` with all that it does besides (exchanges between the workers, events, printing through Ray), and
 torchrun with the loop alone: both train the network with gloo workers of one core each. Every step is timed by its
 worker. After some steps one worker is killed, and both start all workers anew, with no checkpoint to read. The goal is
 0.99 of torchrun's images/s. Few images a step make the overhead look its worst.

@@ -1,0 +1,90 @@
+"""Runs jobs/train.py with workers that note what each step was trained on, and tells whether that was the plan.
+
+    python tests/observer.py NOTES --data SHARDS ...
+
+All workers append to the file NOTES: a line for each of their steps, and one for each checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+from unittest import mock
+
+from jobs import train
+from jobs.cli import run
+from jobs.train_config import TrainConfig
+from jobs.worker import Assignment, Reporter, train_worker
+from model.metrics import LabelledImages
+from model.training import Due, Trainer
+from pipeline.loader import Batch
+from pipeline.plan import Plan
+
+
+def observed(notes: str) -> Callable[[Assignment], dict[str, Any]]:
+    """`train_worker`, noting. Ray sends it to the workers by value, as it is defined in `__main__`."""
+
+    def train_observed(assignment: Assignment) -> dict[str, Any]:
+        trained, write = Reporter.trained, Reporter.checkpoint
+        first = True
+
+        def note(trainer: Trainer, **more: object) -> None:
+            place = {"epoch": trainer.progress.epoch, "step": trainer.progress.step}
+            with open(notes, "a") as file:
+                file.write(json.dumps(place | more) + "\n")
+
+        def note_step(self: Reporter, trainer: Trainer, batches: Sequence[LabelledImages], own_seconds: float) -> Due:
+            nonlocal first
+            samples = [sample for batch in batches for sample in cast(Batch, batch).samples.tolist()]
+            note(trainer, first=first, rank=trainer.worker.rank, world=trainer.worker.world, samples=samples)
+            first = False
+            return trained(self, trainer, batches, own_seconds)
+
+        def note_checkpoint(self: Reporter, trainer: Trainer, row: dict[str, Any] | None) -> None:
+            note(trainer)
+            write(self, trainer, row)
+
+        with mock.patch.multiple(Reporter, trained=note_step, checkpoint=note_checkpoint):
+            return train_worker(assignment)
+
+    return train_observed
+
+
+def assert_trained_once(notes: Path, plan: Plan, steps: int) -> list[int]:
+    """Each of a run's steps was trained on the plan's samples in the plan's order, once; those that a fault undid do
+    not count.
+
+    Returns:
+        the number of workers, and each to which it changed.
+    """
+    trained: dict[int, dict[tuple[int, int], list[int]]] = {}
+    checkpoints = {0}
+    for line in notes.read_text().splitlines():
+        note = json.loads(line)
+        done = note["epoch"] * plan.steps + note["step"]
+        if "samples" not in note:
+            checkpoints.add(done)
+            continue
+        assert not note["first"] or done - 1 in checkpoints, f"a worker began after step {done - 1}, no checkpoint"
+        # A worker that begins again undoes all that came after its checkpoint.
+        trained = {step: parts for step, parts in trained.items() if step <= done}
+        same = {part: samples for part, samples in trained.get(done, {}).items() if part[1] == note["world"]}
+        trained[done] = same | {(note["rank"], note["world"]): note["samples"]}
+    assert sorted(trained) == list(range(1, steps + 1))
+    worlds: list[int] = []
+    for done, parts in trained.items():
+        epoch, step = divmod(done - 1, plan.steps)
+        world = max(parts)[1]
+        batch = [sample for rank in range(world) for sample in parts[rank, world]]
+        wanted = plan.order(epoch)[step * plan.batch_size : (step + 1) * plan.batch_size].tolist()
+        assert batch == wanted, f"step {step + 1} of epoch {epoch + 1}"
+        worlds += [world] if worlds[-1:] != [world] else []
+    return worlds
+
+
+if __name__ == "__main__":
+    with mock.patch.object(train, "train_worker", observed(sys.argv.pop(1))):
+        run(TrainConfig, train.main)

@@ -1,0 +1,55 @@
+"""What the observer of real runs accepts is each of the plan's samples once, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.plan import Plan, share
+from tests.observer import assert_trained_once
+
+PLAN = Plan(23, 5, 7, np.zeros((3, 3)))
+
+
+def notes(world: int, first: int, last: int, checkpoint: int) -> list[dict[str, Any]]:
+    """Of workers who train steps `first` to `last`, counted from 1, and write one checkpoint."""
+    lines: list[dict[str, Any]] = []
+    for done in range(first, last + 1):
+        epoch, step = divmod(done - 1, PLAN.steps)
+        batch = PLAN.order(epoch)[step * 5 : step * 5 + 5].tolist()
+        place = {"epoch": epoch, "step": step + 1}
+        for rank in range(world):
+            part = share(5, rank, world)
+            samples = batch[part.start : part.stop]
+            lines.append({**place, "first": done == first, "rank": rank, "world": world, "samples": samples})
+        if done == checkpoint:
+            lines.append(place)
+    return lines
+
+
+def prove(path: Path, lines: list[dict[str, Any]], steps: int) -> list[int]:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return assert_trained_once(path, PLAN, steps)
+
+
+def test_a_run_that_was_resumed_by_fewer_workers_is_proved(tmp_path: Path) -> None:
+    # Of the last step, a fault left one worker's note.
+    lines = [*notes(3, 1, 7, 5)[:-2], *notes(2, 6, 9, 9)]
+    assert prove(tmp_path / "notes", lines, 9) == [3, 2]
+
+
+def test_what_is_not_the_plan_is_refused(tmp_path: Path) -> None:
+    path, lines = tmp_path / "notes", notes(2, 1, 9, 5)
+    assert prove(path, lines, 9) == [2]
+    for wrong in (
+        lines[:-2],
+        [*lines[:6], *lines[8:]],
+        [*lines[:-1], lines[-1] | {"samples": lines[-1]["samples"][::-1]}],
+        [*lines, *notes(2, 7, 9, 9)],
+    ):
+        with pytest.raises(AssertionError):
+            prove(path, wrong, 9)
