@@ -1,1 +1,1 @@
-"""One command each: parse, call, print."""
+"""The commands, one file each: parse, call, print. What they share is in the folders; pipeline and model meet here."""

@@ -24,18 +24,18 @@ from nvidia.dali import __version__ as dali_version
 from torch.profiler import ProfilerActivity, profile
 from torchvision.io import decode_jpeg
 
-from jobs import gpu_check
-from jobs.checkpoint import Identity
-from jobs.cli import run
-from jobs.device import choose_device, processor
-from jobs.worker import make_network
+from jobs.cli.command import run
+from jobs.cli.device import choose_device, processor
+from jobs.diagnostics import gpu_check
+from jobs.training.checkpoint import Identity
+from jobs.training.worker import make_network
 from model.recipe import RECIPES
 from model.training import Trainer, Worker
-from pipeline.dataset import read_dataset, write_json
-from pipeline.graph import GpuDecoder
-from pipeline.loader import Loader
-from pipeline.plan import Plan, colour_matrix
-from pipeline.split_reader import SplitReader
+from pipeline.dataset.info import read_dataset, write_json
+from pipeline.dataset.split_reader import SplitReader
+from pipeline.loading.graph import GpuDecoder
+from pipeline.loading.loader import Loader
+from pipeline.loading.plan import Plan, colour_matrix
 
 IMAGENET_IMAGES = 1_281_167  # ILSVRC-2012's training set
 PAPER_EPOCHS = 90  # The paper, section 5

@@ -20,8 +20,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from jobs.cli import run
-from pipeline.dataset import read_dataset
+from jobs.cli.command import run
+from pipeline.dataset.info import read_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 RAY = str(Path(sys.executable).with_name("ray"))

@@ -22,7 +22,10 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from jobs.checks import (
+from jobs.cli.command import GpuChoice, run
+from jobs.cluster.connection import connected
+from jobs.cluster.nodes import NoAnswer, alive_nodes, collect, on_each
+from jobs.diagnostics.checks import (
     NODE_CHECKS,
     STEP_SECONDS,
     Finding,
@@ -33,12 +36,9 @@ from jobs.checks import (
     remove_file,
     write_file,
 )
-from jobs.cli import GpuChoice, run
-from jobs.cluster import connected
-from jobs.nodes import NoAnswer, alive_nodes, collect, on_each
-from jobs.probe import Rank
-from pipeline.dataset import write_json
-from pipeline.storage import is_url
+from jobs.diagnostics.probe import Rank
+from pipeline.dataset.info import write_json
+from pipeline.storage.locations import is_url
 
 
 @dataclasses.dataclass(frozen=True)

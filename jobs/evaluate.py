@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from pyarrow import fs as arrow_fs
 
-from jobs import checkpoint
-from jobs.checkpoint import CheckpointError
-from jobs.cli import run
-from jobs.device import choose_device
-from jobs.progress import Progress
-from jobs.worker import make_network
+from jobs.cli.command import run
+from jobs.cli.device import choose_device
+from jobs.cli.progress import counted
+from jobs.training import checkpoint
+from jobs.training.run_storage import local_checkpoint
+from jobs.training.worker import make_network
 from model.metrics import Score, evaluate
-from pipeline.dataset import read_dataset, write_json
-from pipeline.loader import Batch, Loader
-from pipeline.plan import TEN_CROPS, center_crops
-from pipeline.split_reader import SplitReader
-from pipeline.storage import join, open_location
+from pipeline.dataset.info import read_dataset, write_json
+from pipeline.dataset.split_reader import SplitReader
+from pipeline.loading.loader import Loader
+from pipeline.loading.plan import TEN_CROPS, center_crops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,41 +43,6 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.threads < 1:
             raise ValueError(f"--batch-size is {self.batch_size} and --threads {self.threads}; both must be at least 1")
-
-
-@contextlib.contextmanager
-def local_checkpoint(location: str) -> Iterator[tuple[str, Path]]:
-    """The checkpoint at a path or URL, or the best one of the run there: its location, and a local folder of its files.
-
-    Raises:
-        CheckpointError: if there is neither a checkpoint nor a run with one.
-    """
-    filesystem, path = open_location(location)
-    if filesystem.get_file_info(path).type != arrow_fs.FileType.Directory:
-        raise CheckpointError(
-            f"{location} does not exist or is no folder: give a checkpoint_* folder or a run's folder"
-        )
-    if filesystem.get_file_info(f"{path}/{checkpoint.STATE_FILE}").type != arrow_fs.FileType.File:
-        chosen = checkpoint.best(checkpoint.committed(location))
-        if chosen is None:
-            raise CheckpointError(
-                f"{location} holds no finished epoch's checkpoint: train first, or give a checkpoint_* folder"
-            )
-        location, path = join(location, chosen), f"{path}/{chosen}"
-    if isinstance(filesystem, arrow_fs.LocalFileSystem):
-        yield location, Path(path)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        arrow_fs.copy_files(path, folder, source_filesystem=filesystem)
-        yield location, Path(folder)
-
-
-def counted(batches: Iterator[Batch], total: int) -> Iterator[Batch]:
-    """The same batches, with their images shown as progress."""
-    with Progress(total, "images") as progress:
-        for batch in batches:
-            yield batch
-            progress.advance(len(batch))
 
 
 def main(config: EvaluateConfig) -> None:

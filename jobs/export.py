@@ -15,14 +15,14 @@ from safetensors.torch import save
 from torch import nn
 from torch.onnx import ONNXProgram
 
-from jobs import checkpoint
-from jobs.checkpoint import State
-from jobs.cli import run
-from jobs.evaluate import local_checkpoint
-from jobs.worker import make_network
+from jobs.cli.command import run
+from jobs.training import checkpoint
+from jobs.training.checkpoint import State
+from jobs.training.run_storage import local_checkpoint
+from jobs.training.worker import make_network
 from model.alexnet import INPUT_SIZE
-from pipeline.dataset import write_atomically
-from pipeline.rgb_stats import MAX_LEVEL
+from pipeline.dataset.info import write_atomically
+from pipeline.images.rgb_stats import MAX_LEVEL
 
 PARITY = 1e-4  # Of the largest logit: float32 sums of 9,216 products in another order differ by less.
 IMAGES = 8  # Of the parity check.

@@ -6,8 +6,8 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.cli import run
-from pipeline.synthetic import write_folder
+from jobs.cli.command import run
+from pipeline.images.synthetic import write_folder
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import torch
 
-from jobs import checkpoint
-from jobs.caffemodel import read_caffemodel
-from jobs.checkpoint import Identity, State
-from jobs.cli import run
-from jobs.worker import make_network
-from model.interchange import CAFFE_MEAN, Imported, InterchangeError, from_caffe, from_jiecaoyu
+from jobs.cli.command import run
+from jobs.training import checkpoint
+from jobs.training.checkpoint import Identity, State
+from jobs.training.worker import make_network
 from model.recipe import Recipe
 from model.schedule import Plateau
 from model.training import Progress
-from pipeline.dataset import DatasetInfo, read_dataset
-from pipeline.rgb_stats import MAX_LEVEL, RgbStatistics
+from model.weights.caffemodel import read_caffemodel
+from model.weights.interchange import CAFFE_MEAN, Imported, InterchangeError, from_caffe, from_jiecaoyu
+from pipeline.dataset.info import DatasetInfo, read_dataset
+from pipeline.images.rgb_stats import MAX_LEVEL, RgbStatistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ def read_source(path: Path) -> Imported:
     """
     try:
         if path.suffix == ".caffemodel":
-            return from_caffe(read_caffemodel(path))
+            return from_caffe(read_caffemodel(path.read_bytes(), str(path)))
         if path.name.endswith((".pth.tar", ".pth", ".pt")):
             return from_jiecaoyu(torch.load(path, map_location="cpu", weights_only=True))
     except InterchangeError as error:

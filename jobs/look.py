@@ -21,13 +21,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from jobs.cli import run
-from pipeline.dataset import DatasetInfo, read_dataset, write_atomically
-from pipeline.decode import IMAGE_SIZE
-from pipeline.loader import Loader
-from pipeline.plan import CROP_SIZE, Augmentation, Plan, colour_matrix
-from pipeline.rgb_stats import MAX_LEVEL
-from pipeline.split_reader import SplitReader
+from jobs.cli.command import run
+from pipeline.dataset.info import DatasetInfo, read_dataset, write_atomically
+from pipeline.dataset.split_reader import SplitReader
+from pipeline.images.decode import IMAGE_SIZE
+from pipeline.images.rgb_stats import MAX_LEVEL
+from pipeline.loading.loader import Loader
+from pipeline.loading.plan import CROP_SIZE, Augmentation, Plan, colour_matrix
 
 ROW_INCHES = 3.2
 WIDTH_INCHES = 10.5

@@ -7,36 +7,23 @@ images with their most probable classes, nearest neighbors by fc7, and the class
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 
-from jobs import charts, checkpoint
-from jobs.checkpoint import CheckpointError, State
-from jobs.cli import run
-from jobs.device import choose_device
-from jobs.evaluate import local_checkpoint
-from jobs.predictions import Predictions, Predictor, confusions
-from jobs.trackers import EVENTS, Events, read_events
-from jobs.worker import make_network
-from model.alexnet import AlexNet
-from pipeline.dataset import DatasetInfo, read_dataset, write_atomically
-from pipeline.split_reader import SplitReader
-from pipeline.storage import join
-
-TEMPLATE = "report.html.j2"  # Beside this file
-WORST = 20  # Classes in the table of confusions
-RATES = {
-    "decode_limit_images_per_s": "decoding the JPEGs whole, the limit",
-    "loader_images_per_s": "the loader alone",
-    "network_images_per_s": "the network alone",
-    "train_images_per_s": "training",
-}
-"""What jobs/benchmark.py --json writes."""
+from jobs.cli.command import run
+from jobs.cli.device import choose_device
+from jobs.reporting.page import gallery, page, read_rates
+from jobs.reporting.predictions import Predictor
+from jobs.training import checkpoint
+from jobs.training.checkpoint import CheckpointError
+from jobs.training.run_storage import local_checkpoint
+from jobs.training.trackers import EVENTS, read_events
+from jobs.training.worker import make_network
+from pipeline.dataset.info import read_dataset, write_atomically
+from pipeline.storage.locations import join
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,68 +55,6 @@ class ReportConfig:
         for field in ("images", "shown", "queries", "batch_size", "threads"):
             if getattr(self, field) < 1:
                 raise ValueError(f"--{field.replace('_', '-')} is {getattr(self, field)}; it must be at least 1")
-
-
-def page(
-    name: str, state: State, network: AlexNet, events: Events, rates: dict[str, Any], images: dict[str, Any]
-) -> str:
-    """The whole page: of the newest state, the best checkpoint's network, and what `read_rates` and `gallery` gave."""
-    history = state.progress.history
-    measured = [(meaning, f"{rates[key]:,.1f} images/s") for key, meaning in RATES.items() if key in rates]
-    if "data_wait" in rates:
-        measured.append(("waiting for data", f"{rates['data_wait']:.1%} of the training time"))
-    per_epoch = history[0]["images"] / state.identity.recipe.batch_size
-    within = {tag: [(step / per_epoch, value) for step, value in points] for tag, points in events.scalars.items()}
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.get_template(TEMPLATE).render(
-        name=name,
-        history=history,
-        best=min(history, key=lambda row: float(row["top1_error"])),
-        classes=len(state.identity.wnids),
-        curves=charts.curves(history, within),
-        filters=charts.filters(network.conv1.weight.detach().cpu().numpy()),
-        images=images,
-        rates=measured,
-        facts=[("shard set", state.identity.dataset), *(("machine", text) for text in events.machines)],
-        settings=dataclasses.asdict(state.identity.recipe).items(),
-    )
-
-
-def gallery(predictions: Predictions, data: Path, info: DatasetInfo) -> dict[str, Any]:
-    """What the page shows of a shard set."""
-    val, train = (SplitReader(data, info, split) for split in ("val", "train"))
-    names = [label.name for label in info.classes]
-    neighbors = []
-    for i, nearest in enumerate(predictions.nearest.tolist()):
-        pixels = [val.decoded(i), *(train.decoded(sample) for sample in nearest)]
-        neighbors.append(charts.neighbors(pixels, [val.labels[i], *train.labels[nearest]], names))
-    return {
-        "photographs": [
-            charts.photograph(val.decoded(i), val.labels[i], top, names) for i, top in enumerate(predictions.top)
-        ],
-        "neighbors": neighbors,
-        "confusions": confusions(predictions.val_labels, predictions.predicted, len(names))[:WORST],
-        "names": names,
-        "searched": {"val": len(predictions.val_labels), "train": predictions.train_images},
-        "available": {"val": len(val), "train": len(train)},
-    }
-
-
-def read_rates(path: Path) -> dict[str, Any]:
-    """What jobs/benchmark.py --json wrote.
-
-    Raises:
-        ValueError: if the file is something else.
-    """
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"--benchmark {path} is no JSON ({error}): give what benchmark.py --json wrote") from error
-    if not isinstance(value, dict) or not all(isinstance(value.get(key), float | int) for key in RATES):
-        raise ValueError(f"--benchmark {path} lacks {', '.join(RATES)}: give what benchmark.py --json wrote")
-    return value
 
 
 def main(config: ReportConfig) -> None:

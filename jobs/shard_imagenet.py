@@ -27,18 +27,18 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs.build import build_all
-from jobs.cli import run, say
-from jobs.cluster import connected
-from jobs.progress import Progress
-from pipeline.dataset import REJECTS_FILE, DatasetInfo
-from pipeline.publish import check_destination, publish, refuse_unwritable
-from pipeline.resize import encoder_settings
-from pipeline.set_lock import JobLock
-from pipeline.shard_set import SetPlan, claim_folder, find_finished, finish, is_left_over, make_folder, tidy
-from pipeline.shards import plan_shards
-from pipeline.sources import read_source
-from pipeline.storage import shown
+from jobs.cli.command import run, say
+from jobs.cli.progress import Progress
+from jobs.cluster.build import build_all
+from jobs.cluster.connection import connected
+from pipeline.dataset.info import REJECTS_FILE, DatasetInfo
+from pipeline.images.resize import encoder_settings
+from pipeline.sharding.set_lock import JobLock
+from pipeline.sharding.shard_set import SetPlan, claim_folder, find_finished, finish, is_left_over, make_folder, tidy
+from pipeline.sharding.shards import plan_shards
+from pipeline.sources.sources import read_source
+from pipeline.staging.publish import check_destination, publish, refuse_unwritable
+from pipeline.storage.locations import shown
 
 MAX_SAMPLES_PER_SHARD = 20_000  # A worker holds its shard in memory: 20.7 KB an image, in 3,000 of ImageNet's.
 

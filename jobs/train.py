@@ -24,23 +24,23 @@ from ray.train import (
     UserCallback,
 )
 
-from jobs import checkpoint
-from jobs.backend import NodeTorchConfig, NodeTrainer
-from jobs.checkpoint import Identity
-from jobs.cli import run
-from jobs.cluster import connected, on_cluster
-from jobs.interrupt import clear_stop_request, signals_stop
-from jobs.nodes import Node, alive_nodes, check_shared
-from jobs.run_storage import FailureReporter, StorageError, repair_checkpoint_list, storage_error
-from jobs.trackers import check_installed
-from jobs.train_config import TrainConfig, Workers
-from jobs.worker import Assignment, train_worker
+from jobs.cli.command import run
+from jobs.cluster.connection import connected, on_cluster
+from jobs.cluster.nodes import Node, alive_nodes, check_shared
+from jobs.training import checkpoint
+from jobs.training.backend import NodeTorchConfig, NodeTrainer
+from jobs.training.checkpoint import Identity
+from jobs.training.config import TrainConfig, Workers
+from jobs.training.run_storage import FailureReporter, StorageError, repair_checkpoint_list, storage_error
+from jobs.training.stop_signals import clear_stop_request, signals_stop
+from jobs.training.trackers import check_installed
+from jobs.training.worker import Assignment, train_worker
 from model.recipe import Recipe
-from pipeline.dataset import DATASET_FILE, DatasetError, DatasetInfo, is_decoded, read_dataset
-from pipeline.graph import decoder_name
-from pipeline.plan import Plan, colour_matrix
-from pipeline.staging import read_remote_dataset
-from pipeline.storage import is_url, join, on_disk, open_location, shown
+from pipeline.dataset.info import DATASET_FILE, DatasetError, DatasetInfo, is_decoded, read_dataset
+from pipeline.loading.graph import decoder_name
+from pipeline.loading.plan import Plan, colour_matrix
+from pipeline.staging.staging import read_remote_dataset
+from pipeline.storage.locations import is_url, join, on_disk, open_location, shown
 
 ROOM_SECONDS = "20"
 MOST_CORES = 12  # Of a GPU worker by default: decoding 256 x 256 JPEGs for one GPU's AlexNet gains little beyond.

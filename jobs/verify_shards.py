@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from jobs.cli import run
-from jobs.cluster import RETRIES, LostError, connected, in_parallel
-from jobs.progress import Progress
-from pipeline.dataset import DATASET_FILE, DatasetInfo, read_dataset, rebuild_advice, staged_from
-from pipeline.shard_samples import Fault
-from pipeline.verify import ShardReport, check_set, check_shard
+from jobs.cli.command import run
+from jobs.cli.progress import Progress
+from jobs.cluster.connection import RETRIES, LostError, connected, in_parallel
+from pipeline.dataset.info import DATASET_FILE, DatasetInfo, read_dataset, rebuild_advice, staged_from
+from pipeline.dataset.shard_samples import Fault
+from pipeline.dataset.verify import ShardReport, check_set, check_shard
 
 AGAIN = "run the command that made the set"  # Of a fault of the whole set that names its cure.
 FAULTS_SHOWN = 20  # Of one shard: a cut one may have thousands.

@@ -1,1 +1,1 @@
-"""AlexNet and its training recipe; this package knows nothing of files or images."""
+"""AlexNet and its training recipe. Knows neither files nor images nor Ray."""

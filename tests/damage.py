@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.split_reader import END_OF_IMAGE, Allocate, SplitReader
+from pipeline.dataset.split_reader import END_OF_IMAGE, Allocate, SplitReader
 
 
 @dataclasses.dataclass(frozen=True)

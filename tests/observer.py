@@ -15,13 +15,13 @@ from typing import Any, cast
 from unittest import mock
 
 from jobs import train
-from jobs.cli import run
-from jobs.train_config import TrainConfig
-from jobs.worker import Assignment, Reporter, train_worker
+from jobs.cli.command import run
+from jobs.training.config import TrainConfig
+from jobs.training.worker import Assignment, Reporter, train_worker
 from model.metrics import LabelledImages
 from model.training import Due, Trainer
-from pipeline.loader import Batch
-from pipeline.plan import Plan
+from pipeline.loading.loader import Batch
+from pipeline.loading.plan import Plan
 
 
 def observed(notes: str) -> Callable[[Assignment], dict[str, Any]]:

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.resize import encoder_settings
-from pipeline.shard_set import SetPlan, claim_folder, finish
-from pipeline.shards import build_shard, plan_shards
-from pipeline.sources import read_source
+from pipeline.images.resize import encoder_settings
+from pipeline.sharding.shard_set import SetPlan, claim_folder, finish
+from pipeline.sharding.shards import build_shard, plan_shards
+from pipeline.sources.sources import read_source
 
 
 def photograph(seed: int, width: int, height: int) -> NDArray[np.uint8]:

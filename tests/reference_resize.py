@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.decode import IMAGE_SIZE
+from pipeline.images.decode import IMAGE_SIZE
 
 
 def central_square(image: NDArray[Any]) -> NDArray[np.float64]:

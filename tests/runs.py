@@ -15,10 +15,10 @@ import pytest
 from pyarrow import fs as arrow_fs
 from safetensors.torch import load_file
 
-from jobs import checkpoint
-from pipeline.dataset import read_dataset
-from pipeline.plan import Plan, colour_matrix
-from pipeline.storage import open_location
+from jobs.training import checkpoint
+from pipeline.dataset.info import read_dataset
+from pipeline.loading.plan import Plan, colour_matrix
+from pipeline.storage.locations import open_location
 from tests.observer import assert_trained_once
 from tests.processes import outside_clusters
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.resize import encoder_settings
-from pipeline.shard_set import SetPlan, claim_folder, finish
-from pipeline.shards import BuiltShard, build_shard, plan_shards
-from pipeline.sources import read_source
+from pipeline.images.resize import encoder_settings
+from pipeline.sharding.shard_set import SetPlan, claim_folder, finish
+from pipeline.sharding.shards import BuiltShard, build_shard, plan_shards
+from pipeline.sources.sources import read_source
 
 PER_SHARD = 4
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.plan import Plan, share
+from pipeline.loading.plan import Plan, share
 from tests.observer import assert_trained_once
 
 PLAN = Plan(23, 5, 7, np.zeros((3, 3)))

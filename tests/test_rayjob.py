@@ -13,7 +13,7 @@ import pytest
 import tyro
 import yaml
 
-from jobs.train_config import TrainConfig
+from jobs.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 Job = dict[str, Any]

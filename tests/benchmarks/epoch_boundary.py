@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from jobs.cli import run
-from jobs.data import WorkerData
-from jobs.device import processor
+from jobs.cli.command import run
+from jobs.cli.device import processor
+from jobs.training.data import WorkerData
 from model.recipe import Recipe
 from model.training import Worker
-from pipeline.dataset import write_json
-from pipeline.plan import Plan
+from pipeline.dataset.info import write_json
+from pipeline.loading.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,16 +29,16 @@ import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
 
-from jobs.cli import run
-from jobs.device import processor
-from pipeline import loader as loader_module
-from pipeline.dataset import read_dataset, write_json
-from pipeline.graph import PREFETCH
-from pipeline.loader import Loader
-from pipeline.pixel_stage import stage_pixels
-from pipeline.plan import Plan, PlannedBatch, colour_matrix
-from pipeline.reader_process import SharedMemory, read_into
-from pipeline.split_reader import SplitReader
+from jobs.cli.command import run
+from jobs.cli.device import processor
+from pipeline.dataset.info import read_dataset, write_json
+from pipeline.dataset.split_reader import SplitReader
+from pipeline.loading import loader as loader_module
+from pipeline.loading.graph import PREFETCH
+from pipeline.loading.loader import Loader
+from pipeline.loading.plan import Plan, PlannedBatch, colour_matrix
+from pipeline.loading.reader_process import SharedMemory, read_into
+from pipeline.staging.decoded_cache import stage_pixels
 
 TICKS = os.sysconf("SC_CLK_TCK")
 OPERATORS = 1500  # Of a step; together 2.7 ms on the machine of docs/benchmarks.md.
@@ -67,7 +67,7 @@ def without_decoder(
     pixels: bool,
     **others: object,
 ) -> Pipeline:
-    """In the place of `pipeline.graph.define`: the same inputs, and one pixel cut from each image's first bytes."""
+    """In the place of `define`: the same inputs, and one pixel cut from each image's first bytes."""
     pipeline = Pipeline(batch_size, threads, device_id, prefetch_queue_depth=PREFETCH)
     with pipeline:
         given, numbers = fn.external_source(

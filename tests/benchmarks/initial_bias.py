@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jobs.cli import run
+from jobs.cli.command import run
 from model.alexnet import AlexNet
 from model.optimizer import make_optimizer
 from model.recipe import Recipe
-from pipeline.dataset import read_dataset, write_json
-from pipeline.loader import Loader
-from pipeline.plan import Plan, colour_matrix
-from pipeline.split_reader import SplitReader
+from pipeline.dataset.info import read_dataset, write_json
+from pipeline.dataset.split_reader import SplitReader
+from pipeline.loading.loader import Loader
+from pipeline.loading.plan import Plan, colour_matrix
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7")
 WINDOW = 20  # Steps over which the loss is averaged.

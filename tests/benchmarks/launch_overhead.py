@@ -25,8 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from jobs.cli import run
-from pipeline.dataset import read_dataset, write_json
+from jobs.cli.command import run
+from pipeline.dataset.info import read_dataset, write_json
 from tests.processes import below, outside_clusters
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -36,18 +36,18 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from jobs.checkpoint import Identity
-from jobs.cli import run
-from jobs.device import processor
-from jobs.worker import WorkerData, make_network
+from jobs.cli.command import run
+from jobs.cli.device import processor
+from jobs.training.checkpoint import Identity
+from jobs.training.worker import WorkerData, make_network
 from model.alexnet import INPUT_SIZE, AlexNet
 from model.metrics import LabelledImages, Score, evaluate
 from model.recipe import RECIPES, Recipe
 from model.training import Due, StoppedError, Trainer, Worker
-from pipeline.dataset import read_dataset, write_json
-from pipeline.loader import Loader
-from pipeline.plan import center_crops
-from pipeline.split_reader import SplitReader
+from pipeline.dataset.info import read_dataset, write_json
+from pipeline.dataset.split_reader import SplitReader
+from pipeline.loading.loader import Loader
+from pipeline.loading.plan import center_crops
 from tests.benchmarks.loader_sets import make_folder
 
 CPU = torch.device("cpu")

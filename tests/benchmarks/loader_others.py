@@ -15,7 +15,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_image, decode_jpeg
 from torchvision.transforms import v2
 
-from pipeline.plan import CROP_SIZE
+from pipeline.loading.plan import CROP_SIZE
 from tests.benchmarks.loader_sets import REPEATS
 from tests.benchmarks.loader_task import BATCH, Batches, PeerConfig
 

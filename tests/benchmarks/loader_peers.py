@@ -26,13 +26,13 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, types
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from jobs.cli import run
-from pipeline.dataset import read_dataset
-from pipeline.decode import IMAGE_SHAPE
-from pipeline.graph import PREFETCH
-from pipeline.loader import Loader
-from pipeline.plan import COLOUR_STD, CROP_SIZE, Augmentation
-from pipeline.split_reader import SplitReader
+from jobs.cli.command import run
+from pipeline.dataset.info import read_dataset
+from pipeline.dataset.split_reader import SplitReader
+from pipeline.images.decode import IMAGE_SHAPE
+from pipeline.loading.graph import PREFETCH
+from pipeline.loading.loader import Loader
+from pipeline.loading.plan import COLOUR_STD, CROP_SIZE, Augmentation
 from tests.benchmarks import loader_others as others
 from tests.benchmarks import loader_sets
 from tests.benchmarks.loader_sets import REPEATS

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from pipeline.dataset import read_dataset
-from pipeline.pixel_stage import stage_pixels
-from pipeline.split_reader import SplitReader
+from pipeline.dataset.info import read_dataset
+from pipeline.dataset.split_reader import SplitReader
+from pipeline.staging.decoded_cache import stage_pixels
 
 REPEATS = 4
 

@@ -19,8 +19,8 @@ import platform
 import shutil
 from pathlib import Path
 
-from jobs.cli import run
-from pipeline.dataset import read_dataset, write_json
+from jobs.cli.command import run
+from pipeline.dataset.info import read_dataset, write_json
 from tests.benchmarks.contest import check_cores, present, run_pinned, table, take_turns
 from tests.benchmarks.loader_peers import PEERS, installed
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipeline.dataset import read_dataset
-from pipeline.plan import CROP_SIZE, Plan, PlannedBatch, colour_matrix
-from pipeline.split_reader import SplitReader
+from pipeline.dataset.info import read_dataset
+from pipeline.dataset.split_reader import SplitReader
+from pipeline.loading.plan import CROP_SIZE, Plan, PlannedBatch, colour_matrix
 from tests.benchmarks.loader_sets import open_train
 
 BATCH = 128

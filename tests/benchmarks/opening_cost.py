@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jobs.cli import run
-from jobs.device import processor
-from pipeline.dataset import (
+from jobs.cli.command import run
+from jobs.cli.device import processor
+from pipeline.dataset.info import (
     DATASET_FILE,
     ClassLabel,
     DatasetInfo,
@@ -35,10 +35,10 @@ from pipeline.dataset import (
     write_atomically,
     write_json,
 )
-from pipeline.resize import encoder_settings
-from pipeline.rgb_stats import RgbMoments, RgbStatistics
-from pipeline.sample_index import describe_index, pack_index, record_batch
-from pipeline.split_reader import SplitReader
+from pipeline.dataset.sample_index import describe_index, pack_index, record_batch
+from pipeline.dataset.split_reader import SplitReader
+from pipeline.images.resize import encoder_settings
+from pipeline.images.rgb_stats import RgbMoments, RgbStatistics
 
 PER_SHARD = 1250
 IMAGE_BYTES = 21_000

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jobs.cli import run
-from pipeline.dataset import write_json
-from pipeline.plan import Plan
+from jobs.cli.command import run
+from pipeline.dataset.info import write_json
+from pipeline.loading.plan import Plan
 
 MAX_SECONDS = 1.0
 MAX_MB = 100.0

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from jobs.cli import run
-from pipeline.decode import IMAGE_SIZE, ImageError, decode
-from pipeline.resize import convert, resize
+from jobs.cli.command import run
+from pipeline.images.decode import IMAGE_SIZE, ImageError, decode
+from pipeline.images.resize import convert, resize
 from tests.benchmarks.shard_writers import photographs
 from tests.reference_resize import central_square
 

@@ -27,9 +27,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jobs.cli import run
-from pipeline.dataset import read_dataset
-from pipeline.decode import MAX_PIXELS
+from jobs.cli.command import run
+from pipeline.dataset.info import read_dataset
+from pipeline.images.decode import MAX_PIXELS
 from tests.processes import BUILDING, below, outside_clusters
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ CLASSES = 100
 VARIANTS = 50
 LOOK_EVERY_S = 0.1
 IDLE = "import jobs.shard_imagenet"
-CONVERTER = "import sys; from pipeline.resize import convert"
+CONVERTER = "import sys; from pipeline.images.resize import convert"
 CONVERT = f"{CONVERTER}; convert(open(sys.argv[1], 'rb').read(), 90)"
 WAIT = "; print(flush=True); input()"  # Until its high-water mark was read.
 

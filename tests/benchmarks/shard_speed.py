@@ -25,8 +25,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from jobs.cli import run
-from pipeline.dataset import write_json
+from jobs.cli.command import run
+from pipeline.dataset.info import write_json
 from tests.benchmarks.contest import check_cores, present, run_pinned, table, take_turns
 from tests.benchmarks.shard_writers import WRITERS, installed, photographs
 

@@ -29,12 +29,12 @@ import webdataset
 from numpy.typing import NDArray
 from PIL import Image
 
-from jobs.cli import run
-from pipeline.decode import IMAGE_SIZE
-from pipeline.resize import encoder_settings, resize
-from pipeline.shard_set import SetPlan, claim_folder, finish
-from pipeline.shards import BuiltShard, ShardPlan, build_shard, plan_shards
-from pipeline.sources import read_source
+from jobs.cli.command import run
+from pipeline.images.decode import IMAGE_SIZE
+from pipeline.images.resize import encoder_settings, resize
+from pipeline.sharding.shard_set import SetPlan, claim_folder, finish
+from pipeline.sharding.shards import BuiltShard, ShardPlan, build_shard, plan_shards
+from pipeline.sources.sources import read_source
 
 QUALITY = 90
 SAMPLES_PER_SHARD = 250  # Small, so that two workers end together on a few thousand photographs.

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn
 from PIL import Image
 
-from jobs.cli import run
-from pipeline.plan import Plan
+from jobs.cli.command import run
+from pipeline.loading.plan import Plan
 
 PERMUTATIONS = 200
 DIGITS = 6  # Of a sample's number, which is its key.

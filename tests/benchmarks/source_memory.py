@@ -23,9 +23,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from jobs.cli import run
-from pipeline.shards import plan_shards
-from pipeline.sources import read_source
+from jobs.cli.command import run
+from pipeline.sharding.shards import plan_shards
+from pipeline.sources.sources import read_source
 from tests.benchmarks.plan_cost import high_water_mb
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,13 +22,13 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from jobs.cli import run
-from jobs.device import choose_device
+from jobs.cli.command import run
+from jobs.cli.device import choose_device
 from model.alexnet import INPUT_SIZE, AlexNet
 from model.lrn import PAPER_ALPHA, PAPER_BETA, PAPER_K, PAPER_SIZE, LocalResponseNorm
 from model.recipe import RECIPES
 from model.training import Trainer, Worker
-from pipeline.dataset import write_json
+from pipeline.dataset.info import write_json
 
 OURS = "as trained"
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import distributed
 
-from jobs.checkpoint import Identity
-from jobs.cli import run
-from jobs.worker import WorkerData, make_network
+from jobs.cli.command import run
+from jobs.training.checkpoint import Identity
+from jobs.training.worker import WorkerData, make_network
 from model.metrics import LabelledImages, Score
 from model.recipe import RECIPES
 from model.training import Due, Trainer, Worker

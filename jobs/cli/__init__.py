@@ -1,0 +1,1 @@
+"""Running a command: parsing, errors, progress. May import pipeline and model."""

@@ -1,0 +1,1 @@
+"""Reaching Ray: connection, parallel tasks, nodes. May import cli."""

@@ -1,0 +1,86 @@
+"""Building a set's shards with Ray: a task a shard, which says how far it is and is made again if its worker dies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from jobs.cli.progress import Progress
+from jobs.cluster.connection import LostError, stream
+from pipeline.dataset.annotation import ShardError
+from pipeline.sharding.set_lock import at_work
+from pipeline.sharding.shard_set import SetPlan
+from pipeline.sharding.shards import BuiltShard, ShardPlan, Step, build_in_steps
+from pipeline.storage.retry import SourceReadError
+
+ATTEMPTS = 4
+CAREFUL_FROM = 2  # A node may be lost at any shard; a worker that dies twice at the same one may have cause.
+
+
+class _Tally:
+    """Counts each image once, however often its shard is begun."""
+
+    def __init__(self, shards: int, progress: Progress) -> None:
+        self._images = [0] * shards
+        self._rejected = [0] * shards
+        self._progress = progress
+
+    def reach(self, shard: int, images: int, rejected: int, worked: bool = True) -> None:
+        """Says that this many of a shard's images are dealt with, and how many of them were set aside."""
+        more = max(0, images - self._images[shard])
+        self._images[shard] += more
+        self._rejected[shard] = rejected
+        self._progress.advance(more, worked, note=f"{sum(self._rejected):,} set aside")
+
+
+def build_all(
+    output: Path, plan: SetPlan, set_aside: bool, workers: int | None, progress: Progress
+) -> list[BuiltShard]:
+    """Builds every shard, no more at a time than there are workers; in the plan's order.
+
+    Raises:
+        BadImageError, ShardError, SourceReadError: see `build_in_steps`; also if a shard's workers died again and
+            again, or it could not be written.
+    """
+    # Attempts are counted here and not by Ray, which would not tell a task which one it is.
+    task = ray.remote(_build).options(num_cpus=1, max_retries=0, num_returns="streaming", name="build_shard")
+    done: dict[int, BuiltShard] = {}
+    reached: dict[int, Step] = {}
+    tally = _Tally(len(plan.shards), progress)
+    calls = ((output, shard, plan.image, set_aside) for shard in plan.shards)
+    try:
+        for number, item in stream(task, calls, workers, ATTEMPTS, again=(SourceReadError,)):
+            if isinstance(item, Step):
+                reached[number] = item
+                tally.reach(number, item.images, item.rejected)
+                continue
+            done[number] = item
+            reached.pop(number, None)
+            tally.reach(number, len(plan.shards[number].entries), len(item.annotation.rejected), worked=not item.kept)
+    except LostError as error:
+        last = reached.get(error.number)
+        raise ShardError(
+            f"the workers that built {plan.shards[error.number].name} died {error.attempts} times ({error.reason})"
+            f"{f', the last one at {last.image}' if last else ''}: look for what ended them, as a lack of memory "
+            "would, give fewer --workers or remove the image, and run the same command again to continue"
+        ) from error
+    except OSError as error:
+        if isinstance(error, SourceReadError | ChildProcessError):
+            raise
+        raise ShardError(
+            f"a shard could not be written to {output}: {error}; make room or give leave to write there, "
+            "and run the same command again to continue"
+        ) from error
+    return [done[number] for number in range(len(plan.shards))]
+
+
+def _build(
+    output: Path, shard: ShardPlan, image: dict[str, Any], set_aside: bool, attempt: int
+) -> Iterator[Step | BuiltShard]:
+    """The task: says how far the shard is, and in the end what it came to."""
+    with at_work(output):
+        built = yield from build_in_steps(output, shard, image, set_aside, careful=attempt >= CAREFUL_FROM)
+    yield built

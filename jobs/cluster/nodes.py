@@ -1,0 +1,132 @@
+"""The nodes of the Ray cluster, and calls that reach each of them once and come back in time."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import socket
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from jobs.cli.command import one_line
+
+ANSWER_SECONDS = 60.0  # A worker process starts and imports its modules in about five; a busy machine takes longer.
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A node that Ray calls alive."""
+
+    id: str
+    address: str
+    host: str
+    """Its host name."""
+    gpus: int
+    """How many GPUs Ray was told that it has."""
+    cpus: int
+    """How many cores Ray was told that it has."""
+
+    def __str__(self) -> str:
+        return self.address
+
+
+@dataclasses.dataclass(frozen=True)
+class NoAnswer:
+    """What came instead of a result: the call failed, or took too long."""
+
+    why: str
+
+
+def alive_nodes() -> list[Node]:
+    """All nodes that Ray calls alive, by address."""
+    nodes = [
+        Node(
+            row["NodeID"],
+            row["NodeManagerAddress"],
+            row["NodeManagerHostname"],
+            int(row["Resources"].get("GPU", 0)),
+            int(row["Resources"].get("CPU", 0)),
+        )
+        for row in ray.nodes()
+        if row["Alive"]
+    ]
+    return sorted(nodes, key=lambda node: [int(part) if part.isdigit() else 0 for part in node.address.split(".")])
+
+
+def on_each(
+    nodes: Iterable[Node], function: Callable[..., Any], *arguments: object, seconds: float = ANSWER_SECONDS
+) -> dict[Node, Any]:
+    """Runs a function on each node, whatever is reserved there: its results, as `collect` returns them."""
+    task = ray.remote(function)
+    calls = {}
+    for node in nodes:
+        here = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        calls[node] = task.options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(*arguments)
+    return collect(calls, seconds)
+
+
+def collect(calls: Mapping[Any, ray.ObjectRef], seconds: float = ANSWER_SECONDS) -> dict[Any, Any]:
+    """The results of running calls, by their keys; NoAnswer where one failed or is not back in time."""
+    ready, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=seconds) if calls else ([], [])
+    arrived = set(ready)
+    answers: dict[Any, Any] = {}
+    for key, reference in calls.items():
+        if reference not in arrived:
+            answers[key] = NoAnswer(f"no answer within {seconds:.0f} s")
+            continue
+        try:
+            answers[key] = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            # Errors that the functions raise on purpose speak for themselves.
+            kind = "" if isinstance(error.cause, ValueError | OSError) else f"{type(error.cause).__name__}: "
+            answers[key] = NoAnswer(kind + one_line(error.cause))
+        except ray.exceptions.RayError as error:
+            answers[key] = NoAnswer(f"{type(error).__name__}: {one_line(error)[:200]}")
+    return answers
+
+
+def check_shared(option: str, folder: str, cure: str, marker: str | None = None) -> None:
+    """Refuses a local folder that some node does not see at the same path, as a shared mount would show it.
+
+    Args:
+        option: the command line's, as --storage.
+        folder: an absolute path.
+        cure: what to do instead, a clause.
+        marker: a file in the folder whose contents identify it; None to write one here for the check.
+
+    Raises:
+        ValueError: naming the nodes.
+        OSError: if the folder cannot be made, written or read here.
+    """
+    written = None
+    if marker is None:
+        marker = f".seen-by-all-{uuid.uuid4().hex}"
+        written = Path(folder) / marker
+        written.parent.mkdir(parents=True, exist_ok=True)
+        written.write_text(marker)
+    try:
+        path = os.path.join(folder, marker)
+        digest = _contents_digest(path)
+        blind = [node for node, seen in on_each(alive_nodes(), _contents_digest, path).items() if seen != digest]
+    finally:
+        if written is not None:
+            written.unlink(missing_ok=True)
+    if blind:
+        names = ", ".join(map(str, blind[:5])) + (f" and {len(blind) - 5} more" if len(blind) > 5 else "")
+        raise ValueError(
+            f"{option} {folder} is a folder of {socket.gethostname()} that {len(blind)} node(s) of the cluster do not "
+            f"see ({names}): {cure}"
+        )
+
+
+def _contents_digest(path: str) -> str:
+    # Listing first makes a network file system look anew; it may answer for one name from its cache.
+    os.listdir(os.path.dirname(path))
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

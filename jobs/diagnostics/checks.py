@@ -1,0 +1,239 @@
+"""The doctor's checks: what each node and each rank of a cluster tries, and the table's rows that come of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
+import platform
+import random
+import resource
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from jobs.cluster.nodes import NoAnswer, Node, collect, on_each
+from jobs.diagnostics.probe import GRADIENT
+from pipeline.dataset.info import DatasetError, DatasetInfo, read_dataset
+from pipeline.staging.staging import chunks, read_remote_dataset
+from pipeline.storage.locations import is_url, open_location
+
+MIN_FILES = 16_384  # A set of 1,281 shards stays mapped, beside a socket to each peer and Ray's own.
+MIN_SHM_GIB = 2.0  # Docker gives 64 MB unless told; NCCL, DALI and Ray's object store want more.
+MAX_SECONDS = 5.0  # Of a gradient: so long takes a network of 1 Gb/s, and each step of AlexNet would wait for it.
+STEP_SECONDS = 120.0  # For what reads data or sums gradients.
+SHOWN = 5  # Faults of one row; the first of them usually explain the rest.
+PACKAGES = ("ray", "torch", "torchvision", "nvidia-dali-cuda130", "pyarrow", "numpy", "pillow", "safetensors")
+OURS = ("pipeline", "model", "jobs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One row of the table."""
+
+    check: str
+    status: Literal["ok", "failed", "skipped"]
+    found: str
+    cure: str = ""
+    """What to do; empty where there is nothing to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What the nodes are to try, as each of them can use it."""
+
+    data: str | None = None
+    """The shard set: an absolute path or a URL."""
+    storage: str | None = None
+    """Where runs are kept: an absolute path or a URL."""
+    stage: str | None = None
+    """The folder on each node's own disk to copy the set to."""
+    marker: str = ""
+    """The name of a file in `storage` that one node has written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeCheck:
+    """A row about all nodes."""
+
+    name: str
+    function: Callable[[Given], str]
+    """Runs on each node. Returns what is there, or raises ValueError or OSError with what is wrong."""
+    cure: str
+    needs: tuple[str, ...] = ()
+    """Fields of `Given` without which it is skipped."""
+    alike: bool = False
+    """Whether all nodes must return the same."""
+
+    def run(self, nodes: Iterable[Node], given: Given) -> Finding:
+        if missing := [f"--{name}" for name in self.needs if getattr(given, name) is None]:
+            return Finding(self.name, "skipped", f"give {' and '.join(missing)} to check it")
+        return judge(self.name, on_each(nodes, self.function, given, seconds=STEP_SECONDS), self.cure, self.alike)
+
+
+def judge(name: str, answers: Mapping[Any, Any], cure: str, alike: bool = False) -> Finding:
+    """Failed if a node or a rank did not answer, or one answers otherwise than the others where all must be alike."""
+    wrong = [f"{who}: {answer.why}" for who, answer in answers.items() if isinstance(answer, NoAnswer)]
+    if alike and not wrong:
+        parts = {who: answer.split(", ") for who, answer in answers.items()}
+        common = set.intersection(*map(set, parts.values()))
+        odd = {who: [part for part in own if part not in common] for who, own in parts.items()}
+        wrong = [f"{who} has {', '.join(own)}" for who, own in odd.items() if own]
+    found = wrong or list(dict.fromkeys(answers.values()))
+    text = "; ".join(found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+    return Finding(name, "failed", text, cure) if wrong else Finding(name, "ok", text)
+
+
+def versions(given: Given) -> str:
+    """Python, the packages and a digest of this project's code."""
+    found = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    root = Path(__file__).resolve().parents[2]
+    code = hashlib.sha256()
+    for path in sorted(path for package in OURS for path in (root / package).rglob("*.py")):
+        code.update(f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return ", ".join(f"{name} {version}" for name, version in {**found, "code": code.hexdigest()[:12]}.items())
+
+
+def open_files(given: Given) -> str:
+    """A process may have all shards open."""
+    count = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if count < MIN_FILES:
+        raise ValueError(f"{count:,}, at least {MIN_FILES:,} needed")
+    return f"{count:,}"
+
+
+def shared_memory(given: Given) -> str:
+    """/dev/shm is large enough."""
+    size = shutil.disk_usage("/dev/shm").total / 2**30 if os.path.isdir("/dev/shm") else 0.0
+    if size < MIN_SHM_GIB:
+        raise ValueError(f"{size:.2f} GiB, at least {MIN_SHM_GIB:g} needed")
+    return f"{size:.1f} GiB"
+
+
+def storage(given: Given) -> str:
+    """This node can write, and reads what another one wrote."""
+    own = f".doctor-{secrets.token_hex(8)}"
+    write_file(given.storage, own)
+    remove_file(given.storage, own)
+    filesystem, path = open_location(str(given.storage))
+    try:
+        with filesystem.open_input_stream(f"{path}/{given.marker}") as stream:
+            found = stream.read()
+    except FileNotFoundError:
+        found = b""
+    if found != given.marker.encode():
+        raise ValueError("does not read what another node wrote")
+    return "written and read on each node"
+
+
+def write_file(storage: str | None, name: str) -> None:
+    """Writes a small file that holds its own name."""
+    filesystem, path = open_location(str(storage))
+    filesystem.create_dir(path, recursive=True)
+    with filesystem.open_output_stream(f"{path}/{name}") as stream:
+        stream.write(name.encode())
+
+
+def remove_file(storage: str | None, name: str) -> None:
+    filesystem, path = open_location(str(storage))
+    filesystem.delete_file(f"{path}/{name}")
+
+
+def data(given: Given) -> str:
+    """The set is there, and a shard of each split has the right bytes."""
+    info = _read_set(given)
+    filesystem, path = open_location(str(given.data))
+    for split, row in [(split, random.choice(part.shards)) for split, part in info.splits.items() if part.shards]:
+        digest = hashlib.sha256()
+        for chunk in chunks(filesystem, f"{path}/{split}/{row.name}.tar"):
+            digest.update(chunk)
+        if digest.hexdigest() != row.sha256:
+            raise DatasetError(
+                f"{split}/{row.name}.tar is not the shard that dataset.json describes: `python jobs/verify_shards.py "
+                "--data SET` finds all damage, and says how to repair it"
+            )
+    return f"{sum(part.samples for part in info.splits.values())} images, fingerprint {info.fingerprint[:12]}"
+
+
+def disk(given: Given) -> str:
+    """The set has room in the folder to stage to."""
+    need = sum(part.bytes for part in _read_set(given).splits.values())
+    folder = Path(str(given.stage))
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    found = f"{free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed"
+    if free < need:
+        raise ValueError(found)
+    return found
+
+
+def _read_set(given: Given) -> DatasetInfo:
+    location = str(given.data)
+    return read_remote_dataset(location) if is_url(location) else read_dataset(Path(location))
+
+
+NODE_CHECKS = (
+    NodeCheck(
+        "versions",
+        versions,
+        "install requirements.lock with the same Python on each node; `ray job submit --working-dir .` brings the code",
+        alike=True,
+    ),
+    NodeCheck("open files", open_files, "`ulimit -n 65536` before `ray start` (a container: --ulimit nofile=65536)"),
+    NodeCheck("/dev/shm", shared_memory, "`docker run --shm-size`, an emptyDir of medium Memory in Kubernetes"),
+    NodeCheck(
+        "storage",
+        storage,
+        "give a --storage that every node can write and read: a URL (s3://, gs://) or a shared mount",
+        needs=("storage",),
+    ),
+    NodeCheck(
+        "data",
+        data,
+        "give a finished set on a mount that every node has; or one in an object store, with --stage",
+        needs=("data",),
+        alike=True,
+    ),
+    NodeCheck(
+        "disk",
+        disk,
+        "free some, or give a larger disk with --stage; what was staged there before counts as used",
+        needs=("data", "stage"),
+    ),
+)
+"""In the order in which one explains the next."""
+
+
+def check_gpus(ranks: Mapping[str, Any]) -> Finding:
+    """Torch and DALI compute on each rank's GPU; `ranks` are actors of `jobs.diagnostics.probe.Rank` by name."""
+    answers = collect({name: rank.use_device.remote("gpu") for name, rank in ranks.items()}, STEP_SECONDS)
+    cure = f"`nvidia-smi` there must list the GPU and a driver for CUDA {torch.version.cuda}; then start Ray again"
+    return judge("GPUs", answers, cure)
+
+
+def check_all_reduce(ranks: Mapping[str, Any], gpus: bool) -> Finding:
+    """All ranks sum AlexNet's gradient, at a rate that one can train at."""
+    backend = "nccl" if gpus else "gloo"
+    first = next(iter(ranks))
+    answers = collect({first: ranks[first].rendezvous.remote()})
+    if not isinstance(answers[first], NoAnswer):
+        calls = {
+            name: actor.all_reduce.remote(answers[first], rank, len(ranks), backend)
+            for rank, (name, actor) in enumerate(ranks.items())
+        }
+        answers = collect(calls, STEP_SECONDS)
+    cure = (
+        "all ports between the nodes must be open; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, if set, must name the "
+        "interface with the node's address, and be so before `ray start`; NCCL_DEBUG=INFO tells more"
+    )
+    if any(isinstance(answer, NoAnswer) for answer in answers.values()):
+        return judge("all-reduce", answers, cure)
+    seconds = max(answers.values())
+    found = f"{backend}, {len(ranks)} rank(s): AlexNet's gradient, {GRADIENT * 4e-9:.2f} GB, in {seconds:.3f} s"
+    if seconds > MAX_SECONDS:
+        return Finding("all-reduce", "failed", f"{found}, which is too slow to train at", cure)
+    return Finding("all-reduce", "ok", found)

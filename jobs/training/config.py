@@ -1,0 +1,207 @@
+"""The command line of jobs/train.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import threading
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from jobs.cli.command import GpuChoice
+from model.recipe import RECIPES, Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Workers:
+    """How many processes train; as many as the cluster has room for, where the two differ.
+
+    Raises:
+        ValueError: if there are none, or more at least than at most.
+    """
+
+    fewest: int
+    """Below it, training waits."""
+    most: int
+    """Beyond it, room is left to others."""
+
+    def __post_init__(self) -> None:
+        if self.fewest < 1:
+            raise ValueError(f"--workers is {self}; it must be at least 1")
+        if self.fewest > self.most:
+            raise ValueError(f"--workers is {self}; the fewest come first, as {self.most}:{self.fewest}")
+
+    @classmethod
+    def parse(cls, text: str) -> Workers:
+        """Reads "4" or "2:4"."""
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+        if match is None:
+            raise ValueError(f"--workers is {text!r}; it must be a number, or two as 2:4")
+        return cls(int(match[1]), int(match[2] or match[1]))
+
+    @property
+    def elastic(self) -> bool:
+        """Whether their number may change while they train."""
+        return self.fewest < self.most
+
+    def __str__(self) -> str:
+        return f"{self.fewest}:{self.most}" if self.fewest != self.most else str(self.fewest)
+
+    def refuse_more_than(self, batch_size: int) -> None:
+        """Raises ValueError if a worker would have no image of a global batch.
+
+        The plan's parts of a batch may differ by one image, so that any number of workers up to its size will do.
+        """
+        if self.most > batch_size:
+            raise ValueError(
+                f"{self.most} workers cannot share a batch of {batch_size}: use fewer --workers or a larger "
+                "--batch-size"
+            )
+
+    def refuse_single_images(self, batch_size: int, micro_batch: int) -> None:
+        """Raises ValueError if some worker's last micro-batch would be one image, which has no variance."""
+        for count in range(self.fewest, self.most + 1):
+            for part in {batch_size // count, -(-batch_size // count)}:
+                if 1 in (part, micro_batch, part % micro_batch):
+                    raise ValueError(
+                        f"batch normalisation needs two images, and of {count} worker(s) one would have {part} of a "
+                        f"batch of {batch_size}, the last alone: use another --batch-size, --micro-batch or --workers"
+                    )
+
+
+def choose_workers(workers: Annotated[str | None, tyro.conf.arg(metavar="N|MIN:MAX")] = None) -> Workers | None:
+    """One number, or a range.
+
+    Args:
+        workers: How many processes train: one per GPU of the cluster, or one on CPU. 2:4: from two to four, as nodes
+            come and go, each time from the last checkpoint, with the same batches.
+    """
+    return None if workers is None else Workers.parse(workers)
+
+
+WorkersChoice = Annotated[Workers | None, tyro.conf.arg(name="", constructor=choose_workers)]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Settings whose default is None follow from the recipe or from the machine; the run prints what they became."""
+
+    data: str
+    """The shard set, made by jobs/shard_imagenet.py: a folder (on a cluster, one that every node sees) or a URL."""
+    storage: str
+    """Where runs are kept: a folder, or a URL that every node can write (s3://, gs://)."""
+    name: str
+    """The run's name: its checkpoints and events are in STORAGE/NAME."""
+    stage: str | None = None
+    """A folder on each node's own disk to copy the set to, once per node: for a URL or a slow mount."""
+    stage_as: Literal["jpeg", "pixels"] = "jpeg"
+    """What to keep there: the JPEGs, or their pixels, decoded once, so that an epoch only cuts, mirrors and
+    shifts. Pixels take 196,608 bytes an image, 252 GB for ImageNet: for memory or fast disks that hold so much."""
+    recipe: Literal["default", "paper", "large-batch", "batchnorm"] = "default"
+    """paper: to the letter; default: but for an initial hidden bias of 0.1, with which it learns reliably; large-batch:
+    LARS, for thousands of images a step; batchnorm: batch normalisation for LRN. model/recipe.py has each in full."""
+    workers: WorkersChoice = None
+    """How many processes train, or from how many to how many; None: one per GPU of the cluster, or one on CPU."""
+    resize_seconds: float = 60.0
+    """Under --workers MIN:MAX, from one look whether there is room for more to the next; to grow costs the steps since
+    the last checkpoint."""
+    gpus: GpuChoice = None
+    """Train on GPUs, or on CPU; None: on GPUs if the cluster has any."""
+    batch_size: int | None = None
+    """Images per step over all workers."""
+    epochs: int | None = None
+    """Stop after so many, if the schedule has not stopped before."""
+    lr: float | None = None
+    """Learning rate at the start."""
+    weight_decay: float | None = None
+    """Of the weights, and by `biases` of the biases."""
+    biases: Literal["paper", "caffe"] | None = None
+    """paper: as the weights; caffe: twice their rate and no decay."""
+    optimizer: Literal["sgd", "lars"] | None = None
+    """sgd: the paper's update; lars: with a rate scaled for each layer."""
+    schedule: Literal["plateau", "poly"] | None = None
+    """plateau: a tenth of the rate when validation stops improving; poly: falling over all epochs."""
+    warm_up_epochs: int | None = None
+    """Epochs over which the rate rises linearly at the start."""
+    normalisation: Literal["lrn", "caffe", "caffenet", "batch"] | None = None
+    """lrn: the paper's; caffe, caffenet: as the two networks of Caffe; batch: batch normalisation instead."""
+    dropout: float | None = None
+    """On the outputs of fc6 and fc7."""
+    hidden_bias: float | None = None
+    """Initial bias of conv2, conv4, conv5, fc6 and fc7."""
+    groups: Literal[1, 2] | None = None
+    """1: one tower; 2: the paper's two."""
+    colour: Literal["eigenvalue", "std", "none"] | None = None
+    """Scale of the colour shift: by the paper's eigenvalues, or by the 2012 source's standard deviations."""
+    plateau_metric: Literal["top1_error", "loss"] | None = None
+    """What must improve on the validation set, or the rate drops."""
+    patience: int | None = None
+    """Epochs without an improvement before the rate drops."""
+    seed: int | None = None
+    """Of weights, plan and dropout."""
+    micro_batch: int = 1024
+    """At most this many images per worker are in the network at once; a larger part is accumulated."""
+    cpus_per_worker: int | None = None
+    """Cores of each worker: the cluster's, shared evenly."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast on GPU, float32 on CPU."""
+    gpu_decoder: Literal["cuda", "hardware"] = "cuda"
+    """What decodes JPEGs on a GPU. cuda: the same pixels on every GPU. hardware: the JPEG engine of A100, H100 and
+    later, which leaves the GPU to the network; its pixels differ from cuda's by some levels, so a run keeps to one."""
+    tracker: Literal["mlflow", "wandb"] | None = None
+    """Send metrics to MLflow (at MLFLOW_TRACKING_URI) or Weights & Biases (by WANDB_API_KEY) as well as to
+    TensorBoard's events."""
+    log_every: int = 20
+    """Steps between progress lines."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints within an epoch, besides the one at its end."""
+    checkpoint_minutes: float | None = None
+    """Minutes between checkpoints within an epoch, besides the others."""
+    keep: int = 2
+    """How many checkpoints to keep besides the newest: those with the lowest validation error."""
+    max_failures: int = 3
+    """How often to start again from the last checkpoint after losing a worker or a node."""
+    hang_seconds: float = 120.0
+    """A worker that is longer about one step's images, or does not answer for so long, hangs: it is ended,
+    which counts among --max-failures. Give more if the disk may be away for longer and come back."""
+
+    def __post_init__(self) -> None:
+        for field in ("micro_batch", "cpus_per_worker", "log_every", "keep"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"--{field.replace('_', '-')} is {value}; it must be at least 1")
+        for field in ("checkpoint_every", "max_failures"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"--{field.replace('_', '-')} is {getattr(self, field)}; it must not be below 0")
+        if self.stage_as == "pixels" and self.stage is None:
+            raise ValueError("--stage-as pixels needs --stage, a folder on each node's own disk")
+        if self.checkpoint_minutes is not None and not self.checkpoint_minutes > 0:
+            raise ValueError(f"--checkpoint-minutes is {self.checkpoint_minutes}; it must be above 0")
+        if not self.resize_seconds > 0:
+            raise ValueError(f"--resize-seconds is {self.resize_seconds}; it must be above 0")
+        if not 0 < self.hang_seconds < threading.TIMEOUT_MAX:
+            raise ValueError(f"--hang-seconds is {self.hang_seconds}; it must be above 0, and a time that can pass")
+        if not self.name or self.name.startswith(".") or "/" in self.name:
+            raise ValueError(f"--name is {self.name!r}; it names a folder in --storage, so it must be a plain word")
+
+    def make_recipe(self) -> Recipe:
+        """The named recipe with what the command line changes.
+
+        Raises:
+            ValueError: if it changes what the recipe's schedule does not ask, or its batch is too small to share.
+        """
+        recipe = dataclasses.replace(RECIPES[self.recipe], **self.changes())
+        if recipe.schedule != "plateau":
+            idle = [name for name in ("plateau_metric", "patience") if getattr(self, name) is not None]
+            if idle:
+                flag = f"--{idle[0].replace('_', '-')}"
+                raise ValueError(f"{flag} does nothing under the {recipe.schedule} schedule: leave it out")
+        if self.workers is not None:
+            self.workers.refuse_more_than(recipe.batch_size)
+        return recipe
+
+    def changes(self) -> dict[str, Any]:
+        """The fields of the recipe that the command line sets."""
+        given = {f.name: getattr(self, f.name, None) for f in dataclasses.fields(Recipe)}
+        return {name: value for name, value in given.items() if value is not None}

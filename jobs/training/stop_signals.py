@@ -1,0 +1,227 @@
+"""Stops that are announced: SIGTERM or Ctrl-C to the driver, SIGTERM to a worker, and a spot node's drain.
+
+Whoever gets the signal writes the reason to the file STOP in the run's folder. A thread of rank 0 polls it, and the
+ranks' next exchange (`StopConsensus`) tells all of them, so that they write one checkpoint at the same step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import ray.train
+import torch
+from torch import distributed
+
+from jobs.cluster.ray_private import preemption_info
+from model.training import Due, Worker
+from pipeline.storage.locations import join, open_location
+
+POLL_SECONDS = 1.0
+EXCHANGE_SECONDS = 1.0  # Between exchanges; a step that takes longer has one each.
+AGAIN_SECONDS = 1.0  # A person who insists takes longer than timeout(1), which signals the process and its group.
+SLOW = 2.0  # Times the other workers' median
+SLOW_EXCHANGES = 3  # In a row, before it is said: any machine stumbles.
+_STOP_FILE = "STOP"
+
+
+def clear_stop_request(run: str) -> None:
+    """Before a run's start: an empty file, because a mounted folder may hide a new file for a minute, not its text."""
+    request_stop(run, "")
+
+
+def request_stop(run: str, reason: str) -> None:
+    """Stops the run in a folder, a path or URL; a person may do so by `echo WHY > STORAGE/NAME/STOP`."""
+    filesystem, path = open_location(join(run, _STOP_FILE))
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(reason.encode())
+
+
+def stop_requested(run: str) -> str | None:
+    """Why the run shall stop, or None."""
+    filesystem, path = open_location(join(run, _STOP_FILE))
+    # A storage that fails now may answer the next time.
+    with contextlib.suppress(OSError), filesystem.open_input_stream(path) as stream:
+        return stream.read().decode("utf-8", "replace").strip() or None
+    return None
+
+
+@contextlib.contextmanager
+def signals_stop(run: str) -> Iterator[None]:
+    """While it lasts, SIGTERM or SIGINT (Ctrl-C) to this process, the driver, asks the workers to stop.
+
+    A later one raises KeyboardInterrupt.
+    """
+    seen = threading.Event()
+    over = threading.Event()
+    first, name = 0.0, ""
+
+    def handle(signum: int, frame: object) -> None:
+        nonlocal first, name
+        if not seen.is_set():
+            first, name = time.monotonic(), signal.Signals(signum).name
+        elif time.monotonic() - first > AGAIN_SECONDS:
+            raise KeyboardInterrupt
+        seen.set()
+
+    def request() -> None:
+        # In a thread, because a handler may interrupt the very call to Ray that it would make.
+        seen.wait()
+        if not over.is_set():
+            line = f"{name}: a checkpoint is written after the step under way; a second one leaves without it"
+            print(line, file=sys.stderr, flush=True)
+            request_stop(run, f"{name} to the driver")
+
+    threading.Thread(target=request, daemon=True).start()
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    for signum, was in before.items():
+        # Shells let what they start in the background, and nohup lets all, live through a Ctrl-C.
+        if was is not signal.SIG_IGN:
+            signal.signal(signum, handle)
+    try:
+        yield
+    finally:
+        for signum, was in before.items():
+            signal.signal(signum, was)
+        over.set()
+        seen.set()
+
+
+_shutting_down = threading.Event()
+"""In a worker: Ray Train is about to end this process, for which Ray uses SIGTERM, too."""
+
+
+def ignore_sigterm() -> None:
+    """In a worker, before Ray Train ends it."""
+    _shutting_down.set()
+
+
+def stop_on_sigterm(run: str) -> None:
+    """In a worker's main thread: SIGTERM asks all workers to stop, instead of ending this one."""
+    where = f"rank {ray.train.get_context().get_world_rank()} on {socket.gethostname()}"
+
+    def handle(signum: int, frame: object) -> None:
+        # At the end of a drain Ray ends the node's workers so; the run goes on without them.
+        if not _shutting_down.is_set() and draining() is None:
+            threading.Thread(target=request_stop, args=(run, f"SIGTERM to {where}"), daemon=True).start()
+
+    signal.signal(signal.SIGTERM, handle)
+
+
+def draining() -> str | None:
+    """Which of the run's nodes are about to be taken away, as this worker has been told, or None."""
+    info = preemption_info()
+    if info is None:
+        return None
+    left = f", {info.deadline_ms / 1000 - time.time():.0f} s left" if info.deadline_ms else ""
+    return (
+        f"node(s) {', '.join(name[:8] for name in info.preempted_node_ids)} with rank(s) {info.preempted_ranks}{left}"
+    )
+
+
+class StopConsensus:
+    """The ranks' agreement on stops and checkpoints: one all-reduce of 4 + ranks numbers, at most once a second.
+
+    Args:
+        worker: this rank, of which rank 0 decides.
+        checkpoint_seconds: from one checkpoint to the next; None for no checkpoints by time.
+        news: on rank 0, why to stop, and which nodes are draining; None for neither.
+        say: prints a line.
+        clock: seconds; a parameter for tests.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        checkpoint_seconds: float | None,
+        news: Callable[[], tuple[str | None, str | None]],
+        say: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._worker = worker
+        self._checkpoint_seconds = checkpoint_seconds
+        self._news = news
+        self._say = say
+        self._clock = clock
+        self._written = self._last = clock()
+        self._wait, self._steps, self._own = 1, 0, 0.0
+        self._announced: str | None = None
+        self._slow = 0
+
+    def checkpointed(self) -> None:
+        """A checkpoint was just written."""
+        self._written = self._clock()
+
+    def after_step(self, own_seconds: float) -> Due:
+        """What to do after a step that took this rank `own_seconds` before it waited for others."""
+        self._steps += 1
+        self._own += own_seconds
+        if self._steps < self._wait:
+            return Due.NOTHING
+        mine = torch.zeros(4 + self._worker.world, dtype=torch.float64)
+        if self._worker.rank == 0:
+            mine[:4] = torch.tensor(self._decide())
+        mine[4 + self._worker.rank] = self._own / self._steps
+        mine = mine.to(self._worker.device)
+        if self._worker.world > 1:
+            distributed.all_reduce(mine)
+        stop, drain, due, wait, *own = mine.tolist()
+        self._tell_if_slow(own)
+        self._wait, self._steps, self._own = int(wait), 0, 0.0
+        if stop:
+            return Due.STOP
+        return Due.CHECKPOINT if drain or due else Due.NOTHING
+
+    def _decide(self) -> tuple[float, float, float, float]:
+        """Rank 0's decision: stop, checkpoint for a drain, checkpoint by the clock, steps until the next exchange."""
+        now = self._clock()
+        step_seconds = (now - self._last) / self._steps
+        self._last = now
+        stop, drain = self._news()
+        # A drain that is known already has had its checkpoint.
+        new_drain = drain is not None and self._announced is None
+        self._announced = drain
+        if stop is not None:
+            self._say(f"{stop}: writing a checkpoint, then leaving")
+        elif new_drain:
+            self._say(f"draining: {drain}; writing a checkpoint, then going on until the node is taken")
+        due = self._checkpoint_seconds is not None and now - self._written >= self._checkpoint_seconds
+        steps = max(1, min(1000, int(EXCHANGE_SECONDS / step_seconds))) if step_seconds > 0 else 1
+        return float(stop is not None), float(new_drain), float(due), float(steps)
+
+    def _tell_if_slow(self, own: list[float]) -> None:
+        """Prints once that the others wait for this rank, and again after it had caught up."""
+        if len(own) < 2:
+            return
+        mine = own.pop(self._worker.rank)
+        others = statistics.median(own)
+        self._slow = self._slow + 1 if mine > SLOW * others and mine - others > 0.01 else 0
+        if self._slow == SLOW_EXCHANGES:
+            self._say(
+                f"rank {self._worker.rank} on {socket.gethostname()} is slow: {mine:.2f} s a step for its data and "
+                f"forward pass, the others {others:.2f} s; all wait for it"
+            )
+
+
+class StopRequestPoller:
+    """Rank 0's thread that looks for a stop request once a second."""
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._stop: str | None = None
+        threading.Thread(target=self._poll, daemon=True).start()
+
+    def news(self) -> tuple[str | None, str | None]:
+        """Why to stop, and which nodes are draining."""
+        return self._stop, draining()
+
+    def _poll(self) -> None:
+        while self._stop is None:
+            self._stop = stop_requested(self._run)
+            time.sleep(POLL_SECONDS)

@@ -1,0 +1,254 @@
+"""What each Ray Train worker runs: its part of the data, the network, the loop, and reports to whoever watches."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+from safetensors import SafetensorError
+
+from jobs.cli.device import processor
+from jobs.training import checkpoint
+from jobs.training.checkpoint import CHECKPOINT_PREFIX, Identity
+from jobs.training.data import WorkerData
+from jobs.training.run_storage import CheckpointUploader, check_run_folder, storage_error
+from jobs.training.stop_signals import StopConsensus, StopRequestPoller
+from jobs.training.trackers import TrackedRun, Tracker, make_trackers
+from jobs.training.watchdog import LimitedData, limited
+from model.alexnet import AlexNet
+from model.guards import DivergedError
+from model.metrics import LabelledImages, Score
+from model.recipe import Recipe
+from model.training import Due, StoppedError, Trainer, Worker
+from pipeline.dataset.info import DatasetError
+from pipeline.loading.graph import GpuDecoder
+from pipeline.staging.decoded_cache import stage_pixels
+from pipeline.staging.staging import stage
+
+WORST_ERROR = 2.0  # Of a checkpoint within an epoch, which has none yet
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """What the driver tells every worker."""
+
+    data: str
+    """The shard set: an absolute path that every node sees, or a URL."""
+    stage: str | None
+    """Where to copy it to on this node, or None to use it where it is."""
+    stage_as: str
+    """jpeg or pixels: what the copy holds."""
+    run: str
+    """The run's folder, a local path or URL, where rank 0 puts TensorBoard's events."""
+    tracker: str | None
+    """mlflow or wandb, to send metrics there as well; or None."""
+    recipe: Recipe
+    micro_batch: int
+    """At most this many images are in the network at once."""
+    threads: int
+    """Cores of one worker: decoder threads, and the network's threads on CPU."""
+    precision: str
+    """float32 or bfloat16."""
+    gpu_decoder: GpuDecoder
+    """Which of nvJPEG's decoders is used on a GPU."""
+    log_every: int
+    """Steps between progress lines."""
+    checkpoint_every: int
+    """Steps between checkpoints within an epoch; 0 for none."""
+    checkpoint_seconds: float | None
+    """Time between checkpoints within an epoch; None for none."""
+    hang_seconds: float
+    """How long a worker may take to open the set, or to get one step's images (`jobs.training.watchdog`)."""
+
+
+class Reporter:
+    """Tells a person, the trackers and Ray Train how training goes (`model.training.Observer`); only rank 0 has any."""
+
+    def __init__(
+        self,
+        assignment: Assignment,
+        identity: Identity,
+        worker: Worker,
+        steps: int,
+        trackers: list[Tracker],
+    ) -> None:
+        self._identity = identity
+        self._rank = worker.rank
+        self._run = assignment.run
+        self._uploader = CheckpointUploader(assignment.run) if worker.rank == 0 else None
+        news = StopRequestPoller(assignment.run).news if worker.rank == 0 else lambda: (None, None)
+        say = functools.partial(print, flush=True)
+        self._consensus = StopConsensus(worker, assignment.checkpoint_seconds, news, say)
+        self._steps = steps
+        self._epochs = assignment.recipe.epochs
+        self._trackers = trackers
+
+    def trained(self, trainer: Trainer, batches: Sequence[LabelledImages], own_seconds: float) -> Due:
+        return self._consensus.after_step(own_seconds)
+
+    def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
+        if self._rank != 0:
+            return
+        progress = trainer.progress
+        left = (self._steps - progress.step) * trainer.recipe.batch_size / images_per_s
+        print(
+            f"epoch {progress.epoch + 1}/{self._epochs} step {progress.step}/{self._steps}: loss {score.loss:.3f}, "
+            f"error {score.top1_error:.1%}, rate {progress.rate:g}, {images_per_s:.1f} images/s, "
+            f"data wait {data_wait:.1%}, epoch ends in {left:.0f} s",
+            flush=True,
+        )
+        values = {
+            "train/loss": score.loss,
+            "train/top1_error": score.top1_error,
+            "train/images_per_s": images_per_s,
+            "train/data_wait": data_wait,
+            "train/lr": float(progress.rate or 0.0),
+        }
+        self._track(values, progress.epoch * self._steps + progress.step)
+
+    def completed(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        if self._rank != 0:
+            return
+        print(
+            f"epoch {row['epoch']}/{self._epochs}: train loss {row['train_loss']:.3f}, error {row['train_error']:.1%}; "
+            f"val loss {row['val_loss']:.3f}, error {row['top1_error']:.1%} top-1, {row['top5_error']:.1%} top-5 "
+            f"({row['val_images']} images); rate {row['lr']:g}; {row['seconds']:.0f} s",
+            flush=True,
+        )
+        if row["reason"]:
+            print(row["reason"], flush=True)
+        values = {f"val/{name.removeprefix('val_')}": row[name] for name in ("val_loss", "top1_error", "top5_error")}
+        self._track(values, row["epoch"] * self._steps)
+        for tracker in self._trackers:
+            tracker.flush()
+
+    def close(self) -> None:
+        """At the end, well or not."""
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _track(self, values: dict[str, float], step: int) -> None:
+        for tracker in self._trackers:
+            tracker.log(values, step)
+
+    def warned(self, trainer: Trainer, warning: str) -> None:
+        if self._rank == 0:
+            print(warning, flush=True)
+
+    def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
+        progress = trainer.progress
+        # Ray Train would keep a checkpoint without a score before all others, as the best.
+        metrics = {"epoch": progress.epoch, "step": progress.step, "top1_error": WORST_ERROR, **(row or {})}
+        try:
+            if self._uploader is None:
+                ray.train.report(metrics)
+            else:
+                folder = self._uploader.new_folder(f"{CHECKPOINT_PREFIX}{progress.epoch:04d}_{progress.step:06d}")
+                checkpoint.save(folder, trainer, self._identity)
+                self._uploader.upload(metrics, folder)
+        except (OSError, SafetensorError) as error:
+            raise storage_error(self._run, error) from error
+        self._consensus.checkpointed()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is committed."""
+        if self._uploader is not None:
+            self._uploader.wait()
+
+
+def train_worker(assignment: Assignment) -> dict[str, Any]:
+    """Trains on this worker; rank 0's return value reaches the driver.
+
+    Returns:
+        "error": why training stopped early, or None; "stopped": where, if it was told to stop, or None; "history": one
+        row an epoch.
+
+    Raises:
+        DatasetError: if the set is missing or damaged.
+    """
+    try:
+        return _train(assignment)
+    except DatasetError:
+        # The driver says it in one line; Ray Train would print a traceback before.
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)
+        raise
+
+
+def _train(assignment: Assignment) -> dict[str, Any]:
+    # Ray Train logs every report of every worker through a logger that is none of "ray.train", so LoggingConfig, which
+    # the driver sets, does not reach it.
+    logging.getLogger().setLevel(logging.WARNING)
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    worker = Worker(context.get_world_rank(), context.get_world_size(), device, getattr(torch, assignment.precision))
+    if device.type == "cpu":
+        torch.set_num_threads(assignment.threads)
+    check_run_folder(assignment.run)
+    folder = Path(assignment.data)
+    if assignment.stage is not None:
+        report = functools.partial(print, flush=True)
+        if assignment.stage_as == "pixels":
+            folder = stage_pixels(assignment.data, Path(assignment.stage), report, assignment.threads)
+        else:
+            folder = stage(assignment.data, Path(assignment.stage), report)
+    with limited(assignment.hang_seconds):
+        data = WorkerData(
+            folder, assignment.recipe, worker, assignment.micro_batch, assignment.threads, assignment.gpu_decoder
+        )
+    identity = Identity.of(assignment.recipe, data.info, data.decoder, assignment.precision)
+    trainer = Trainer(
+        make_network(identity).to(memory_format=torch.channels_last).to(device),
+        assignment.recipe,
+        worker,
+        assignment.log_every,
+        assignment.checkpoint_every,
+    )
+    previous = ray.train.get_checkpoint()
+    if previous is not None:
+        with previous.as_directory() as saved:
+            checkpoint.restore(Path(saved), trainer, identity)
+    start = trainer.progress.epoch * data.steps + trainer.progress.step
+    trackers: list[Tracker] = []
+    if worker.rank == 0:
+        tracked = TrackedRun(assignment.run, dataclasses.asdict(assignment.recipe), machine(assignment, worker), start)
+        trackers = make_trackers(assignment.tracker, tracked)
+    if previous is not None and worker.rank == 0:
+        place = f"after epoch {trainer.progress.epoch}, step {trainer.progress.step}"
+        print(f"continuing {place}, with {worker.world} worker(s)", flush=True)
+    reporter = Reporter(assignment, identity, worker, data.steps, trackers)
+    error = stopped = None
+    try:
+        trainer.fit(LimitedData(data, assignment.hang_seconds), reporter)
+    except DivergedError as failure:
+        # Every worker stops alike, and to start again would end the same way: an answer, not a failure to retry.
+        error = str(failure)
+    except StoppedError as failure:
+        stopped = str(failure)
+    finally:
+        reporter.close()
+    reporter.wait()
+    return {"error": error, "stopped": stopped, "history": trainer.progress.history}
+
+
+def machine(assignment: Assignment, worker: Worker) -> str:
+    """What a run runs on, as its first worker sees it, for people."""
+    if worker.device.type == "cuda":
+        kind = torch.cuda.get_device_name(worker.device)
+    else:
+        kind = f"{processor()}, {assignment.threads} thread(s) each"
+    return f"{worker.world} worker(s) on {kind}; {assignment.precision}; torch {torch.__version__}"
+
+
+def make_network(identity: Identity) -> AlexNet:
+    """A run's network with its initial weights, on the CPU."""
+    recipe = identity.recipe
+    network = AlexNet(len(identity.wnids), recipe.groups, recipe.dropout, recipe.normalisation)
+    network.initialise(recipe.seed, recipe.hidden_bias, recipe.initialisation)
+    return network

@@ -1,0 +1,1 @@
+"""Other people's AlexNets: their tensors in this network's names and layout."""

@@ -1,0 +1,103 @@
+"""A shard's annotation, NAME.json: what the shard holds, by its own account."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.images.rgb_stats import RgbMoments, RgbStatistics
+
+
+class ShardError(ValueError):
+    """A shard that cannot be built as planned."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reject:
+    """An image that was set aside."""
+
+    path: str
+    split: str
+    wnid: str
+    reason: str
+    repaired: bool = False
+    """Whether the set holds it all the same, mended."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "split": self.split,
+            "class": self.wnid,
+            "reason": self.reason,
+            "repaired": self.repaired,
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Reject:
+        return cls(
+            str(value["path"]),
+            str(value["split"]),
+            str(value["class"]),
+            str(value["reason"]),
+            bool(value["repaired"]),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardAnnotation:
+    """The contents of a shard's NAME.json."""
+
+    name: str
+    samples: int
+    """0 where every image was set aside: such a shard has no tar and no index, which no reader accepts empty."""
+    bytes: int
+    """Size of the tar."""
+    sha256: str
+    """Of the tar."""
+    inputs: str
+    """sha256 over what the shard is made of: see `inputs_digest`."""
+    moments: RgbMoments
+    """Of the shard's own stored pixels."""
+    rejected: tuple[Reject, ...]
+    rgb: RgbStatistics | None = None
+    """Of the whole training split; None until the set is finished."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "samples": self.samples,
+            "bytes": self.bytes,
+            "sha256": self.sha256,
+            "inputs": self.inputs,
+            "moments": self.moments.to_json(),
+            "rejected": [reject.to_json() for reject in self.rejected],
+            "rgb": None if self.rgb is None else self.rgb.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> ShardAnnotation:
+        return cls(
+            name=str(value["name"]),
+            samples=int(value["samples"]),
+            bytes=int(value["bytes"]),
+            sha256=str(value["sha256"]),
+            inputs=str(value["inputs"]),
+            moments=RgbMoments.from_json(value["moments"]),
+            rejected=tuple(Reject.from_json(reject) for reject in value["rejected"]),
+            rgb=None if value["rgb"] is None else RgbStatistics.from_json(value["rgb"]),
+        )
+
+
+def read_annotation(path: Path) -> ShardAnnotation:
+    """Reads a shard's NAME.json.
+
+    Raises:
+        ShardError: if it cannot be understood.
+        OSError: if it cannot be read.
+    """
+    try:
+        return ShardAnnotation.from_json(json.loads(path.read_bytes()))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ShardError(f"{path} is no shard's annotation ({type(error).__name__}: {error})") from error

@@ -1,0 +1,261 @@
+"""The shard set on disk, by its own account: `dataset.json`, and what to do about damage.
+
+A set is finished when its `dataset.json` exists: it is written last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import uuid
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from pipeline.images.rgb_stats import RgbStatistics
+
+SCHEMA_VERSION = 1
+DATASET_FILE = "dataset.json"
+STAGED_FILE = "staged.json"  # In a staged copy: where it was copied from.
+REJECTS_FILE = "rejects.jsonl"
+DECODED_FILE = "pixels.json"  # In a staged copy that holds decoded pixels.
+SPLITS = ("train", "val")
+INDEX_VERSION = "v1.2"
+TEMPORARY_SUFFIX = ".tmp"  # Of files being written aside; no reader looks at them.
+
+
+class DatasetError(ValueError):
+    """A shard set that is missing, unfinished, of another version, or does not match its own description."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassLabel:
+    """One class."""
+
+    index: int
+    """Its label, from 0."""
+    wnid: str
+    """The name of its folder: for ImageNet, its WordNet id."""
+    name: str
+    """What a person calls it; the wnid where no name is known."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardRow:
+    """One shard, as `dataset.json` lists it."""
+
+    name: str
+    """train-000000: its files are SPLIT/NAME.tar, .idx and .json."""
+    samples: int
+    bytes: int
+    """Size of the tar."""
+    sha256: str
+    """Of the tar."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """All shards of one split."""
+
+    samples: int
+    bytes: int
+    shards: tuple[ShardRow, ...]
+    index_sha256: str = ""
+    """Of the sample index, SPLIT.arrow; empty in a set of version 0.1, which has none."""
+    labels_crc32: int = 0
+    """Of the labels in it, int32 little-endian."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """The contents of `dataset.json`."""
+
+    classes: tuple[ClassLabel, ...]
+    splits: dict[str, Split]
+    """By name: train and val."""
+    image: dict[str, Any]
+    """Resize and encoder settings: size, filter, quality, subsampling, encoder version."""
+    seed: int
+    """Of the permutation that dealt the samples to shards."""
+    rgb: RgbStatistics
+    """Of the stored training pixels."""
+    source_fingerprint: str
+    """sha256 over the source's listing."""
+    set_aside: int
+    """How many images are in `rejects.jsonl` and not in the set."""
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the shards' names and digests and the classes: two sets with the same one hold the same data."""
+        digest = hashlib.sha256()
+        for split in sorted(self.splits):
+            for shard in self.splits[split].shards:
+                digest.update(f"{split} {shard.name} {shard.samples} {shard.sha256}\n".encode())
+        for label in self.classes:
+            digest.update(f"{label.index} {label.wnid}\n".encode())
+        return digest.hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> DatasetInfo:
+        """Rebuilds the description from parsed JSON.
+
+        Raises:
+            DatasetError: if it is of another schema version, a field is missing or of the wrong kind, or it contradicts
+                itself.
+        """
+        version = value.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise DatasetError(f"its schema version is {version}, this program reads {SCHEMA_VERSION}: shard it again")
+        try:
+            info = cls(
+                classes=tuple(ClassLabel(int(c["index"]), str(c["wnid"]), str(c["name"])) for c in value["classes"]),
+                splits={
+                    name: Split(
+                        int(split["samples"]),
+                        int(split["bytes"]),
+                        tuple(
+                            ShardRow(shard_name(s["name"]), int(s["samples"]), int(s["bytes"]), str(s["sha256"]))
+                            for s in split["shards"]
+                        ),
+                        str(split.get("index_sha256", "")),
+                        int(split.get("labels_crc32", 0)),
+                    )
+                    for name, split in value["splits"].items()
+                    if name in SPLITS
+                },
+                image=dict(value["image"]),
+                seed=int(value["seed"]),
+                rgb=RgbStatistics.from_json(value["rgb"]),
+                source_fingerprint=str(value["source_fingerprint"]),
+                set_aside=int(value["set_aside"]),
+            )
+            info._refuse_contradictions()
+        # int() of Infinity, which Python's JSON knows, is an OverflowError.
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise DatasetError(f"a field is missing or of the wrong kind ({type(error).__name__}: {error})") from error
+        return info
+
+    def _refuse_contradictions(self) -> None:
+        """Raises ValueError for what can be of no set."""
+        if [label.index for label in self.classes] != list(range(len(self.classes))):
+            raise ValueError("the classes are not numbered from 0 on, in order")
+        for name, split in self.splits.items():
+            rows = split.shards
+            if min((number for row in rows for number in (row.samples, row.bytes)), default=0) < 0:
+                raise ValueError(f"a shard of {name} has less than nothing")
+            if len({row.name for row in rows}) < len(rows):
+                raise ValueError(f"two shards of {name} have one name")
+
+
+def shard_name(name: object) -> str:
+    """The name itself, if a shard may have it.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if not isinstance(name, str) or not name or not all(c.isalnum() or c in "-_" for c in name):
+        raise ValueError(f"a shard cannot be named {name!r}")
+    return name
+
+
+def read_dataset(root: Path) -> DatasetInfo:
+    """Reads ROOT/dataset.json.
+
+    Raises:
+        DatasetError: if there is none (the set is missing or unfinished) or it cannot be understood.
+    """
+    path = root / DATASET_FILE
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        state = "is unfinished: it has no dataset.json" if root.is_dir() else "does not exist"
+        raise DatasetError(
+            f"the shard set {root} {state}; make or finish it with: "
+            f"python jobs/shard_imagenet.py --source IMAGES --output {quote(str(root))}"
+        ) from None
+    return parse_dataset(text, str(path))
+
+
+def parse_dataset(text: str | bytes, where: str) -> DatasetInfo:
+    """Parses the contents of a `dataset.json`.
+
+    Raises:
+        DatasetError: naming `where`, if it cannot be understood.
+    """
+    try:
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise DatasetError("it holds no JSON object")
+        return DatasetInfo.from_json(value)
+    # Of JSON that goes too deep, whose numbers are too long or that is no UTF-8, Python's errors are others.
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{where} cannot be used: {error}") from error
+
+
+def rebuild_advice(root: Path | str, split: str, shard: str, settings: str = "") -> str:
+    """What to do about one damaged shard.
+
+    Args:
+        settings: the arguments besides source and output that the set was made with, where they are known.
+    """
+    folder = quote(str(root))
+    return (
+        "remove the shard and build it again, from the source and with the settings it was made of: "
+        f"rm {folder}/{split}/{shard}.* && python jobs/shard_imagenet.py --source IMAGES --output {folder} {settings}"
+    ).rstrip()
+
+
+def is_decoded(root: Path) -> bool:
+    """Whether a folder is a cache of decoded pixels, finished or not."""
+    return (root / DECODED_FILE).exists()
+
+
+def staged_from(root: Path) -> str | None:
+    """Where a staged copy was copied from; None for a set that is no copy."""
+    try:
+        return str(json.loads((root / STAGED_FILE).read_bytes())["from"])
+    except FileNotFoundError:
+        return None
+
+
+def mend_advice(root: Path, split: str, shard: str) -> str:
+    """What to do about one damaged shard of a set that may be a staged copy."""
+    origin = staged_from(root)
+    if origin is None:
+        return rebuild_advice(root, split, shard)
+    file = root / split / f"{shard}{'.rgb' if is_decoded(root) else '.tar'}"
+    return (
+        f"this is a staged copy, so delete {file} and run the same command again, which stages it from {origin}; if it "
+        f"is damaged there too, {rebuild_advice('SET', split, shard)}"
+    )
+
+
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Writes a file aside, flushes it to the disk and renames it: a reader or a kill never meets half a file."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    # The rename itself is only durable once its folder is on the disk too.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON, atomically; equal values give equal bytes."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())

@@ -1,0 +1,108 @@
+"""Converting images in a child process: a decoder that crashes or hangs costs that child and no more."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from multiprocessing.connection import Connection
+from types import TracebackType
+
+from pipeline.images.decode import ImageError
+from pipeline.images.resize import Converted, convert
+
+LIMIT_S = 1200.0  # Of an image. The slowest that is allowed, 80 megapixels of noise in a progressive JPEG, takes 11 s.
+
+
+class KilledError(RuntimeError):
+    """The child was killed from outside, as for lack of memory: no proof against the image."""
+
+
+class IsolatedConverter:
+    """`convert` in a child process, which is started anew after each crash or hang.
+
+    Args:
+        limit_s: how long one image may take.
+
+    Raises:
+        ChildProcessError: if no child can be started.
+    """
+
+    def __init__(self, limit_s: float = LIMIT_S) -> None:
+        self.limit_s = limit_s
+
+    def __enter__(self) -> IsolatedConverter:
+        self._start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def convert(self, data: bytes, quality: int) -> Converted:
+        """See `pipeline.images.resize.convert`.
+
+        Raises:
+            ImageError: also if the decoder crashes or hangs.
+            KilledError: if the child is sent a SIGKILL.
+        """
+        try:
+            self._pipe.send((data, quality))
+            if not self._pipe.poll(self.limit_s):
+                self._child.kill()
+                self._stop()
+                self._start()
+                raise ImageError(f"the decoder hangs (no result within {self.limit_s:g} s)")
+            result = self._pipe.recv()
+        # The child has ended.
+        except (EOFError, ConnectionError) as error:
+            self._child.join()
+            code = self._child.exitcode or 0
+            self._stop()
+            self._start()
+            if code == -signal.SIGKILL:
+                raise KilledError("the process that decoded it was killed (signal 9)") from error
+            how = f"signal {-code}" if code < 0 else f"status {code}"
+            raise ImageError(f"the decoder crashed ({how})") from error
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def _start(self) -> None:
+        # A fork of a worker of Ray's, with its threads, might hang.
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._child = context.Process(target=_serve, args=(other,), daemon=True)
+        self._child.start()
+        # Only with its last copy elsewhere closed does the child's end tell that the child is gone.
+        other.close()
+        # A child that cannot even begin says nothing about any image.
+        try:
+            self._pipe.recv()
+        except EOFError as error:
+            self._child.join()
+            raise ChildProcessError(
+                f"a process to decode images in did not start (status {self._child.exitcode}): see that there is "
+                "memory for it, and run the same command again to continue"
+            ) from error
+
+    def _stop(self) -> None:
+        self._pipe.close()
+        self._child.join()
+        self._child.close()
+
+
+def _serve(pipe: Connection) -> None:
+    """The child: converts until nobody asks any more."""
+    pipe.send("ready")
+    while True:
+        try:
+            data, quality = pipe.recv()
+        except EOFError:
+            return
+        try:
+            result: Converted | Exception = convert(data, quality)
+        # Anything but a bad image, such as a lack of memory, is the job's business, as it is without a child.
+        except Exception as error:
+            result = error
+        pipe.send(result)

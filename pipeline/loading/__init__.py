@@ -1,0 +1,1 @@
+"""Batches for training: the plan, the processes that read, the DALI graph, the loader. May import all of pipeline."""

@@ -1,0 +1,4 @@
+"""A set while it is made: one shard's writer, the whole set, its lock, its pictures.
+
+May import all but staging and loading.
+"""

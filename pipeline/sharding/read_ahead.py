@@ -1,0 +1,35 @@
+"""The bytes of a shard's images in order; those at URLs fetched some images ahead, since each waits on a network."""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from pipeline.sources.listing import Entry
+from pipeline.storage.locations import is_url
+
+AHEAD = 16  # Images requested at a time, so that a network's delay is waited for once for all of them.
+
+Read = Callable[[Entry], bytes]
+
+
+def readings(entries: Iterable[Entry], read: Read) -> Iterator[tuple[Entry, Callable[[], bytes]]]:
+    """Each entry with a function that gives what `read` gives for it, or raises what that raises."""
+    with ThreadPoolExecutor(AHEAD) as pool:
+        waiting: collections.deque[tuple[Entry, Future[bytes]]] = collections.deque()
+        try:
+            for entry in entries:
+                if not is_url(entry.path):
+                    yield entry, functools.partial(read, entry)
+                    continue
+                waiting.append((entry, pool.submit(read, entry)))
+                if len(waiting) == AHEAD:
+                    first, future = waiting.popleft()
+                    yield first, future.result
+            for first, future in waiting:
+                yield first, future.result
+        finally:
+            for _, future in waiting:
+                future.cancel()

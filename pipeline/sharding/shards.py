@@ -1,0 +1,326 @@
+"""One shard: what goes into it, its tar, its index and its annotation.
+
+A shard is three files: NAME.tar, NAME.idx and, written last, NAME.json. All are written aside and renamed, and their
+bytes depend on the images, their order and the settings alone, so a job that was killed goes on where it stopped: a
+shard whose annotation is there and whose files match it is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import io
+import json
+import os
+import socket
+import tarfile
+import time
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow as pa
+
+from pipeline.dataset.annotation import Reject, ShardAnnotation, ShardError, read_annotation
+from pipeline.dataset.info import INDEX_VERSION, write_atomically, write_json
+from pipeline.dataset.sample_index import shard_rows
+from pipeline.images.decode import ImageError
+from pipeline.images.isolation import IsolatedConverter, KilledError
+from pipeline.images.resize import Converted, convert, encoder_settings
+from pipeline.images.rgb_stats import RgbMoments
+from pipeline.sharding.read_ahead import readings
+from pipeline.sources.files import read_bytes, state_of
+from pipeline.sources.keys import split_name
+from pipeline.sources.listing import Entries, Entry, Listing
+from pipeline.sources.sources import permutation
+from pipeline.storage.locations import is_url
+from pipeline.storage.retry import SourceReadError
+
+# What is wrong with one file and stays so. Any other failure to read is the disk's or the network's, and is not the
+# image's fault: setting the image aside for it would make the set depend on luck.
+_FILE_ERRORS = frozenset(
+    (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+)
+STEP_EVERY_S = 1.0
+
+Convert = Callable[[bytes, int], Converted]
+"""An image's bytes and a JPEG quality -> the image as it is stored."""
+
+
+class BadImageError(ShardError):
+    """An image that does not convert, where none may be set aside."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardPlan:
+    """The images of one shard, decided before any is read."""
+
+    split: str
+    name: str
+    """train-000000."""
+    entries: Entries
+    """In the order in which they are stored."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltShard:
+    """What building a shard came to."""
+
+    annotation: ShardAnnotation
+    kept: bool
+    """Whether it was there already, from an earlier run."""
+    rows: pa.RecordBatch
+    """Its part of the sample index (`sample_index.shard_rows`)."""
+
+
+class Step(NamedTuple):
+    """How far a shard is."""
+
+    images: int
+    """Dealt with so far, those set aside included."""
+    rejected: int
+    """Set aside so far."""
+    image: str
+    """Which one comes next."""
+
+
+def plan_shards(listing: Listing, seed: int, samples_per_shard: int) -> list[ShardPlan]:
+    """Deals a seeded permutation of each whole split into shards, so that each is a fair sample of its split.
+
+    The order depends on the seed, the split's name and its count alone. The last shard of a split may be short.
+    """
+    plans = []
+    for split, entries in listing.splits.items():
+        order = permutation(seed, f"shards {split}", len(entries))
+        for number, start in enumerate(range(0, len(order), samples_per_shard)):
+            chosen = entries.take(order[start : start + samples_per_shard])
+            plans.append(ShardPlan(split, f"{split}-{number:06d}", chosen))
+    return plans
+
+
+def inputs_digest(plan: ShardPlan, image: dict[str, Any]) -> str:
+    """sha256 over a shard's name, its images' keys, classes and sizes in order, and the image settings."""
+    digest = hashlib.sha256(json.dumps([plan.split, plan.name, image], sort_keys=True).encode())
+    for entry in plan.entries:
+        digest.update(f"{entry.key} {entry.label} {entry.size}\n".encode())
+    return digest.hexdigest()
+
+
+def pack(samples: Sequence[tuple[str, int, bytes]]) -> tuple[bytes, str]:
+    """A tar of (key, label, JPEG) samples, KEY.cls then KEY.jpg in the order given, and its index (see `index_of`).
+
+    USTAR with no times and owners: equal samples give equal bytes, and no member needs a second header.
+    """
+    parts: list[bytes] = []
+    lines = [f"{INDEX_VERSION} {len(samples)}"]
+    end = 0
+    for key, label, jpeg in samples:
+        line = []
+        for extension, data in (("cls", str(label).encode()), ("jpg", jpeg)):
+            member = tarfile.TarInfo(f"{key}.{extension}")
+            member.size = len(data)
+            member.mode = 0o644
+            padding = bytes(-len(data) % tarfile.BLOCKSIZE)
+            # Not addfile, which copies the member and sends its data through a file.
+            parts += (member.tobuf(tarfile.USTAR_FORMAT), data, padding)
+            line.append(f"{extension} {end + tarfile.BLOCKSIZE} {len(data)} {member.name}")
+            end += tarfile.BLOCKSIZE + len(data) + len(padding)
+        lines.append(" ".join(line))
+    zeros = 2 * tarfile.BLOCKSIZE
+    parts.append(bytes(zeros + -(end + zeros) % tarfile.RECORDSIZE))
+    return b"".join(parts), "\n".join(lines) + "\n"
+
+
+def index_of(file: BinaryIO) -> str:
+    """DALI's "v1.2" index of a tar of samples, with offsets as the tar has them, as DALI's wds2idx writes it."""
+    samples: dict[str, list[str]] = {}
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            key, extension = split_name(member.name)
+            samples.setdefault(key, []).append(f"{extension} {member.offset_data} {member.size} {member.name}")
+    lines = [f"{INDEX_VERSION} {len(samples)}", *(" ".join(components) for components in samples.values())]
+    return "\n".join(lines) + "\n"
+
+
+def build_shard(root: Path, plan: ShardPlan, image: dict[str, Any], set_aside: bool) -> BuiltShard:
+    """Writes one shard into ROOT/SPLIT/, or keeps the one that is there: see `build_in_steps`."""
+    steps = build_in_steps(root, plan, image, set_aside)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def build_in_steps(
+    root: Path, plan: ShardPlan, image: dict[str, Any], set_aside: bool, careful: bool = False
+) -> Generator[Step, None, BuiltShard]:
+    """Writes one shard into ROOT/SPLIT/, or keeps the one that is there if it is what would be written.
+
+    Says now and then how far it is. Holds one shard in memory. Images that cannot be read or do not decode are set
+    aside, with a reason.
+
+    Args:
+        image: `encoder_settings` of the whole set.
+        set_aside: whether a bad image may be left out; otherwise the first one ends it.
+        careful: convert in a child process, so that an image at which the decoder crashes is no more than bad, and name
+            each image before it is touched. Slower: for a shard at which a worker has died.
+
+    Raises:
+        BadImageError: for a bad image, unless it may be set aside.
+        ShardError: if this machine would encode otherwise than `image` says, an image or a tar of the source has
+            changed since it was listed, or, being careful, decoding an image was ended from outside.
+        SourceReadError: if the source's disk or network failed.
+        OSError: if the shard cannot be written.
+    """
+    if encoder_settings(image["quality"]) != image:
+        here = encoder_settings(image["quality"])["encoder"]
+        raise ShardError(
+            f"a node encodes JPEGs with {here}, the set with {image['encoder']}: install the same versions on all nodes"
+        )
+    inputs = inputs_digest(plan, image)
+    with contextlib.ExitStack() as stack:
+        converter = stack.enter_context(IsolatedConverter()).convert if careful else convert
+        found = _find_shard(root, plan, inputs, image["quality"], converter)
+        if found is None:
+            every_s = 0.0 if careful else STEP_EVERY_S
+            built = yield from _write_shard(root, plan, inputs, image["quality"], set_aside, converter, every_s)
+        else:
+            built = found
+    if built.annotation.rejected and not set_aside:
+        raise _bad_image(built.annotation.rejected[0])
+    return built
+
+
+def annotation_path(root: Path, plan: ShardPlan) -> Path:
+    return root / plan.split / f"{plan.name}.json"
+
+
+def _write_shard(
+    root: Path, plan: ShardPlan, inputs: str, quality: int, set_aside: bool, converter: Convert, every_s: float
+) -> Generator[Step, None, BuiltShard]:
+    samples: list[tuple[str, int, bytes]] = []
+    rejected: list[Reject] = []
+    _check_tars(plan.entries)
+    moments = RgbMoments()
+    told = time.monotonic()
+    for entry, read in readings(plan.entries, _read):
+        if time.monotonic() - told >= every_s:
+            yield Step(len(samples) + len(rejected), len(rejected), entry.where)
+            told = time.monotonic()
+        try:
+            converted = _convert(entry, read(), quality, converter)
+        except ImageError as error:
+            rejected.append(Reject(entry.where, plan.split, entry.wnid, str(error)))
+            if not set_aside:
+                raise _bad_image(rejected[-1]) from error
+            continue
+        samples.append((entry.key, entry.label, converted.jpeg))
+        moments += converted.moments
+    _check_tars(plan.entries)
+    path = annotation_path(root, plan)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # An older annotation must not vouch for a tar that is about to change.
+    path.unlink(missing_ok=True)
+    tar, index = pack(samples) if samples else (b"", "")
+    if samples:
+        write_atomically(path.with_suffix(".tar"), tar)
+        write_atomically(path.with_suffix(".idx"), index.encode())
+    else:
+        path.with_suffix(".tar").unlink(missing_ok=True)
+        path.with_suffix(".idx").unlink(missing_ok=True)
+    digest = hashlib.sha256(tar).hexdigest()
+    annotation = ShardAnnotation(plan.name, len(samples), len(tar), digest, inputs, moments, tuple(rejected))
+    write_json(path, annotation.to_json())
+    return BuiltShard(annotation, kept=False, rows=shard_rows(tar, index))
+
+
+def _find_shard(root: Path, plan: ShardPlan, inputs: str, quality: int, converter: Convert) -> BuiltShard | None:
+    """A shard that is there, whole, and what `plan` would give; None otherwise."""
+    path = annotation_path(root, plan)
+    try:
+        annotation = read_annotation(path)
+        tar = path.with_suffix(".tar").read_bytes() if annotation.samples else b""
+        index = path.with_suffix(".idx").read_bytes() if annotation.samples else b""
+    except (ShardError, FileNotFoundError):
+        return None
+    if (
+        annotation.inputs != inputs
+        or len(tar) != annotation.bytes
+        or hashlib.sha256(tar).hexdigest() != annotation.sha256
+    ):
+        return None
+    if annotation.samples and index != index_of(io.BytesIO(tar)).encode():
+        return None
+    # A file may have been mended without changing its size, as by giving leave to read it.
+    entries = {entry.where: entry for entry in plan.entries}
+    for reject in annotation.rejected:
+        if reject.path not in entries:
+            return None
+        try:
+            entry = entries[reject.path]
+            _convert(entry, _read(entry), quality, converter)
+        except ImageError:
+            continue
+        return None
+    return BuiltShard(annotation, kept=True, rows=shard_rows(tar, index.decode()))
+
+
+def _check_tars(entries: Entries) -> None:
+    """Makes sure that no tar was replaced or changed since it was listed: its images may lie elsewhere now.
+
+    A tar at a URL is not looked at: each look would cost a request, and for 1000 class tars as many a shard as images.
+    """
+    for path, then in entries.tar_states.items():
+        try:
+            now = state_of(path)
+        except OSError as error:
+            raise SourceReadError(
+                f"{path} cannot be reached: {error.strerror}; run the same command again to continue"
+            ) from error
+        if now != then:
+            raise ShardError(
+                f"{path} is not the file that was listed ({then.size:,} bytes of {then.mtime_ns / 1e9:.3f}, now "
+                f"{now.size:,} bytes of {now.mtime_ns / 1e9:.3f}): leave it as it is, on a cluster the same with the "
+                "same time on every node, and run the same command again"
+            )
+
+
+def _read(entry: Entry) -> bytes:
+    try:
+        data = read_bytes(entry.path, entry.offset, entry.size)
+    except OSError as error:
+        # A tar that is gone is no fault of one image in it, nor is a folder: its disk may not be mounted.
+        gone = not is_url(entry.path) and not os.path.isdir(os.path.dirname(entry.path))
+        if entry.offset is None and error.errno in _FILE_ERRORS and not gone:
+            raise ImageError(f"it cannot be read: {error.strerror}") from error
+        why = f" on {socket.gethostname()}, which has no such folder" if gone else ""
+        raise SourceReadError(
+            f"reading {entry.where} failed{why}: {error.strerror or error}; run the same command again to continue"
+            f"{' once every node has the source' if gone else ''}"
+        ) from error
+    if len(data) != entry.size:
+        raise ShardError(
+            f"{entry.where} has {len(data)} bytes and had {entry.size} when it was listed: run the same command again"
+        )
+    return data
+
+
+def _convert(entry: Entry, data: bytes, quality: int, converter: Convert) -> Converted:
+    """What an image becomes; `entry` names it where its converter is killed."""
+    try:
+        return converter(data, quality)
+    except KilledError as error:
+        raise ShardError(
+            f"{entry.where}: {error}, as the system does where memory is short; give fewer --workers or remove the "
+            "image, and run the same command again to continue"
+        ) from error
+
+
+def _bad_image(reject: Reject) -> BadImageError:
+    return BadImageError(
+        f"{reject.path}: {reject.reason}; replace or remove the image, "
+        "or give --on-bad-image set-aside to go on without such images"
+    )

@@ -1,0 +1,1 @@
+"""Where images come from: folders, the official tars unopened, WebDatasets; their listing. May import storage."""

@@ -1,0 +1,167 @@
+"""A decoded cache: a set's JPEGs decoded once to a node's own disk, so that an epoch only crops, flips and shifts.
+
+Each shard becomes one file of 256 x 256 x 3 uint8 images, written aside and renamed. The sample index then says where
+each image lies in these files, and `dataset.json` comes last: an interrupted run goes on where it stopped.
+`pixels.json` marks the folder as one of pixels.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import io
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import fs
+
+from pipeline.dataset.info import (
+    DATASET_FILE,
+    DECODED_FILE,
+    STAGED_FILE,
+    DatasetError,
+    DatasetInfo,
+    ShardRow,
+    read_dataset,
+    write_atomically,
+    write_json,
+)
+from pipeline.dataset.sample_index import (
+    SampleIndex,
+    describe_index,
+    index_file,
+    index_is_whole,
+    pack_index,
+    record_batch,
+)
+from pipeline.images.decode import IMAGE_BYTES, IMAGE_SHAPE, ImageError, decode_stored
+from pipeline.staging.staging import alone_at, chunks, copy_index, read_remote_dataset
+from pipeline.storage.locations import open_location, shown
+from pipeline.storage.retry import Retry
+
+
+def stage_pixels(location: str, folder: Path, report: Callable[[str], None], threads: int) -> Path:
+    """Decodes a shard set into FOLDER/FINGERPRINT-pixels and returns that path; at once where it is there already.
+
+    Args:
+        location: a local path or URL of a finished set.
+        folder: on a disk of this node.
+        report: told in plain words what happens.
+        threads: decoders at work at a time.
+
+    Raises:
+        DatasetError: if the set is missing, a shard is not what it says or an image does not decode, or the disk is too
+            small.
+        OSError: if the source cannot be read.
+    """
+    info = read_remote_dataset(location)
+    # Another name than the JPEG stage's: neither ever looks into the other's folder.
+    target = folder / f"{info.fingerprint[:16]}-pixels"
+    with alone_at(target, report, f"decode {shown(location)}"):
+        _decode_set(location, info, target, report, threads)
+    return target
+
+
+def _decode_set(location: str, info: DatasetInfo, target: Path, report: Callable[[str], None], threads: int) -> None:
+    filesystem, path = open_location(location)
+    work = [(split, number) for split, part in info.splits.items() for number in range(len(part.shards))]
+    missing = [
+        (split, number) for split, number in work if not _is_whole(target / split, info.splits[split].shards[number])
+    ]
+    if not missing and (target / DATASET_FILE).exists():
+        there = read_dataset(target)
+        if all(index_is_whole(target, split, part) for split, part in there.splits.items()):
+            return
+    need = sum(info.splits[split].shards[number].samples for split, number in missing) * IMAGE_BYTES
+    for split in info.splits:
+        (target / split).mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target).free
+    if need > free:
+        raise DatasetError(
+            f"the pixels of {shown(location)} need {need / 1e9:.1f} GB in {target}, which has {free / 1e9:.1f} GB "
+            "free: free some, give a larger disk with --stage, or stage the JPEGs with --stage-as jpeg"
+        )
+    write_json(target / STAGED_FILE, {"from": shown(location)})
+    write_json(target / DECODED_FILE, {"fingerprint": info.fingerprint, "image": list(IMAGE_SHAPE), "dtype": "uint8"})
+    report(f"decoding {need / 1e9:.2f} GB of pixels, {len(missing)} of {len(work)} shards, into {target}")
+    source = target / "source"
+    source.mkdir(exist_ok=True)
+    retry = Retry(report)
+    indexes = {split: copy_index(filesystem, path, source, split, info, retry) for split in info.splits}
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for done, (split, number) in enumerate(missing, start=1):
+            row = info.splits[split].shards[number]
+            _decode_shard(
+                filesystem, f"{path}/{split}/{row.name}.tar", target / split, row, indexes[split], number, pool
+            )
+            if done % max(1, len(missing) // 20) == 0:
+                report(f"decoded {done} of {len(missing)} shards")
+    splits = {}
+    for split, part in info.splits.items():
+        rows = [_rows(indexes[split], number) for number in range(len(part.shards))]
+        index = pack_index(rows)
+        write_atomically(target / index_file(split), index)
+        splits[split] = describe_index(part, index)
+    shutil.rmtree(source)
+    write_json(target / DATASET_FILE, dataclasses.replace(info, splits=splits).to_json())
+
+
+def _is_whole(folder: Path, row: ShardRow) -> bool:
+    """Whether a shard's pixels are there; what has the name was renamed when it was whole."""
+    path = folder / f"{row.name}.rgb"
+    return path.exists() and path.stat().st_size == row.samples * IMAGE_BYTES
+
+
+def _rows(index: SampleIndex, number: int) -> pa.RecordBatch:
+    """The index of one shard's pixels. Checksums are 0 and never compared: hashing 192 KB an image costs too much."""
+    rows = index.of_shard(number)
+    labels = index.labels[rows]
+    zeros = np.zeros(len(labels))
+    keys = index.keys.slice(rows.start, len(labels))
+    return record_batch(keys, zeros, IMAGE_BYTES * np.arange(len(labels)), zeros + IMAGE_BYTES, labels, zeros)
+
+
+def _decode_shard(
+    filesystem: fs.FileSystem,
+    source: str,
+    folder: Path,
+    row: ShardRow,
+    index: SampleIndex,
+    number: int,
+    pool: concurrent.futures.Executor,
+) -> None:
+    data = io.BytesIO()
+    for chunk in chunks(filesystem, source):
+        data.write(chunk)
+        if data.tell() > row.bytes:
+            break
+    tar = data.getbuffer()
+    digest = hashlib.sha256(tar).hexdigest()
+    if digest != row.sha256:
+        raise DatasetError(
+            f"{source} is not the shard that {DATASET_FILE} describes (its sha256 is {digest[:12]}..., not "
+            f"{row.sha256[:12]}...): copy it there again"
+        )
+    rows = index.of_shard(number)
+    places = list(zip(*(part[rows].tolist() for part in (index.offsets, index.sizes, index.checksums)), strict=True))
+    if len(places) != row.samples:
+        raise DatasetError(f"the sample index has {len(places)} samples of {source}, {DATASET_FILE} says {row.samples}")
+    pixels = np.empty((row.samples, *IMAGE_SHAPE), np.uint8)
+
+    def fill(sample: int) -> None:
+        offset, size, crc32 = places[sample]
+        jpeg = bytes(tar[offset : offset + size])
+        try:
+            if zlib.crc32(jpeg) != crc32:
+                raise ImageError("the sample index has another CRC-32 of it")
+            pixels[sample] = decode_stored(jpeg)
+        except ImageError as error:
+            raise DatasetError(f"{source}: {index.key(rows.start + sample)}: {error}") from error
+
+    list(pool.map(fill, range(row.samples)))
+    write_atomically(folder / f"{row.name}.rgb", pixels.data)

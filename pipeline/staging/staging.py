@@ -1,0 +1,262 @@
+"""Bringing a shard set to a node's own disk, once per node, whatever the number of its processes.
+
+Every shard is hashed on its way and takes its name only when its sha256 is right, so what lies in the folder under a
+shard's name is whole: an interrupted staging goes on where it stopped. `dataset.json` is written last.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from pyarrow import fs
+
+from pipeline.dataset.info import (
+    DATASET_FILE,
+    STAGED_FILE,
+    TEMPORARY_SUFFIX,
+    DatasetError,
+    DatasetInfo,
+    ShardRow,
+    parse_dataset,
+    write_atomically,
+    write_json,
+)
+from pipeline.dataset.sample_index import SampleIndex, check_has_index, index_file, index_is_whole, open_index
+from pipeline.storage.locations import open_location, read_text, shown
+from pipeline.storage.retry import Report, Retry, SourceReadError, reading
+
+STREAMS = 8  # Shards copied at a time: one stream of an object store carries a tenth of what a node's network does.
+CHUNK = 8 * 2**20  # Bytes
+
+
+def read_remote_dataset(location: str, report: Report = print) -> DatasetInfo:
+    """Reads dataset.json of a set at a local path or URL.
+
+    Args:
+        report: told of each attempt that failed.
+
+    Raises:
+        DatasetError: if there is none, or it cannot be understood.
+    """
+    filesystem, path = open_location(location)
+    try:
+        text = Retry(report)(functools.partial(read_remote_text, filesystem, f"{path}/{DATASET_FILE}"), DATASET_FILE)
+    except OSError as error:
+        raise DatasetError(
+            f"there is no finished shard set at {shown(location)}: {DATASET_FILE} cannot be read there ({error}); "
+            f"make one with: python jobs/shard_imagenet.py --source IMAGES --output FOLDER, and copy FOLDER there"
+        ) from error
+    return parse_dataset(text, f"{shown(location)}/{DATASET_FILE}")
+
+
+def stage(location: str, folder: Path, report: Report) -> Path:
+    """Copies a shard set to FOLDER/FINGERPRINT and returns that path; at once where it is there already.
+
+    Args:
+        location: a local path or URL of a finished set.
+        folder: on a disk of this node.
+        report: told in plain words what happens.
+
+    Raises:
+        DatasetError: if the set is missing, a shard's bytes are wrong at their source, the disk is too small or cannot
+            be written, or the source cannot be read after several attempts.
+    """
+    info = read_remote_dataset(location, report)
+    target = folder / info.fingerprint[:16]
+    try:
+        with alone_at(target, report, f"stage {shown(location)}"):
+            _copy(location, info, target, report)
+    except OSError as error:
+        raise DatasetError(
+            f"staging {shown(location)} to {target} failed: {error}; the same command goes on with what is missing, "
+            "once the source can be read and the disk written"
+        ) from error
+    return target
+
+
+@contextlib.contextmanager
+def alone_at(target: Path, report: Report, task: str) -> Iterator[None]:
+    """One process of this node at a time works on a folder; the others wait and say so.
+
+    Args:
+        target: the folder; the one that it lies in is made.
+        report: told what is waited for.
+        task: what the other does, as in "stage s3://BUCKET/SET".
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(target.parent / f".{target.name}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        report(f"waiting for another process of this node to {task}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _copy(location: str, info: DatasetInfo, target: Path, report: Report) -> None:
+    filesystem, path = open_location(location)
+    work = [(split, row) for split, part in info.splits.items() for row in part.shards]
+    missing = [(split, row) for split, row in work if not _is_whole(target / split / f"{row.name}.tar", row)]
+    indexed = all(index_is_whole(target, split, part) for split, part in info.splits.items())
+    if not missing and indexed and (target / DATASET_FILE).exists():
+        return
+    need = sum(row.bytes for _, row in missing)
+    for split in info.splits:
+        (target / split).mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target).free
+    if need > free:
+        raise DatasetError(
+            f"staging {shown(location)} needs {need / 1e9:.1f} GB in {target}, which has {free / 1e9:.1f} GB free: "
+            "free some, or give a larger disk with --stage"
+        )
+    retry = Retry(report)
+    report(f"staging {need / 1e9:.2f} GB in {len(missing)} of {len(work)} shards from {shown(location)} to {target}")
+    for split in info.splits:
+        copy_index(filesystem, path, target, split, info, retry)
+    # First, so that whoever finds a shard damaged can say where to get it again.
+    write_json(target / STAGED_FILE, {"from": shown(location)})
+    in_streams(
+        [functools.partial(_copy_shard, filesystem, path, target, *item, retry) for item in missing],
+        retry,
+        report,
+        "staged",
+    )
+    # What was read at the start, not what may lie there by now.
+    write_json(target / DATASET_FILE, info.to_json())
+
+
+def copy_index(
+    filesystem: fs.FileSystem, path: str, target: Path, split: str, info: DatasetInfo, retry: Retry
+) -> SampleIndex:
+    """Copies a split's sample index into a folder, and opens it.
+
+    Args:
+        path: of the set, in the file system.
+
+    Raises:
+        DatasetError: if it is not the one that `dataset.json` describes.
+        OSError: if it cannot be read or written.
+    """
+    part, name = info.splits[split], index_file(split)
+    check_has_index(path, part)
+
+    def copy() -> None:
+        data = b"".join(chunks(filesystem, f"{path}/{name}"))
+        found = hashlib.sha256(data).hexdigest()
+        if found != part.index_sha256:
+            raise SourceReadError(
+                f"{path}/{name} has the sha256 {found[:12]}..., {DATASET_FILE} says {part.index_sha256[:12]}...: it is "
+                "damaged there or in transfer"
+            )
+        write_atomically(target / name, data)
+
+    if not index_is_whole(target, split, part):
+        retry(copy, name)
+    return open_index(target, split, part, len(info.classes))
+
+
+def in_streams(actions: Sequence[Callable[[], int]], retry: Retry, report: Report, did: str) -> None:
+    """Does what each shard needs, STREAMS at a time, saying how far it is.
+
+    Args:
+        actions: one a shard, which gives the shard's bytes.
+        retry: that of the actions; nobody tries again once one of them has failed.
+        did: what was done to a shard when its action has returned, for people.
+
+    Raises:
+        whatever an action raises.
+    """
+    done = 0
+    with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
+        futures = [pool.submit(action) for action in actions]
+        try:
+            for number, future in enumerate(concurrent.futures.as_completed(futures), start=1):
+                done += future.result()
+                if number % max(1, len(actions) // 20) == 0:
+                    report(f"{did} {number} of {len(actions)} shards, {done / 1e9:.2f} GB")
+        except BaseException:
+            retry.stop()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _is_whole(path: Path, row: ShardRow) -> bool:
+    return path.exists() and path.stat().st_size == row.bytes
+
+
+def _copy_shard(filesystem: fs.FileSystem, path: str, target: Path, split: str, row: ShardRow, retry: Retry) -> int:
+    """Copies one shard's tar; the bytes copied."""
+    source, tar = f"{path}/{split}/{row.name}", target / split / f"{row.name}.tar"
+    wrong: set[str] = set()
+    retry(functools.partial(_copy_tar, filesystem, f"{source}.tar", tar, row, wrong), f"{split}/{tar.name}")
+    return row.bytes
+
+
+def _copy_tar(filesystem: fs.FileSystem, source: str, tar: Path, row: ShardRow, wrong: set[str]) -> None:
+    """Copies a tar and gives it its name once its sha256 is right.
+
+    Args:
+        wrong: the digests that earlier attempts found, for telling a damaged source from a damaged transfer.
+
+    Raises:
+        SourceReadError: if the source cannot be read, or gives other bytes than before.
+        DatasetError: if it gives the same wrong bytes twice.
+        OSError: if the copy cannot be written.
+    """
+    digest = hashlib.sha256()
+    temporary = tar.with_name(f".{tar.name}{TEMPORARY_SUFFIX}")
+    try:
+        with temporary.open("wb") as file:
+            for chunk in chunks(filesystem, source):
+                digest.update(chunk)
+                file.write(chunk)
+                # There is room on the disk for what was stated.
+                if file.tell() > row.bytes:
+                    break
+            size = file.tell()
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        # A disk that is full, as may be why, shall have its room back.
+        temporary.unlink(missing_ok=True)
+        raise
+    found = digest.hexdigest()
+    if found == row.sha256:
+        temporary.replace(tar)
+        return
+    temporary.unlink()
+    said = f"its sha256 is {found[:12]}..., not {row.sha256[:12]}..."
+    if size > row.bytes:
+        said = f"it has more than {row.bytes} bytes"
+    if found not in wrong:
+        wrong.add(found)
+        raise SourceReadError(f"{source} arrived otherwise than it was sent, or is damaged: {said}")
+    raise DatasetError(f"{source} is not the shard that {DATASET_FILE} describes ({said}): copy it there again")
+
+
+def chunks(filesystem: fs.FileSystem, source: str) -> Iterator[bytes]:
+    """A file's bytes, CHUNK at a time.
+
+    Raises:
+        SourceReadError, FileNotFoundError: as in `reading`.
+    """
+    with reading(), filesystem.open_input_stream(source) as stream:
+        while chunk := stream.read(CHUNK):
+            yield chunk
+
+
+def read_remote_text(filesystem: fs.FileSystem, path: str) -> str:
+    """The whole of a text file, with errors as in `reading`."""
+    with reading():
+        return read_text(filesystem, path)

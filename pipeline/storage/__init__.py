@@ -1,0 +1,1 @@
+"""Bytes at a path or URL. Imports nothing else of this project."""

@@ -1,0 +1,326 @@
+"""What was made to do harm: a shard set or a checkpoint that names files elsewhere, claims absurd sizes or is code.
+
+Each is refused in words that name it, nothing it names is touched, and no memory is taken for what it claims.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from jobs.import_weights import read_source
+from jobs.training import checkpoint
+from jobs.training.checkpoint import MODEL_FILE, OPTIMIZER_FILE, RUN_FILE, STATE_FILE, CheckpointError
+from pipeline.dataset.info import DATASET_FILE, DatasetError, DatasetInfo, read_dataset, write_json
+from pipeline.dataset.sample_index import describe_index, pack_index, record_batch
+from pipeline.dataset.split_reader import SplitReader
+from pipeline.staging.decoded_cache import stage_pixels
+from pipeline.staging.staging import stage
+from tests.damage import overwrite, own_copy, places
+from tests.model.test_training import IDENTITY, Recorder, SmallData, make_trainer
+from tests.runs import ROOT
+
+ROOM = 2 * 2**30  # Bytes that a reader may take besides what it has; what is claimed here is always more.
+
+
+@pytest.fixture
+def hostile(shard_set: Path, tmp_path: Path) -> Path:
+    """A set that may be edited."""
+    return own_copy(shard_set, tmp_path / "hostile")
+
+
+@pytest.fixture
+def little_room() -> Iterator[None]:
+    """While it lasts, taking memory for what is claimed fails."""
+    with open("/proc/self/statm") as file:
+        taken = int(file.read().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def edit(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    value = json.loads((root / DATASET_FILE).read_text())
+    change(value)
+    (root / DATASET_FILE).write_text(json.dumps(value))
+
+
+def first_row(value: dict[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = value["splits"]["train"]["shards"][0]
+    return row
+
+
+# dataset.json.
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../outside",
+        "/etc/passwd",
+        "..",
+        "",
+        "a/b",
+        "a\\b",
+        "a\0b",
+        "train-000000.tar\n",
+        "s3://bucket/x",
+        ["train"],
+        None,
+    ],
+)
+def test_a_shard_of_another_folder_is_refused(hostile: Path, name: object) -> None:
+    edit(hostile, lambda value: first_row(value).update(name=name))
+    with pytest.raises(DatasetError, match=r"dataset\.json cannot be used: .*"):
+        read_dataset(hostile)
+    with pytest.raises(DatasetError, match=r"dataset\.json cannot be used: .*"):
+        stage(str(hostile), hostile.parent / "disk", print)
+    assert not list(hostile.parent.glob("disk/**/*.tar"))
+
+
+def test_two_shards_of_one_name_are_refused(hostile: Path) -> None:
+    """One would be staged over the other."""
+    edit(hostile, lambda value: value["splits"]["train"]["shards"].append(first_row(value)))
+    with pytest.raises(DatasetError, match="two shards of train have one name"):
+        read_dataset(hostile)
+
+
+CONTENTS = {
+    "infinite": (lambda value: first_row(value).update(samples=float("inf")), "OverflowError"),
+    "negative": (lambda value: first_row(value).update(samples=-1), "a shard of train has less than nothing"),
+    "negative-bytes": (lambda value: first_row(value).update(bytes=-(2**70)), "a shard of train has less than nothing"),
+    "mean": (lambda value: value["rgb"].update(mean=[0.5, float("nan"), 0.5]), "not finite numbers"),
+    "eigenvalue": (lambda value: value["rgb"].update(eigenvalues=[float("inf"), 0, 0]), "not finite numbers"),
+    "class": (lambda value: value["classes"][0].update(index=10**9), "not numbered from 0 on"),
+    "classes": (lambda value: value.update(classes=7), "TypeError"),
+    "splits": (lambda value: value.update(splits=[]), "AttributeError"),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_numbers_of_no_set_are_refused(hostile: Path, name: str) -> None:
+    change, reason = CONTENTS[name]
+    edit(hostile, change)
+    with pytest.raises(DatasetError, match=rf"dataset\.json cannot be used: .*{reason}"):
+        read_dataset(hostile)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[" * 100_000,
+        b'{"schema_version": ' + b"9" * 10_000 + b"}",
+        b'{"schema_version": "\xff"}',
+        b"[]",
+        b"",
+        pickle.dumps({}),
+    ],
+    ids=["deep", "long-number", "no-utf-8", "list", "empty", "pickle"],
+)
+def test_what_is_no_description_is_refused(hostile: Path, text: bytes) -> None:
+    (hostile / DATASET_FILE).write_bytes(text)
+    with pytest.raises(DatasetError, match=r"dataset\.json cannot be used: "):
+        read_dataset(hostile)
+    with pytest.raises(ValueError, match=r"dataset\.json"):
+        stage(str(hostile), hostile.parent / "disk", print)
+
+
+def test_the_command_says_so_in_one_line(hostile: Path, tmp_path: Path) -> None:
+    edit(hostile, lambda value: first_row(value).update(name="../../outside"))
+    command = [sys.executable, "jobs/train.py", "--data", str(hostile), "--storage", str(tmp_path), "--name", "run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {hostile}/dataset.json cannot be used: ")
+    assert line.endswith("(ValueError: a shard cannot be named '../../outside')")
+
+
+# Shards.
+
+
+def test_a_shard_that_claims_to_be_huge_takes_no_memory(hostile: Path, little_room: None) -> None:
+    def change(value: dict[str, Any]) -> None:
+        first_row(value)["samples"] = value["splits"]["train"]["samples"] = 10**12
+
+    edit(hostile, change)
+    info = read_dataset(hostile)
+    with pytest.raises(DatasetError, match=r"train\.arrow is not the index that dataset\.json describes"):
+        SplitReader(hostile, info, "train")
+    with pytest.raises(DatasetError, match=r"need 196608000\.0 GB"):
+        stage_pixels(str(hostile), hostile.parent / "disk", print, 1)
+
+
+def test_a_set_that_claims_to_be_huge_is_not_staged(hostile: Path) -> None:
+    edit(hostile, lambda value: first_row(value).update(bytes=10**18))
+    with pytest.raises(DatasetError, match=r"needs 1000000000\.0 GB"):
+        stage(str(hostile), hostile.parent / "disk", print)
+
+
+def test_a_tar_larger_than_it_claims_is_not_copied_on(hostile: Path, little_room: None) -> None:
+    """The disk has room for what was claimed."""
+    tar = hostile / "train" / "train-000000.tar"
+    stated = tar.stat().st_size
+    os.truncate(tar, 2**40)
+    with pytest.raises(DatasetError, match=f"it has more than {stated} bytes"):
+        stage(str(hostile), hostile.parent / "disk", print)
+    with pytest.raises(DatasetError, match=r"is not the shard that dataset\.json describes"):
+        stage_pixels(str(hostile), hostile.parent / "pixels", print, 1)
+
+
+def rewrite_index(root: Path, **values: int) -> DatasetInfo:
+    """Gives the third training sample other numbers, vouched for by dataset.json like the rest."""
+    (batch,) = pa.ipc.open_file(root / "train.arrow").read_all().to_batches()
+    columns = {name: batch[name].to_pylist() for name in batch.schema.names}
+    for name, value in values.items():
+        columns[name][3] = value
+    rows = record_batch(*columns.values())
+    parts = [rows.slice(at, 10) for at in range(0, len(rows), 10)]
+    index = pack_index(parts)
+    (root / "train.arrow").write_bytes(index)
+    said = describe_index(read_dataset(root).splits["train"], index)
+    edit(root, lambda value: value["splits"].update(train=dataclasses.asdict(said)))
+    return read_dataset(root)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"offset": 2**62}, "cannot be read|ends after 0 of"),
+        ({"offset": 2**40}, "ends after 0 of"),
+        ({"size": 2**32 - 1}, "the sample index gives it 4,294,967,295 bytes"),
+        ({"size": 4 * 2**20}, "ends after"),
+        ({"offset": 0}, "is not what was written"),
+    ],
+)
+def test_an_index_that_points_elsewhere_is_refused(
+    hostile: Path, values: dict[str, int], reason: str, little_room: None
+) -> None:
+    info = rewrite_index(hostile, **values)
+    reader = SplitReader(hostile, info, "train")
+    with pytest.raises(DatasetError, match=rf"train image {reader.key(3)} of train-000000: .*({reason})"):
+        reader.read(np.arange(10))
+    with pytest.raises(DatasetError, match=reader.key(3)):
+        stage_pixels(str(hostile), hostile.parent / "disk", print, 1)
+
+
+def bomb(side: int) -> bytes:
+    """A small file whose header claims side x side pixels."""
+    file = io.BytesIO()
+    Image.new("RGB", (256, 256), "red").save(file, "JPEG")
+    data = file.getvalue()
+    frame = data.index(b"\xff\xc0")
+    return data[: frame + 5] + side.to_bytes(2, "big") * 2 + data[frame + 9 :]
+
+
+def test_an_image_that_claims_to_be_huge_is_named_and_takes_no_memory(hostile: Path, little_room: None) -> None:
+    """By whoever decodes a set to look at it; training trusts the sharding, which decoded each image that it stored."""
+    place = places(hostile, "train")[3]
+    image = bomb(20_000)
+    assert len(image) < place.size
+    overwrite(place.tar, place.image, image)
+    info = rewrite_index(hostile, size=len(image), crc32=zlib.crc32(image))
+    reader = SplitReader(hostile, info, "train")
+    with pytest.raises(DatasetError, match=f"train image {reader.key(3)} of train-000000: it is 20000 x 20000"):
+        reader.decoded(3)
+    first = hashlib.sha256(place.tar.read_bytes()).hexdigest()
+    edit(hostile, lambda value: first_row(value).update(sha256=first))
+    with pytest.raises(DatasetError, match=f"{reader.key(3)}: it is 20000 x 20000"):
+        stage_pixels(str(hostile), hostile.parent / "disk", print, 1)
+
+
+# Checkpoints.
+
+
+class Harm:
+    """Code, as a pickle carries it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.mkdir, (str(self._folder),)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    record = Recorder(tmp_path / "run")
+    make_trainer().fit(SmallData(), record)
+    return record.saved[-1]
+
+
+@pytest.mark.parametrize("name", [MODEL_FILE, OPTIMIZER_FILE, STATE_FILE])
+@pytest.mark.parametrize("form", ["pickle", "torch"])
+def test_a_pickle_is_refused_and_not_run(saved: Path, tmp_path: Path, name: str, form: str) -> None:
+    harm = tmp_path / "harm"
+    if form == "pickle":
+        (saved / name).write_bytes(pickle.dumps(Harm(harm)))
+    else:
+        torch.save({"model": Harm(harm)}, saved / name)
+    with pytest.raises(CheckpointError, match=name):
+        checkpoint.restore(saved, make_trainer(), IDENTITY)
+    assert not harm.exists()
+    # It would have done it.
+    with (saved / name).open("rb") as file:
+        pickle.load(file) if form == "pickle" else torch.load(file, weights_only=False)
+    assert harm.exists()
+
+
+def test_published_weights_that_are_code_are_refused_and_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "alexnet.pth.tar"
+    torch.save({"state_dict": Harm(tmp_path / "harm")}, path)
+    with pytest.raises(ValueError, match=r"alexnet\.pth\.tar"):
+        read_source(path)
+    assert not (tmp_path / "harm").exists()
+
+
+STATES = {
+    "deep": lambda text: "[" * 100_000,
+    "list": lambda text: "[]",
+    "long-number": lambda text: text.replace('"epoch": 4', '"epoch": ' + "9" * 10_000, 1),
+    "negative": lambda text: text.replace('"epoch": 4', '"epoch": -4', 1),
+    "text": lambda text: text.replace('"epoch": 4', '"epoch": "4"', 1),
+    "unknown": lambda text: text.replace('"epoch": 4', '"epoch": 4, "__class__": "os.system"', 1),
+    "rate": lambda text: text.replace('"lr": 0.05', '"lr": NaN', 1),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_of_no_run_is_refused(saved: Path, name: str) -> None:
+    text = (saved / STATE_FILE).read_text()
+    changed = STATES[name](text)
+    assert changed != text
+    (saved / STATE_FILE).write_text(changed)
+    with pytest.raises(CheckpointError, match=STATE_FILE):
+        checkpoint.restore(saved, make_trainer(), IDENTITY)
+
+
+@pytest.mark.parametrize("folder", ["../outside", "..", "/etc", "checkpoint_1/../..", "", ".", None, 7])
+def test_a_list_of_checkpoints_elsewhere_is_refused_before_any_is_removed(
+    saved: Path, tmp_path: Path, folder: object
+) -> None:
+    """Ray Train removes what its list names once there are newer ones."""
+    run = tmp_path / "listed"
+    shutil.copytree(saved, run / "checkpoint_0001")
+    results = [{"checkpoint_dir_name": name} for name in ("checkpoint_0001", folder)]
+    write_json(run / RUN_FILE, {"checkpoint_results": results, "latest_checkpoint_result": None})
+    with pytest.raises(CheckpointError, match=rf"{RUN_FILE} names .*, which is no checkpoint of this run"):
+        checkpoint.committed(str(run))

@@ -1,0 +1,309 @@
+"""The sample index and what opens by it: read independently from the tars, damaged, of another set, and of any size.
+
+Faults of shards that are open are in `test_read_faults`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import resource
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.dataset.info import ClassLabel, DatasetError, DatasetInfo, ShardRow, Split, read_dataset, write_json
+from pipeline.dataset.sample_index import SCHEMA, describe_index, pack_index, record_batch, shard_rows
+from pipeline.dataset.split_reader import END_OF_IMAGE, SplitReader
+from pipeline.images.decode import MAX_JPEG_BYTES
+from pipeline.sharding.shard_set import find_finished
+from pipeline.sharding.shards import pack
+from pipeline.staging.decoded_cache import stage_pixels
+from pipeline.staging.staging import stage
+from tests import shard_sets
+from tests.damage import flip_bit, flip_in_the_middle, overwrite, own_copy, places
+from tests.photographs import write_source
+
+BAD = 23  # A sample of the third shard of ten, its fourth.
+
+
+def rows_by_tarfile(root: Path, split: str) -> list[dict[str, object]]:
+    """What a split's index should say."""
+    rows = []
+    for number, path in enumerate(sorted((root / split).glob("*.tar"))):
+        with tarfile.open(path) as tar:
+            members = {member.name: member for member in tar}
+            for name, member in members.items():
+                if name.endswith(".jpg"):
+                    key = name.removesuffix(".jpg")
+                    jpeg = tar.extractfile(member).read()  # type: ignore[union-attr]
+                    label = int(tar.extractfile(members[f"{key}.cls"]).read())  # type: ignore[union-attr]
+                    place = {"key": key, "shard": number, "offset": member.offset_data, "size": member.size}
+                    rows.append({**place, "label": label, "crc32": zlib.crc32(jpeg)})
+    return rows
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_index_is_what_the_tars_hold(shard_set: Path, split: str) -> None:
+    """As any reader of Arrow finds it, uncompressed in one piece."""
+    file = shard_set / f"{split}.arrow"
+    with pa.ipc.open_file(file) as reader:
+        assert reader.num_record_batches == 1
+        batch = reader.get_batch(0)
+    assert batch.schema == SCHEMA
+    assert batch.to_pylist() == rows_by_tarfile(shard_set, split)
+    part = read_dataset(shard_set).splits[split]
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == part.index_sha256
+    labels = np.array([row["label"] for row in rows_by_tarfile(shard_set, split)], "<i4")
+    assert zlib.crc32(labels.tobytes()) == part.labels_crc32
+
+
+def test_the_reader_gives_what_the_tars_hold(shard_set: Path) -> None:
+    reader = SplitReader(shard_set, read_dataset(shard_set), "train")
+    found = places(shard_set, "train")
+    assert len(reader) == len(found) == 45
+    order = np.random.default_rng(0).permutation(45)
+    rows = reader.read(order)
+    for row, sample in zip(rows, order.tolist(), strict=True):
+        place = found[sample]
+        jpeg = place.tar.read_bytes()[place.image : place.image + place.size]
+        assert row[: place.size].tobytes() == reader.image(sample).tobytes() == jpeg
+        # Else a JPEG that lacks its end marker would be decoded on into what the memory held.
+        assert row[place.size : place.size + 2].tobytes() == END_OF_IMAGE
+        assert reader.key(sample) == place.key
+        assert reader.labels[sample] == int(place.tar.read_bytes()[place.label : place.label + 1])
+    assert reader.read(np.array([], np.int64)).shape == (0, 2)
+
+
+# An index that is not the set's.
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def spoil(path: Path) -> None:
+    path.write_bytes(b"\0" * 1000)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_label(path: Path) -> None:
+    """One bit of the first label, to another class of the set: no other part of the file would notice."""
+    with pa.ipc.open_file(path) as reader:
+        column = np.frombuffer(reader.get_batch(0)["label"].buffers()[1], np.int32)
+    at = path.read_bytes().index(column.tobytes())
+    flip_bit(path, at, 0)
+
+
+def take_anothers(path: Path) -> None:
+    path.write_bytes(path.with_name("val.arrow").read_bytes())
+
+
+def change_schema(path: Path) -> None:
+    table = pa.ipc.open_file(path).read_all().rename_columns(["key", "shard", "offset", "length", "label", "crc32"])
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def write_in_pieces(path: Path) -> None:
+    table = pa.ipc.open_file(path).read_all()
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=10)
+
+
+def leave_out_values(path: Path) -> None:
+    (batch,) = pa.ipc.open_file(path).read_all().to_batches()
+    labels = pa.array([None, *batch["label"].to_pylist()[1:]], pa.int32())
+    columns = [labels if name == "label" else batch[name] for name in batch.schema.names]
+    lacking = pa.RecordBatch.from_arrays(columns, batch.schema.names)
+    with pa.ipc.new_file(path, lacking.schema) as writer:
+        writer.write_batch(lacking)
+
+
+CHANGES: list[Callable[[Path], None]] = [
+    *(remove, spoil, cut, flip_a_label, take_anothers, change_schema, write_in_pieces, leave_out_values),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_index_that_is_not_the_sets_is_refused_with_the_cure(
+    shard_set: Path, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    root = own_copy(shard_set, tmp_path / "shards")
+    change(root / "train.arrow")
+    with pytest.raises(DatasetError) as found:
+        SplitReader(root, read_dataset(root), "train")
+    line = str(found.value)
+    assert line.startswith(f"{root}/train.arrow is ")
+    assert line.endswith(f"python jobs/shard_imagenet.py --source IMAGES --output {root}")
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("change", [remove, flip_a_label, take_anothers])
+def test_a_staged_copys_index_is_staged_again(shard_set: Path, tmp_path: Path, change: Callable[[Path], None]) -> None:
+    staged = stage(str(shard_set), tmp_path, lambda _: None)
+    whole = (staged / "train.arrow").read_bytes()
+    change(staged / "train.arrow")
+    with pytest.raises(DatasetError, match=r"this is a staged copy, so delete .* and run the same command again"):
+        SplitReader(staged, read_dataset(staged), "train")
+    assert stage(str(shard_set), tmp_path, lambda _: None) == staged
+    assert (staged / "train.arrow").read_bytes() == whole
+
+
+def test_a_set_of_version_0_1_gets_an_index_by_its_own_command(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "images", images=8)
+    root = tmp_path / "set"
+    plan = shard_sets.planned(source)
+    shard_sets.make(root, plan)
+    wanted = shard_sets.contents(root)
+    info = read_dataset(root)
+    older = {name: dataclasses.replace(part, index_sha256="", labels_crc32=0) for name, part in info.splits.items()}
+    for split in older:
+        (root / f"{split}.arrow").unlink()
+    write_json(root / "dataset.json", dataclasses.replace(info, splits=older).to_json())
+    with pytest.raises(
+        DatasetError, match=r"has no sample index, as version 0\.1 made none: run the command that made"
+    ):
+        SplitReader(root, read_dataset(root), "train")
+    with pytest.raises(DatasetError, match=r"has no sample index, as version 0\.1 made none"):
+        stage(str(root), tmp_path / "disk", lambda _: None)
+    assert find_finished(root, plan) is None
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*.tar")}
+    shard_sets.make(root, plan)
+    assert shard_sets.contents(root) == wanted
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*.tar")} == before
+    assert find_finished(root, plan) is not None
+
+
+def test_an_error_names_its_image_by_the_index_that_was_opened(shard_set: Path, tmp_path: Path) -> None:
+    root = own_copy(shard_set, tmp_path / "shards")
+    reader, place = SplitReader(root, read_dataset(root), "train"), places(root, "train")[BAD]
+    before = place.tar.stat()
+    flip_in_the_middle(place)
+    os.utime(place.tar, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for path in (root / "train").glob("*.idx"):
+        path.unlink()
+    with pytest.raises(DatasetError, match=rf"^train image {place.key} of train-000002: it is not what was written: "):
+        reader.image(BAD)
+    assert reader.image(BAD - 1).size > 0
+
+
+# What is refused at once.
+
+
+@pytest.mark.parametrize("pixels", [False, True])
+def test_more_shards_than_files_may_be_open_raise_the_limit(shard_set: Path, tmp_path: Path, pixels: bool) -> None:
+    root = stage_pixels(str(shard_set), tmp_path, print, 1) if pixels else shard_set
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 2, hard))
+    try:
+        reader = SplitReader(root, read_dataset(root), "train")
+        assert sum(reader.image(sample).size > 0 for sample in range(len(reader))) == 45
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_more_shards_than_the_system_allows_are_refused(shard_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (4, 4))
+    with pytest.raises(OSError, match=r"a process may have 4 files open, and \d+ are needed: allow more by ulimit -Hn"):
+        SplitReader(shard_set, read_dataset(shard_set), "train")
+
+
+def test_of_several_faults_the_first_shards_is_named(shard_set: Path, tmp_path: Path) -> None:
+    root = own_copy(shard_set, tmp_path / "shards")
+    (root / "train" / "train-000003.tar").unlink()
+    with (root / "train" / "train-000001.tar").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(
+        DatasetError, match=r"train-000001\.tar has \d+ bytes, dataset\.json says \d+: .* rm .*/train-000001\.\* "
+    ):
+        SplitReader(root, read_dataset(root), "train")
+
+
+# Numbers of any size.
+
+
+def one_shard(root: Path, rows: pa.RecordBatch, size: int) -> DatasetInfo:
+    """A set of three classes and one shard of so many bytes, all a hole, with this index."""
+    (root / "train").mkdir(parents=True)
+    (root / "train" / "train-000000.tar").touch()
+    os.truncate(root / "train" / "train-000000.tar", size)
+    row = ShardRow("train-000000", len(rows), size, "0" * 64)
+    index = pack_index([rows])
+    (root / "train.arrow").write_bytes(index)
+    classes = tuple(ClassLabel(i, f"n{i}", f"n{i}") for i in range(3))
+    split = describe_index(Split(len(rows), size, (row,)), index)
+    return DatasetInfo(classes, {"train": split}, {"encoder": ""}, 0, None, "", 0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("offset", [2**31 + 5, 2**32 - 4, 2**32 + 512, 5 * 2**30])
+def test_an_image_far_into_a_large_tar(tmp_path: Path, offset: int) -> None:
+    info = one_shard(tmp_path, record_batch(["n1_a"], [0], [offset], [4], [1], [zlib.crc32(b"jpeg")]), offset + 4)
+    overwrite(tmp_path / "train" / "train-000000.tar", offset, b"jpeg")
+    reader = SplitReader(tmp_path, info, "train")
+    assert reader.image(0).tobytes() == b"jpeg"
+    assert reader.key(0) == "n1_a"
+
+
+def test_an_image_larger_than_a_set_has_any_takes_no_memory(tmp_path: Path) -> None:
+    whole = record_batch(["a", "b"], [0, 0], [0, 0], [4, MAX_JPEG_BYTES + 1], [0, 0], [zlib.crc32(b"\0" * 4), 0])
+    reader = SplitReader(tmp_path, one_shard(tmp_path, whole, 2**33), "train")
+    assert reader.image(0).tobytes() == b"\0" * 4
+    with pytest.raises(DatasetError, match=r"train image b of train-000000: the sample index gives it 4,194,305 bytes"):
+        reader.read(np.array([0, 1]), lambda _: pytest.fail("memory was asked for"))
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("shard", 1), ("label", 3), ("label", -1), ("shard", 2**32 - 1), ("label", 2**31 - 1)]
+)
+def test_a_shard_or_class_that_the_set_has_not_is_refused(tmp_path: Path, column: str, value: int) -> None:
+    columns = {"shard": [0], "offset": [0], "size": [4], "label": [0], "crc32": [0], column: [value]}
+    rows = record_batch(["a"], *columns.values())
+    info = one_shard(tmp_path, rows, 100)
+    if column == "shard":
+        # `pack_index` numbers the shards itself.
+        batch = pa.RecordBatch.from_arrays(rows.columns, schema=SCHEMA)
+        with pa.ipc.new_file(tmp_path / "train.arrow", SCHEMA) as writer:
+            writer.write_batch(batch)
+    with pytest.raises(DatasetError, match=r"train\.arrow names a shard or a class that the set does not have"):
+        SplitReader(tmp_path, info, "train")
+
+
+@pytest.mark.parametrize("label", ["x", "", "1 2", "9" * 30])
+def test_a_label_that_is_no_number_makes_no_row(label: str) -> None:
+    tar, index = pack([("n1_0", 1, b"jpeg")])
+    at = int(index.splitlines()[1].split(" ")[1])
+    changed = tar[:at] + label.encode() + tar[at + len(label) :]
+    with pytest.raises(ValueError, match=r"invalid literal|does not fit the column label"):
+        shard_rows(changed, index.replace(f"cls {at} 1", f"cls {at} {len(label)}"))
+
+
+def test_the_rows_of_a_shard(shard_set: Path) -> None:
+    index = SplitReader(shard_set, read_dataset(shard_set), "train").index
+    assert [index.of_shard(number) for number in (0, 4)] == [slice(0, 10), slice(40, 45)]
+    assert len(index.keys) == len(index) == 45
+
+
+def test_opening_reads_no_tar_and_copies_no_column(shard_set: Path, tmp_path: Path) -> None:
+    """A rank's private memory does not grow with the set."""
+    root = own_copy(shard_set, tmp_path / "shards")
+    for path in (root / "train").iterdir():
+        if path.suffix == ".tar":
+            os.truncate(path, 0)
+            os.truncate(path, (shard_set / "train" / path.name).stat().st_size)
+        else:
+            path.unlink()
+    index = SplitReader(root, read_dataset(root), "train").index
+    assert index.labels.tolist() == SplitReader(shard_set, read_dataset(shard_set), "train").labels.tolist()
+    for column in (index.shards, index.offsets, index.sizes, index.labels, index.checksums):
+        assert not column.flags.owndata
+        assert not column.flags.writeable

@@ -1,0 +1,172 @@
+"""The comparison of the GPU's stream with the CPU's, with a CPU loader standing in for the GPU's: right, and wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jobs.diagnostics.gpu_check import DecodedOnHost, GpuCheckError, check, compare, equal
+from pipeline.dataset.info import read_dataset
+from pipeline.dataset.split_reader import SplitReader
+from pipeline.loading.loader import Batch, Loader
+from pipeline.loading.plan import Augmentation, Plan, PlannedBatch, colour_matrix
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def loader(shard_set: Path) -> Loader:
+    info = read_dataset(shard_set)
+    return Loader(SplitReader(shard_set, info, "train"), info.rgb, 10, CPU, 2)
+
+
+@pytest.fixture(scope="module")
+def planned(shard_set: Path) -> list[PlannedBatch]:
+    return list(Plan(45, 10, 1, colour_matrix(read_dataset(shard_set).rgb)).epoch(0))
+
+
+@pytest.fixture(scope="module")
+def batches(loader: Loader, planned: list[PlannedBatch]) -> list[Batch]:
+    return list(loader.run(planned))
+
+
+def test_a_loader_agrees_with_another(shard_set: Path) -> None:
+    found = check(shard_set, CPU, 20, 2, 1, memory_batches=20)
+    *exact, decoded = found.agreements
+    assert len(exact) == 3
+    assert all(one.exact and one.found == "equal, bit for bit" for one in exact)
+    assert not decoded.exact
+    assert "mean absolute difference 0.000" in decoded.found
+    assert found.exact
+    found.refuse_problems(CPU)
+    assert found.host_mb_grown < 100
+    assert "memory over 20 batches" in found.lines()[-1]
+
+
+def test_equality_is_of_every_bit_and_blind_to_cuts(
+    loader: Loader, planned: list[PlannedBatch], batches: list[Batch]
+) -> None:
+    assert equal(batches, loader.run([part for batch in planned for part in batch.chunks(3)])) == ""
+    changed = batches[2].images.clone()
+    changed[4, 1, 5, 6] = torch.nextafter(changed[4, 1, 5, 6], torch.tensor(torch.inf))
+    other = [*batches[:2], dataclasses.replace(batches[2], images=changed), *batches[3:]]
+    assert equal(batches, other).startswith(f"image 24, sample {batches[2].samples[4]}: 1 values differ, by up to ")
+    assert equal(batches, batches[:-1]) == "one stream has 30 images and the other has more"
+    assert "image 0 is of label" in equal(
+        batches, [dataclasses.replace(batch, labels=batch.labels + 1) for batch in batches]
+    )
+    assert "image 0 is of sample" in equal(
+        batches, [dataclasses.replace(batch, samples=batch.samples + 1) for batch in batches]
+    )
+
+
+def test_pixels_decoded_on_the_host_are_the_images(
+    shard_set: Path, planned: list[PlannedBatch], batches: list[Batch]
+) -> None:
+    info = read_dataset(shard_set)
+    decoded = DecodedOnHost(SplitReader(shard_set, info, "train"))
+    assert equal(batches, Loader(decoded, info.rgb, 10, CPU, 1).run(planned)) == ""
+
+
+def test_what_two_correct_decoders_may_differ_by_agrees(batches: list[Batch]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    noisy = [
+        dataclasses.replace(b, images=b.images + torch.randint(-1, 2, b.images.shape, generator=generator))
+        for b in batches
+    ]
+    found = compare(batches, noisy)
+    assert found.problems == ()
+    assert found.images == 40
+    assert found.mean == pytest.approx(2 / 3, abs=0.01)
+    assert max(found.worst) < 0.7
+
+
+def one_image(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[list[Batch]], list[Batch]]:
+    """Changes one image [3, 227, 227] of the third batch."""
+
+    def apply(batches: list[Batch]) -> list[Batch]:
+        images = batches[2].images.clone()
+        images[4] = change(images[4])
+        return [*batches[:2], dataclasses.replace(batches[2], images=images), *batches[3:]]
+
+    return apply
+
+
+def spot(image: torch.Tensor) -> torch.Tensor:
+    """A block of 16 x 16 damaged, as a lost part of a JPEG is: it is 0.5 % of the image."""
+    image = image.clone()
+    image[:, :16, :16] += 20
+    return image
+
+
+@pytest.mark.parametrize(
+    ("flaw", "problem"),
+    [
+        (one_image(lambda image: image.roll(1, 2)), "beyond|mean"),
+        (one_image(lambda image: image.flip(2)), "mean"),
+        (one_image(lambda image: image.flip(0)), "mean"),
+        (one_image(lambda image: image + 0.7), "mean difference in a channel"),
+        (one_image(spot), "of its values differ by more than 5 levels"),
+        (one_image(lambda image: image * torch.nan), "mean"),
+        (lambda batches: batches[:-1], "ends"),
+        (lambda batches: [], "ends"),
+        (lambda batches: [dataclasses.replace(b, labels=b.labels.roll(1)) for b in batches], "labels differ"),
+        (lambda batches: [dataclasses.replace(b, samples=np.roll(b.samples, 1)) for b in batches], "samples or"),
+    ],
+)
+def test_pixels_labels_or_lengths_that_are_off_are_found(
+    batches: list[Batch], flaw: Callable[[list[Batch]], list[Batch]], problem: str
+) -> None:
+    found = compare(batches, flaw(batches))
+    assert len(found.problems) >= 1
+    if "ends" not in problem and "labels" not in problem and "samples" not in problem:
+        assert all("batch 2, sample " in text for text in found.problems)
+    assert any(part in " ".join(found.problems) for part in problem.split("|"))
+
+
+WRONG = {
+    "crop": lambda drawn: dataclasses.replace(drawn, crops=np.minimum(drawn.crops + 1, 29)),
+    "flip": lambda drawn: dataclasses.replace(drawn, flips=~drawn.flips),
+    "color": lambda drawn: dataclasses.replace(drawn, shifts=-drawn.shifts),
+    "no color": lambda drawn: dataclasses.replace(drawn, shifts=0 * drawn.shifts),
+}
+
+
+def drawn_wrongly(flaw: str, batch: PlannedBatch, samples: np.ndarray) -> Augmentation:
+    return WRONG[flaw](batch.draw(samples))
+
+
+@pytest.mark.parametrize("flaw", WRONG)
+def test_a_plan_executed_wrongly_is_found(
+    loader: Loader, planned: list[PlannedBatch], batches: list[Batch], flaw: str
+) -> None:
+    def wrong(batch: PlannedBatch) -> PlannedBatch:
+        return PlannedBatch(batch.samples, functools.partial(drawn_wrongly, flaw, batch))
+
+    assert "values differ" in equal(batches, loader.run(map(wrong, planned)))
+    assert compare(batches, loader.run(map(wrong, planned))).problems
+
+
+def test_a_check_that_fails_says_where(shard_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Loader.run
+    calls = iter((0, 0, 1, 0, 0, 1, 0, 1, 1))  # Memory; JPEGs; two sizes' first; pixels; ten crops; two sizes' second.
+
+    def shifted(self: Loader, planned: list[PlannedBatch]) -> object:
+        off = 10.0 * next(calls)
+        return (dataclasses.replace(batch, images=batch.images + off) for batch in run(self, planned))
+
+    monkeypatch.setattr(Loader, "run", shifted)
+    found = check(shard_set, CPU, 10, 1, 1, memory_batches=10)
+    with pytest.raises(
+        GpuCheckError, match=r"is not the CPU's: training and center crops, .*: image 0, sample .* differ"
+    ):
+        found.refuse_problems(CPU)
+    assert all(one.problems for one in found.agreements)
+    assert "levels of mean absolute" in found.agreements[-1].problems[0]
+    assert not found.exact

@@ -1,0 +1,118 @@
+"""A decoder that crashes or hangs costs one image: in a child process, in a shard, and in the job on Ray."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.images.decode import ImageError
+from pipeline.images.isolation import LIMIT_S, IsolatedConverter
+from pipeline.images.resize import convert
+from pipeline.sharding.shards import BadImageError, build_in_steps
+from tests.photographs import encoded, photograph, write_source
+from tests.processes import outside_clusters
+from tests.shard_sets import planned
+
+ROOT = Path(__file__).resolve().parents[2]
+# Read at the start of every Python, Ray's workers and their children included: bytes behind an image do not matter, but
+# these end the process as a fault in a decoder does.
+CRASHING = """
+import os, signal
+import pipeline.images.resize
+_convert = pipeline.images.resize.convert
+def convert(data, quality):
+    if data.endswith(b"CRASH"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return _convert(data, quality)
+pipeline.images.resize.convert = convert
+"""
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """One in which an image that ends in CRASH crashes its decoder."""
+    (folder / "sitecustomize.py").write_text(CRASHING)
+    kept = outside_clusters()
+    return {**kept, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+
+
+def test_a_child_converts_as_its_parent_does() -> None:
+    data = encoded(photograph(1, 300, 280))
+    with IsolatedConverter() as child:
+        assert child.convert(data, 90) == convert(data, 90)
+        with pytest.raises(ImageError, match="the file is empty"):
+            child.convert(b"", 90)
+        # What is no fault of an image is none in a child either: here a quality that there is not.
+        with pytest.raises(TypeError):
+            child.convert(data, "high")  # type: ignore[arg-type]
+        assert child.convert(data, 90) == convert(data, 90)
+
+
+def test_a_crash_is_the_images_fault_and_the_next_image_converts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encoded(photograph(1, 300, 280))
+    expected = convert(data, 90)
+    for name, value in environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    with IsolatedConverter() as child:
+        with pytest.raises(ImageError, match=r"the decoder crashed \(signal 11\)"):
+            child.convert(data + b"CRASH", 90)
+        assert child.convert(data, 90) == expected
+
+
+def child_pid() -> int:
+    (process,) = multiprocessing.active_children()
+    assert process.pid is not None
+    return process.pid
+
+
+def test_a_decoder_that_hangs_is_killed_and_the_next_image_converts() -> None:
+    data = encoded(photograph(1, 300, 280))
+    with IsolatedConverter(limit_s=0.0) as child:
+        stopped = child_pid()
+        # A process that is stopped never answers.
+        os.kill(stopped, signal.SIGSTOP)
+        with pytest.raises(ImageError, match=r"the decoder hangs \(no result within 0 s\)"):
+            child.convert(data, 90)
+        assert child_pid() != stopped
+        child.limit_s = LIMIT_S
+        assert child.convert(data, 90) == convert(data, 90)
+
+
+def test_a_crashing_image_is_named_where_none_may_be_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_source(tmp_path / "images", images=2, longest=280)
+    plan = planned(source)
+    bad = Path(plan.shards[0].entries[0].path)
+    bad.write_bytes(bad.read_bytes() + b"CRASH")
+    plan = planned(source)
+    for name, value in environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadImageError, match=rf"{bad}: the decoder crashed \(signal 11\); replace or remove the image"):
+        list(build_in_steps(tmp_path / "out", plan.shards[0], plan.image, set_aside=False, careful=True))
+
+
+@pytest.mark.slow
+def test_the_job_sets_a_crashing_image_aside(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "images", images=3, longest=280)
+    bad = source / "n1" / "n1_1.JPEG"
+    bad.write_bytes(bad.read_bytes() + b"CRASH")
+
+    job = [sys.executable, str(ROOT / "jobs" / "shard_imagenet.py"), "--source", str(source)]
+    done = subprocess.run(
+        [*job, "--output", str(tmp_path / "out"), "--workers", "1", "--max-bad-fraction", "0.2"],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [(reject["path"], reject["reason"]) for reject in rejects] == [(str(bad), "the decoder crashed (signal 11)")]

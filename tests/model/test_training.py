@@ -1,0 +1,324 @@
+"""The loop: workers, micro-batches and interruptions change nothing of what is learnt."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jobs.training import checkpoint
+from jobs.training.checkpoint import Identity
+from model.alexnet import AlexNet
+from model.guards import DivergedError
+from model.metrics import LabelledImages, Score
+from model.recipe import Recipe
+from model.training import Due, StoppedError, Trainer, Worker
+from pipeline.images.rgb_stats import RgbStatistics
+from pipeline.loading.plan import share
+from tests.ranks import run_ranks
+
+CPU = torch.device("cpu")
+GLOBAL_BATCH = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    images: Tensor
+    labels: Tensor
+
+
+def global_batch() -> Images:
+    generator = torch.Generator().manual_seed(0)
+    images = 60 * torch.randn(GLOBAL_BATCH, 3, 227, 227, generator=generator)
+    return Images(images, torch.randint(0, 10, (GLOBAL_BATCH,), generator=generator))
+
+
+def one_step(rank: int, world: int, micro_batch: int) -> dict[str, Tensor]:
+    """The gradients of one step of AlexNet without dropout, of which this rank computes its part."""
+    torch.manual_seed(rank)
+    network = AlexNet(10, dropout=0.0)
+    network.initialise(seed=1, hidden_bias=0.1)
+    trainer = Trainer(network, Recipe(batch_size=GLOBAL_BATCH), Worker(rank, world, CPU))
+    batch, part = global_batch(), share(GLOBAL_BATCH, rank, world)
+    images, labels = batch.images[part.start : part.stop], batch.labels[part.start : part.stop]
+    cuts = zip(images.split(micro_batch), labels.split(micro_batch), strict=True)
+    trainer.step([Images(x, y) for x, y in cuts])
+    return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+
+
+def statistics_after_a_step(rank: int, world: int) -> dict[str, Tensor]:
+    """What batch normalisation has gathered after one step of four and five rows, shared over the workers."""
+    rows = rows_to_normalise()
+    part = share(len(rows), rank, world)
+    network = nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.Linear(3, 2))
+    trainer = Trainer(network, Recipe(batch_size=len(rows)), Worker(rank, world, CPU))
+    trainer.step([Images(rows[part.start : part.stop], torch.zeros(len(part), dtype=torch.int64))])
+    trainer._share_buffers()
+    return {name: buffer for name, buffer in network.named_buffers() if buffer.is_floating_point()}
+
+
+def rows_to_normalise() -> Tensor:
+    return torch.arange(27.0).reshape(9, 3) ** 2
+
+
+def run_rank(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.save(one_step(rank, world, micro_batch=2), folder / f"{rank}.pt")
+    torch.save(statistics_after_a_step(rank, world), folder / f"statistics-{rank}.pt")
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=2e-5 * scale, msg=name)
+
+
+@pytest.mark.slow
+def test_two_workers_step_as_one_does(tmp_path: Path) -> None:
+    # Seven images: four and three, the first part in two micro-batches and the second in two of two and one.
+    run_ranks(2, tmp_path, run_rank, tmp_path)
+    alone = one_step(0, 1, micro_batch=GLOBAL_BATCH)
+    assert float(alone["fc8.weight"].abs().max()) > 1e-3
+    for rank in range(2):
+        assert_close(torch.load(tmp_path / f"{rank}.pt", weights_only=True), alone)
+
+    # Batch normalisation: each worker's own statistics, of which all keep the mean. torch's momentum is a tenth.
+    rows = rows_to_normalise().double().numpy()
+    parts = [rows[share(len(rows), rank, 2).start : share(len(rows), rank, 2).stop] for rank in range(2)]
+    means, variances = [part.mean(axis=0) for part in parts], [part.var(axis=0, ddof=1) for part in parts]
+    for rank in range(2):
+        kept = torch.load(tmp_path / f"statistics-{rank}.pt", weights_only=True)
+        np.testing.assert_allclose(kept["0.running_mean"], 0.1 * np.mean(means, axis=0), rtol=1e-6)
+        np.testing.assert_allclose(kept["0.running_var"], 0.9 + 0.1 * np.mean(variances, axis=0), rtol=1e-6)
+
+
+def test_micro_batches_add_up() -> None:
+    assert_close(one_step(0, 1, micro_batch=3), one_step(0, 1, micro_batch=GLOBAL_BATCH))
+
+
+class SmallData:
+    """Five steps of four images an epoch, another order each time."""
+
+    steps = 5
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._images = torch.randn(20, 3, 4, 4, generator=generator)
+        self._labels = torch.randint(0, 3, (20,), generator=generator)
+
+    def training(self, epoch: int, first_step: int) -> Iterator[list[Images]]:
+        order = torch.randperm(20, generator=torch.Generator().manual_seed(epoch))
+        for step in range(first_step, self.steps):
+            chosen = order[4 * step : 4 * step + 4]
+            yield [Images(self._images[chosen], self._labels[chosen])]
+
+    def validation(self) -> Iterator[Images]:
+        yield Images(self._images, self._labels)
+
+
+RECIPE = Recipe(batch_size=4, epochs=4, lr=0.05, seed=3)
+STATISTICS = RgbStatistics(1, (0, 0, 0), (1, 1, 1), ((1, 0, 0),) * 3, (1, 1, 1), ((1, 0, 0),) * 3)
+IDENTITY = Identity(RECIPE, "fingerprint", ("a", "b", "c"), STATISTICS)
+
+
+def make_trainer(recipe: Recipe = RECIPE) -> Trainer:
+    torch.manual_seed(11)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 3))
+    return Trainer(network, recipe, Worker(0, 1, CPU), log_every=2, checkpoint_every=2)
+
+
+class Stopped(Exception):
+    """A process that was killed."""
+
+
+class Recorder:
+    """Keeps checkpoints in folders, and stops the run after so many."""
+
+    def __init__(
+        self,
+        folder: Path,
+        stop_after: int | None = None,
+        identity: Identity = IDENTITY,
+        wishes: dict[tuple[int, int], Due] | None = None,
+    ) -> None:
+        self.wishes = wishes or {}
+        self.identity = identity
+        self.folder = folder
+        self.stop_after = stop_after
+        self.saved: list[Path] = []
+        self.rows: list[dict[str, Any]] = []
+        self.losses: list[float] = []
+        self.warnings: list[str] = []
+
+    def trained(self, trainer: Trainer, batches: Sequence[LabelledImages], own_seconds: float) -> Due:
+        return self.wishes.get((trainer.progress.epoch, trainer.progress.step), Due.NOTHING)
+
+    def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
+        assert 0 <= data_wait <= 1
+        self.losses.append(score.loss)
+
+    def completed(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        self.rows.append({k: v for k, v in row.items() if "seconds" not in k})
+
+    def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
+        folder = self.folder / str(len(self.saved))
+        folder.mkdir(parents=True)
+        checkpoint.save(folder, trainer, self.identity)
+        self.saved.append(folder)
+        if len(self.saved) == self.stop_after:
+            raise Stopped
+
+    def warned(self, trainer: Trainer, warning: str) -> None:
+        self.warnings.append(warning)
+
+
+def weights(trainer: Trainer) -> list[Tensor]:
+    return [p.detach().clone() for p in trainer.network.parameters()]
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 5, 8])
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, stop_after: int) -> None:
+    whole, record = make_trainer(), Recorder(tmp_path / "whole")
+    whole.fit(SmallData(), record)
+    assert [row["epoch"] for row in record.rows] == [1, 2, 3, 4]
+    assert len(record.saved) == 12
+
+    stopped = Recorder(tmp_path / "stopped", stop_after)
+    with pytest.raises(Stopped):
+        make_trainer().fit(SmallData(), stopped)
+    resumed, rest = make_trainer(), Recorder(tmp_path / "rest")
+    torch.manual_seed(99)
+    checkpoint.restore(stopped.saved[-1], resumed, IDENTITY)
+    resumed.fit(SmallData(), rest)
+
+    for a, b in zip(weights(whole), weights(resumed), strict=True):
+        assert torch.equal(a, b)
+    assert stopped.rows + rest.rows == record.rows
+    assert resumed.progress.history == resumed.progress.history
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(0, 1), (1, 3), (2, 5)])
+def test_a_run_told_to_stop_leaves_a_checkpoint_and_ends_alike(tmp_path: Path, epoch: int, step: int) -> None:
+    whole, record = make_trainer(), Recorder(tmp_path / "whole")
+    whole.fit(SmallData(), record)
+    stopped = Recorder(tmp_path / "stopped", wishes={(epoch, step): Due.STOP})
+    with pytest.raises(StoppedError, match=f"after epoch {epoch}, step {step}"):
+        make_trainer().fit(SmallData(), stopped)
+    progress = checkpoint.read_state(stopped.saved[-1]).progress
+    assert (progress.epoch, progress.step) == (epoch, step)
+
+    resumed, rest = make_trainer(), Recorder(tmp_path / "rest")
+    checkpoint.restore(stopped.saved[-1], resumed, IDENTITY)
+    resumed.fit(SmallData(), rest)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
+    # The sums of an epoch are added up in other parts.
+    losses = [row["train_loss"] for row in stopped.rows + rest.rows]
+    assert losses == pytest.approx([row["train_loss"] for row in record.rows], rel=1e-12)
+    assert [row["val_loss"] for row in stopped.rows + rest.rows] == [row["val_loss"] for row in record.rows]
+
+
+def test_a_checkpoint_by_the_clock_changes_nothing_of_what_is_learnt(tmp_path: Path) -> None:
+    whole = make_trainer()
+    whole.fit(SmallData(), Recorder(tmp_path / "whole"))
+    record = Recorder(tmp_path / "more", wishes={(1, 3): Due.CHECKPOINT, (2, 5): Due.CHECKPOINT})
+    more = make_trainer()
+    more.fit(SmallData(), record)
+    places = [(p.epoch, p.step) for p in (checkpoint.read_state(folder).progress for folder in record.saved)]
+    # The epoch's last step has no checkpoint beside that of its end.
+    assert [place for place in places if place[0] == 1] == [(1, 0), (1, 2), (1, 3), (1, 4)]
+    assert (2, 5) not in places
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(more), strict=True))
+
+
+def test_an_epochs_row_counts_every_image(tmp_path: Path) -> None:
+    trainer, record = make_trainer(), Recorder(tmp_path)
+    trainer.fit(SmallData(), record)
+    assert {(row["images"], row["val_images"]) for row in record.rows} == {(20, 20)}
+    with torch.no_grad():
+        trainer.network.eval()
+        (batch,) = SmallData().validation()
+        errors = trainer.network(batch.images).argmax(1) != batch.labels
+    assert record.rows[-1]["top1_error"] == pytest.approx(float(errors.double().mean()))
+
+
+def test_a_diverged_loss_stops_the_run_and_says_where(tmp_path: Path) -> None:
+    trainer = make_trainer(dataclasses.replace(RECIPE, lr=1e30))
+    with pytest.raises(DivergedError, match=r"epoch 1, steps \d to \d, at rate 1e\+30: start again with a lower --lr"):
+        trainer.fit(SmallData(), Recorder(tmp_path))
+
+
+def poison(trainer: Trainer, after: int, value: float) -> None:
+    """Makes the gradients of one step, counted from 1, that many times as large."""
+    steps = 0
+
+    def hook(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == after:
+            for parameter in trainer.network.parameters():
+                assert parameter.grad is not None
+                parameter.grad.mul_(value)
+
+    trainer.optimizer.register_step_pre_hook(hook)
+
+
+@pytest.mark.parametrize(
+    ("value", "cause"),
+    [
+        (math.nan, "the gradient's norm became nan"),
+        (math.inf, "the gradient's norm became (inf|nan)"),
+        (1e6, "the gradient exploded: its norm became"),
+    ],
+)
+def test_a_bad_gradient_stops_the_run_before_its_checkpoint(tmp_path: Path, value: float, cause: str) -> None:
+    trainer, record = make_trainer(), Recorder(tmp_path)
+    poison(trainer, 9, value)
+    # Two steps a window: the ninth step is the fourth of the second epoch.
+    with pytest.raises(DivergedError, match=cause + r".* in epoch 2, steps 3 to 4, at rate 0\.05"):
+        trainer.fit(SmallData(), record)
+    progress = checkpoint.read_state(record.saved[-1]).progress
+    assert (progress.epoch, progress.step) == (1, 2)
+
+
+def test_a_dead_network_is_said_once(tmp_path: Path) -> None:
+    trainer = make_trainer(dataclasses.replace(RECIPE, epochs=110, patience=110))
+    for parameter in trainer.network.parameters():
+        nn.init.zeros_(parameter)
+        parameter.register_hook(torch.zeros_like)
+    record = Recorder(tmp_path)
+    trainer.fit(SmallData(), record)
+    (warning,) = record.warnings
+    assert "for 500 steps" in warning
+    assert "ln(3) = 1.099" in warning
+    alive = Recorder(tmp_path / "alive")
+    make_trainer(dataclasses.replace(RECIPE, epochs=110, patience=110)).fit(SmallData(), alive)
+    assert not alive.warnings
+
+
+@pytest.mark.parametrize("patience", [2])
+def test_a_plateau_run_resumed_within_a_patience_count_ends_alike(tmp_path: Path, patience: int) -> None:
+    recipe = dataclasses.replace(RECIPE, epochs=500, patience=patience)
+    identity = dataclasses.replace(IDENTITY, recipe=recipe)
+    whole, record = make_trainer(recipe), Recorder(tmp_path / "whole", identity=identity)
+    whole.fit(SmallData(), record)
+    assert whole.progress.schedule.stopped
+    assert whole.progress.schedule.reductions == 3
+    assert [bool(row["reason"]) for row in record.rows].count(True) == 4
+    waiting = [f for f in record.saved if checkpoint.read_state(f).progress.schedule.bad_epochs == 1]
+    assert len(waiting) >= 4
+    for number, folder in enumerate(waiting[:: max(1, len(waiting) // 6)]):
+        resumed = make_trainer(recipe)
+        checkpoint.restore(folder, resumed, identity)
+        done = resumed.progress.epoch
+        rest = Recorder(tmp_path / f"rest{number}", identity=identity)
+        resumed.fit(SmallData(), rest)
+        assert rest.rows == record.rows[done:]
+        assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))

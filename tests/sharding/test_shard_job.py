@@ -1,0 +1,219 @@
+"""The sharding command as a user runs it: on Ray, killed, continued, and given wrong things."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs.cli.command import run
+from jobs.cli.progress import Progress
+from jobs.shard_imagenet import ShardConfig, main
+from pipeline.dataset.info import read_dataset
+from tests.photographs import write_source
+from tests.processes import outside_clusters, run_here
+
+JOB = Path(__file__).resolve().parents[2] / "jobs" / "shard_imagenet.py"
+DEADLINE_S = 120
+
+
+def command(source: Path, output: Path, *more: str) -> list[str]:
+    return [sys.executable, str(JOB), "--source", str(source), "--output", str(output), *more]
+
+
+def environment() -> dict[str, str]:
+    """Ours, less what would send the job to a cluster."""
+    kept = outside_clusters()
+    return {**kept, "PYTHONPATH": str(JOB.parents[1])}
+
+
+def shard(source: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(source, output, *more),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def failure(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line a failed command left on stderr, progress aside."""
+    assert done.returncode == 1, done.stderr
+    lines = [line for line in done.stderr.splitlines() if " images/s, " not in line]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_source(tmp_path_factory.mktemp("job") / "images", images=20, longest=900)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The set as two workers make it in one go, a shard for each two images."""
+    output = tmp_path_factory.mktemp("job") / "uninterrupted"
+    done = shard(images, output, "--workers", "2", "--samples-per-shard", "2")
+    assert done.returncode == 0, done.stderr
+    assert "train: 54 images, 27 shards" in done.stdout
+    assert "images set aside: 0" in done.stdout
+    assert "RGB PCA eigenvalues" in done.stdout
+    return output
+
+
+@pytest.mark.slow
+def test_a_killed_job_goes_on_and_gives_the_bytes_of_an_uninterrupted_one(
+    images: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    job = subprocess.Popen(
+        command(images, output, "--workers", "1", "--samples-per-shard", "2"),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + DEADLINE_S
+        while len(list(output.glob("train/*.json"))) < 2:
+            assert job.poll() is None, "the job ended before it could be killed"
+            assert time.monotonic() < deadline, "no shard was written"
+            time.sleep(0.005)
+    finally:
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+    assert not (output / "dataset.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in output.glob("train/*.tar") if path.with_suffix(".json").exists()}
+    assert 2 <= len(kept) < 27
+    # One worker here, two there: the bytes must not know.
+    done = shard(images, output, "--workers", "1", "--samples-per-shard", "2")
+    assert done.returncode == 0, done.stderr
+    assert contents(output) == contents(uninterrupted)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+@pytest.mark.slow
+def test_a_second_run_does_nothing_and_other_settings_are_refused(images: Path, uninterrupted: Path) -> None:
+    written = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+    arguments = ["--source", images, "--output", uninterrupted, "--samples-per-shard", "2"]
+    again = run_here("shard_imagenet", *arguments)
+    assert again.returncode == 0, again.stderr
+    assert "finished before; nothing to do" in again.stdout
+    other = failure(run_here("shard_imagenet", *arguments, "--quality", "50"))
+    assert "finished set of another quality (90, not 50)" in other
+    assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == written
+
+
+@pytest.mark.slow
+def test_verify_names_a_damaged_shard_and_only_mends_it(images: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(uninterrupted, tmp_path / "out"))
+    verify = [
+        sys.executable,
+        str(JOB.with_name("verify_shards.py")),
+        "--data",
+        str(output),
+        "--decode",
+        "--workers",
+        "1",
+    ]
+
+    def verified() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            verify, env=environment(), capture_output=True, text=True, timeout=DEADLINE_S, check=False
+        )
+
+    right = verified()
+    assert right.returncode == 0, right.stderr
+    assert right.stdout.splitlines() == [
+        "OK train: 54 images in 27 shards, 18 to 18 of each of 3 classes, all decoded",
+        "OK val: 6 images in 3 shards, 2 to 2 of each of 3 classes, all decoded",
+    ]
+    tar = output / "train" / "train-000003.tar"
+    data = bytearray(tar.read_bytes())
+    data[9000] ^= 1
+    tar.write_bytes(data)
+    wrong = verified()
+    assert failure(wrong).startswith(f"error: {output} has ")
+    assert "OK val" in wrong.stdout
+    assert "OK train" not in wrong.stdout
+    faults = [line for line in wrong.stdout.splitlines() if line.startswith("FAULT")]
+    assert all(line.startswith("FAULT train-000003") for line in faults)
+    cures = [line for line in wrong.stdout.splitlines() if "rm " in line]
+    assert len(cures) == 1
+    # The commands as they are printed, with the user's images for IMAGES.
+    command = "rm " + cures[0].partition(": rm ")[2].replace("IMAGES", str(images))
+    command = command.replace("python jobs/shard_imagenet.py", f"{sys.executable} {JOB}")
+    kept = {path: path.stat().st_mtime_ns for path in output.rglob("*.tar") if path != tar}
+    mended = subprocess.run(
+        command, shell=True, env=environment(), capture_output=True, text=True, check=False, timeout=600
+    )
+    assert mended.returncode == 0, mended.stderr
+    assert contents(output) == contents(uninterrupted)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+@pytest.mark.slow
+def test_bad_images_fail_or_are_set_aside_as_asked(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "images", images=3, longest=280)
+    (source / "n1" / "n1_0.JPEG").write_bytes(b"no image")
+    strict = failure(shard(source, tmp_path / "out", "--workers", "1", "--on-bad-image", "fail"))
+    assert "n1_0.JPEG: it is no image in a known format; replace or remove the image" in strict
+    done = shard(source, tmp_path / "out", "--workers", "1", "--max-bad-fraction", "0.2")
+    assert done.returncode == 0, done.stderr
+    assert "images set aside: 1, listed in" in done.stdout
+    assert read_dataset(tmp_path / "out").set_aside == 1
+
+
+def test_a_missing_source_ends_in_one_line(tmp_path: Path) -> None:
+    message = failure(run_here("shard_imagenet", "--source", tmp_path / "missing", "--output", tmp_path / "out"))
+    assert message.startswith(
+        f"error: {tmp_path / 'missing'} does not exist: give --source a folder of class folders, "
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--on-bad-image", "perhaps"), "--on-bad-image"),
+        (("--quality", "200"), "--quality 200 must lie between 1 and 95"),
+        (("--workers", "0"), "--workers 0 must be at least 1"),
+    ],
+)
+def test_wrong_usage_is_status_2(
+    more: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["shard_imagenet.py", "--source", "missing", "--output", "out", *more])
+    with pytest.raises(SystemExit) as ended:
+        run(ShardConfig, main)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_progress_in_a_log_is_a_line_now_and_then_and_one_at_the_end() -> None:
+    log, now = io.StringIO(), [0.0]
+    with Progress(100, "images", stream=log, clock=lambda: now[0]) as progress:
+        progress.advance(50, worked=False)
+        for _ in range(4):
+            now[0] += 5.0
+            progress.advance(10, note="1 set aside")
+        now[0] += 1.0
+        progress.advance(10)
+    assert log.getvalue().splitlines() == [
+        "70 of 100 images, 2.0 images/s, 0:00:15 left, 1 set aside",
+        "90 of 100 images, 2.0 images/s, 0:00:05 left, 1 set aside",
+        "100 of 100 images, 2.4 images/s, 0:00:00 left",
+    ]

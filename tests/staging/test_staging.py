@@ -1,0 +1,255 @@
+"""Staging: whole or refused, once per node, and from a real S3 endpoint."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import resource
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from filelock import FileLock
+
+from pipeline.dataset.info import DatasetError, read_dataset
+from pipeline.dataset.split_reader import SplitReader
+from pipeline.staging.staging import stage
+from tests.damage import flip_bit, own_copy
+from tests.faulty_proxy import FAULTS, faulty_proxy
+
+
+def tree(root: Path) -> dict[str, str]:
+    """sha256 of each file that training reads."""
+    files = [p for p in root.rglob("*") if p.suffix in (".tar", ".arrow") or p.name == "dataset.json"]
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def stage_quietly(location: str | Path, folder: Path) -> tuple[Path, list[str]]:
+    lines: list[str] = []
+    return stage(str(location), folder, lines.append), lines
+
+
+def test_a_staged_set_is_the_set(shard_set: Path, tmp_path: Path) -> None:
+    staged, lines = stage_quietly(shard_set, tmp_path)
+    assert tree(staged) == tree(shard_set)
+    assert lines
+    assert len(SplitReader(staged, read_dataset(staged), "train")) == 45
+    assert not list(tmp_path.rglob("*.tmp"))
+    again, lines = stage_quietly(shard_set, tmp_path)
+    assert again == staged
+    assert lines == []
+
+
+def test_an_interrupted_staging_goes_on(shard_set: Path, tmp_path: Path) -> None:
+    staged, _ = stage_quietly(shard_set, tmp_path)
+    (staged / "dataset.json").unlink()
+    kept, lost = staged / "train" / "train-000000.tar", staged / "train" / "train-000001.tar"
+    lost.unlink()
+    before = kept.stat()
+    staged, lines = stage_quietly(shard_set, tmp_path)
+    assert tree(staged) == tree(shard_set)
+    assert "in 1 of 7 shards" in lines[0]
+    assert kept.stat().st_ino == before.st_ino
+    assert lost.exists()
+
+
+def test_a_shard_that_is_not_what_the_set_says_is_refused(shard_set: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "source"
+    shutil.copytree(shard_set, damaged)
+    tar = damaged / "train" / "train-000002.tar"
+    data = bytearray(tar.read_bytes())
+    data[3000] ^= 1
+    tar.write_bytes(data)
+    with pytest.raises(DatasetError, match=r"train-000002\.tar is not the shard"):
+        stage_quietly(damaged, tmp_path / "disk")
+    assert not list((tmp_path / "disk").rglob("dataset.json"))
+    assert not list((tmp_path / "disk").rglob("train-000002.tar"))
+    shutil.copy(shard_set / "train" / "train-000002.tar", tar)
+    staged, _ = stage_quietly(damaged, tmp_path / "disk")
+    assert tree(staged) == tree(shard_set)
+
+
+def test_an_unfinished_set_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="no finished shard set"):
+        stage_quietly(tmp_path, tmp_path / "disk")
+
+
+def test_a_full_disk_is_foreseen(shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("pipeline.staging.staging.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(DatasetError, match="--stage"):
+        stage_quietly(shard_set, tmp_path)
+    assert not list(tmp_path.rglob("*.tar"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of two megabytes."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"mounting a small disk needs root: {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_fills_up_while_staging(shard_set: Path, small_disk: Path) -> None:
+    """Something else takes the room after it was found to be enough: a real ENOSPC."""
+    filler = small_disk / "filler"
+
+    def fill(line: str) -> None:
+        if line.startswith("staging "):
+            filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 100_000))
+
+    with pytest.raises(
+        DatasetError, match=r"^staging .* failed: \[Errno 28\] No space left on device.* goes on"
+    ) as found:
+        stage(str(shard_set), small_disk, fill)
+    assert "\n" not in str(found.value)
+    assert not list(small_disk.rglob("dataset.json"))
+    assert not list(small_disk.rglob("*.tmp"))
+    filler.unlink()
+    staged, _ = stage_quietly(shard_set, small_disk)
+    assert tree(staged) == tree(shard_set)
+
+
+def test_a_disk_that_takes_no_large_file(shard_set: Path, tmp_path: Path) -> None:
+    """A real error of the kernel that needs no root; files written before it are kept."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max(p.stat().st_size for p in shard_set.rglob("*.tar")) - 1, hard))
+    try:
+        with pytest.raises(DatasetError, match=r"^staging .* failed: \[Errno 27\] File too large.* goes on"):
+            stage_quietly(shard_set, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.rglob("dataset.json"))
+    assert not list(tmp_path.rglob("*.tmp"))
+    staged, _ = stage_quietly(shard_set, tmp_path)
+    assert tree(staged) == tree(shard_set)
+
+
+def test_a_folder_that_cannot_be_made(shard_set: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DatasetError, match=r"^staging .* failed: \[Errno 20\] Not a directory"):
+        stage_quietly(shard_set, tmp_path / "file" / "folder")
+
+
+def test_a_second_process_waits_and_says_so(shard_set: Path, tmp_path: Path) -> None:
+    name = read_dataset(shard_set).fingerprint[:16]
+    waiting = threading.Event()
+    lines: list[str] = []
+
+    def report(line: str) -> None:
+        lines.append(line)
+        waiting.set()
+
+    lock = FileLock(tmp_path / f".{name}.lock")
+    with lock:
+        other = threading.Thread(target=lambda: stage(str(shard_set), tmp_path, report))
+        other.start()
+        assert waiting.wait(30)
+        assert lines == [f"waiting for another process of this node to stage {shard_set}"]
+        assert not (tmp_path / name).exists()
+    other.join(60)
+    assert tree(tmp_path / name) == tree(shard_set)
+
+
+def upload(shard_set: Path, s3: str) -> None:
+    client = boto3.client("s3", endpoint_url=f"http://{s3}")
+    client.create_bucket(Bucket="bucket")
+    for path in shard_set.rglob("*.*"):
+        client.upload_file(str(path), "bucket", f"shards/{path.relative_to(shard_set)}")
+
+
+def s3_location(server: str) -> str:
+    return f"s3://bucket/shards?region=us-east-1&scheme=http&endpoint_override={server}"
+
+
+def test_from_s3(shard_set: Path, tmp_path: Path, s3: str) -> None:
+    upload(shard_set, s3)
+    location = s3_location(s3)
+    staged, _ = stage_quietly(location, tmp_path)
+    assert tree(staged) == tree(shard_set)
+    with pytest.raises(DatasetError, match="no finished shard set"):
+        stage_quietly(location.replace("shards", "nothing"), tmp_path)
+
+
+# pyarrow's own client outlived 20 failures in a row of one request, and gave up after 6 seconds of them.
+WITHIN_THE_CLIENTS_PATIENCE = 5
+
+
+def retries(lines: list[str]) -> list[str]:
+    return [line for line in lines if " failed (" in line]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.storage.retry.FIRST_WAIT_S", 0.001)
+
+
+def test_failures_on_the_way_from_s3_change_nothing(shard_set: Path, tmp_path: Path, s3: str, quick: None) -> None:
+    upload(shard_set, s3)
+    with faulty_proxy(s3) as proxy:
+        for number, fault in enumerate(FAULTS[:3]):
+            proxy.plan[f"train-00000{number}.tar"] = collections.deque([fault] * WITHIN_THE_CLIENTS_PATIENCE)
+        proxy.plan["train.arrow"] = collections.deque(["503"])
+        proxy.plan["val.arrow"] = collections.deque(["reset"])
+        proxy.plan["train-000004.tar"] = collections.deque(["flipped"])
+        proxy.plan["dataset.json"] = collections.deque(["503"])
+        staged, lines = stage_quietly(s3_location(proxy.address), tmp_path)
+        assert tree(staged) == tree(shard_set)
+        assert not list(tmp_path.rglob("*.tmp"))
+        assert not any(proxy.plan.values())
+        # Only what the client cannot see is left to us.
+        (said,) = retries(lines)
+        assert "train-000004.tar" in said
+        assert "arrived otherwise" in said
+        proxy.gets.clear()
+        again, lines = stage_quietly(s3_location(proxy.address), tmp_path)
+        assert (again, lines) == (staged, [])
+        assert [path.rpartition("/")[2] for path in proxy.gets] == ["dataset.json"]
+
+
+@pytest.mark.slow
+def test_a_failure_that_stays_ends_with_one_line(
+    shard_set: Path, tmp_path: Path, s3: str, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = 2
+    monkeypatch.setattr("pipeline.storage.retry.ATTEMPTS", attempts)
+    upload(shard_set, s3)
+    lines: list[str] = []
+    with faulty_proxy(s3) as proxy:
+        proxy.always["train-000001.tar"] = "503"
+        with pytest.raises(
+            DatasetError, match=r"staging .* failed: train/train-000001\.tar cannot be read in"
+        ) as found:
+            stage(s3_location(proxy.address), tmp_path, lines.append)
+        assert "\n" not in str(found.value)
+        assert len([line for line in retries(lines) if "train-000001.tar" in line]) == attempts - 1
+        assert not list(tmp_path.rglob("dataset.json"))
+        proxy.always.clear()
+        proxy.gets.clear()
+        staged, _ = stage_quietly(s3_location(proxy.address), tmp_path)
+        assert tree(staged) == tree(shard_set)
+
+
+def test_what_only_other_readers_and_the_sharding_read_is_not_staged(shard_set: Path, tmp_path: Path) -> None:
+    """A request less for each, of a thousand shards."""
+    staged, _ = stage_quietly(shard_set, tmp_path)
+    assert {path.suffix for path in staged.rglob("*") if path.is_file()} == {".tar", ".arrow", ".json"}
+    assert sorted(path.name for path in staged.rglob("*.json")) == ["dataset.json", "staged.json"]
+
+
+def test_a_damaged_index_is_refused(shard_set: Path, tmp_path: Path, quick: None) -> None:
+    damaged = own_copy(shard_set, tmp_path / "source")
+    flip_bit(damaged / "train.arrow", 1000)
+    with pytest.raises(DatasetError, match=r"train\.arrow cannot be read in 6 attempts: .* damaged there"):
+        stage_quietly(damaged, tmp_path / "disk")
+    assert not list((tmp_path / "disk").rglob("dataset.json"))

@@ -1,0 +1,231 @@
+"""A run that grows and shrinks with its cluster: the same batches, and the curve of a run of one worker."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from ray.cluster_utils import Cluster
+
+from jobs.cluster.connection import LOOPBACK_SWITCH
+from jobs.cluster.nodes import Node
+from jobs.train import Resources, refuse_shortage
+from jobs.training.checkpoint import Identity, committed
+from jobs.training.config import TrainConfig, Workers
+from jobs.training.trackers import EVENTS, read_events
+from jobs.training.worker import WorkerData, make_network
+from model.metrics import LabelledImages, Score
+from model.recipe import RECIPES, Recipe
+from model.training import Due, StoppedError, Trainer, Worker
+from tests.observer import assert_trained_once
+from tests.processes import below
+from tests.runs import BATCH, ROOT, STEPS, Run, plan
+
+MOST_EPOCHS = 99
+NODE = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
+
+
+@pytest.mark.parametrize(
+    ("text", "workers", "elastic"),
+    [("4", Workers(4, 4), False), ("2:4", Workers(2, 4), True), ("3:3", Workers(3, 3), False)],
+)
+def test_workers_are_one_number_or_two(text: str, workers: Workers, elastic: bool) -> None:
+    assert Workers.parse(text) == workers
+    assert workers.elastic == elastic
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("0", "at least 1"),
+        ("0:2", "at least 1"),
+        ("4:2", "as 2:4"),
+        ("2:", "a number, or two"),
+        ("-1", "a number, or two"),
+    ],
+)
+def test_what_is_no_number_of_workers_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=rf"--workers is .*{reason}"):
+        Workers.parse(text)
+
+
+def test_a_batch_that_the_most_workers_cannot_share_is_refused() -> None:
+    config = TrainConfig("data", "storage", "run", workers=Workers(2, 8), batch_size=7)
+    with pytest.raises(ValueError, match="8 workers cannot share a batch of 7: use fewer --workers or a larger"):
+        config.make_recipe()
+    assert TrainConfig("data", "storage", "run", workers=Workers(2, 7), batch_size=7).make_recipe().batch_size == 7
+
+
+@pytest.mark.parametrize(
+    ("workers", "batch_size", "micro_batch", "fits"),
+    [
+        (Workers(1, 1), 128, 1024, True),
+        (Workers(1, 1), 129, 128, False),
+        (Workers(2, 2), 257, 128, False),  # 129 and 128
+        (Workers(2, 2), 256, 128, True),
+        (Workers(2, 4), 6, 128, False),  # With four, two have 1
+        (Workers(1, 1), 4, 1, False),
+    ],
+)
+def test_batch_normalisation_refuses_a_single_image(
+    workers: Workers, batch_size: int, micro_batch: int, fits: bool
+) -> None:
+    parts = {len(p) for w in range(workers.fewest, workers.most + 1) for p in np.array_split(range(batch_size), w)}
+    pieces = {min(micro_batch, part - start) for part in parts for start in range(0, part, micro_batch)}
+    assert (1 not in pieces) == fits
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=r"batch normalisation needs two images"):
+        workers.refuse_single_images(batch_size, micro_batch)
+
+
+def cluster(*nodes: tuple[int, int]) -> list[Node]:
+    """Nodes of so many cores and GPUs."""
+    return [Node(str(i), f"10.0.0.{i}", f"host{i}", gpus, cpus) for i, (cpus, gpus) in enumerate(nodes)]
+
+
+@pytest.mark.parametrize(
+    ("workers", "nodes", "cores"),
+    [
+        (Workers(2, 4), [(8, 0)], 4),  # What is there, for the two that start
+        (Workers(2, 4), [(24, 3)], 8),  # One for each GPU that is there
+        (Workers(2, 4), [(16, 8)], 4),
+        (Workers(2, 4), [(2, 1)], 2),  # The second comes with a node of its own
+        (None, [(16, 8)], 2),
+        (Workers(16, 16), [(4, 0), (96, 8)], 12),
+        (None, [(8, 0), (8, 0)], 8),  # No worker is spread over nodes
+        (Workers(2, 2), [(8, 0)] * 3, 8),
+        (Workers(2, 8), [(8, 0)] * 4, 8),
+        (Workers(3, 3), [(8, 0), (8, 0)], 4),
+        (Workers(2, 2), [(4, 1), (4, 1), (32, 0)], 4),
+        (Workers(4, 4), [(2, 0)], 1),  # Nodes are to come
+    ],
+)
+def test_a_worker_has_its_share_of_the_cores_of_its_node(
+    workers: Workers | None, nodes: list[tuple[int, int]], cores: int
+) -> None:
+    found = Resources.of(TrainConfig("data", "storage", "run", workers=workers), cluster(*nodes))
+    gpus = sum(count for _, count in nodes)
+    default = Workers(max(gpus, 1), max(gpus, 1))
+    assert found == Resources(workers or default, gpus > 0, cores)
+
+
+def test_a_share_that_nothing_tells_is_asked_for() -> None:
+    config = TrainConfig("data", "storage", "run", workers=Workers(8, 8), gpus=True)
+    with pytest.raises(ValueError, match=r"no node with a GPU is there yet.*: give --cpus-per-worker, as 12"):
+        Resources.of(config, cluster((0, 0)))
+    assert Resources.of(dataclasses.replace(config, cpus_per_worker=12), cluster((0, 0))).cpus_per_worker == 12
+
+
+def test_workers_that_fit_no_node_are_waited_for_aloud(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resources, nodes = Resources(Workers(2, 2), False, 12), cluster((16, 0), (8, 0))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.0:6379")
+    refuse_shortage(resources, nodes, RECIPES["default"])
+    said = capsys.readouterr().out
+    assert "waiting for the cluster to grow: the run needs room for 2 worker(s) of 12 core(s) each" in said
+    assert "and there is room for 1 now (10.0.0.0 with 16 core(s) and 0 GPU(s), 10.0.0.1 with 8" in said
+    refuse_shortage(Resources(Workers(2, 2), False, 8), nodes, RECIPES["default"])
+    assert not capsys.readouterr().out
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(ValueError, match=r"room for 2 worker.*use fewer --workers"):
+        refuse_shortage(resources, nodes, RECIPES["default"])
+
+
+class Losses:
+    """Keeps each step's loss, and stops after so many."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.losses: list[float] = []
+
+    def trained(self, trainer: Trainer, batches: Sequence[LabelledImages], own_seconds: float) -> Due:
+        return Due.STOP if len(self.losses) + 1 == self.steps else Due.NOTHING
+
+    def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
+        self.losses.append(score.loss)
+
+    def completed(self, trainer: Trainer, row: dict[str, Any]) -> None: ...
+
+    def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None: ...
+
+    def warned(self, trainer: Trainer, warning: str) -> None: ...
+
+
+def alone(shards: Path, recipe: Recipe, steps: int, micro_batch: int) -> NDArray[np.float64]:
+    """The loss of each of so many steps of one worker, in this process."""
+    worker = Worker(0, 1, torch.device("cpu"))
+    data = WorkerData(shards, recipe, worker, micro_batch, threads=2)
+    losses = Losses(steps)
+    with pytest.raises(StoppedError):
+        Trainer(make_network(Identity.of(recipe, data.info)), recipe, worker, log_every=1).fit(data, losses)
+    return np.array(losses.losses)
+
+
+@contextlib.contextmanager
+def nodes(count: int) -> Iterator[Cluster]:
+    """A cluster of so many raylets with a CPU each on loopback, of which the first is the head."""
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    try:
+        for _ in range(count - 1):
+            cluster.add_node(**NODE)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def lose(node: Any) -> None:
+    raylet = node.all_processes["raylet"][0].process.pid
+    for pid in (raylet, *below(raylet)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.long
+def test_a_run_grows_and_shrinks_with_its_cluster_and_learns_the_same(
+    shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**LOOPBACK_SWITCH, "PYTHONPATH": str(ROOT)}.items():
+        monkeypatch.setenv(name, value)
+    more = ["--dropout", 0, "--lr", 0.001, "--cpus-per-worker", 1, "--resize-seconds", 10]
+    with nodes(2) as cluster:
+        address = {"RAY_ADDRESS": cluster.address}
+        notes = tmp_path / "notes"
+        run = Run(shard_set, str(tmp_path), "2:3", MOST_EPOCHS, *more, checkpoint_every=0, notes=notes, **address)
+        run.wait_for("2 to 3 workers on CPU with 1 core(s) each")
+        run.wait_for(f"epoch 1/{MOST_EPOCHS} step 1/{STEPS}")
+        third = cluster.add_node(**NODE)
+        run.wait_for(", with 3 worker(s)")
+        grown = int(re.findall(r"continuing after epoch (\d+), step 0, with 3", run.lines[-1])[0])
+        run.wait_for(f"epoch {grown + 2}/{MOST_EPOCHS} step 1/{STEPS}")
+        lose(third)
+        run.wait_for(", with 2 worker(s)")
+        assert run.text.count("failure 1 of at most 4: rank ") == 1
+        run.wait_for("step 2/")
+        run.process.terminate()
+        assert run.end() == 1, run.text
+        assert "error: stopped after epoch" in run.lines[-1]
+    run_folder = tmp_path / "run"
+    progress = list(committed(str(run_folder)).values())[-1].progress
+    steps = progress.epoch * STEPS + progress.step
+    assert assert_trained_once(notes, plan(shard_set), steps) == [2, 3, 2]
+    recipe = dataclasses.replace(RECIPES["default"], batch_size=BATCH, dropout=0.0, lr=0.001)
+    shown = dict(read_events(str(run_folder / EVENTS)).scalars["train/loss"])
+    assert sorted(shown) == list(range(1, steps + 1))
+    wanted = alone(shard_set, recipe, steps, BATCH)
+    found = np.array([shown[step] for step in sorted(shown)])
+    # The first epoch, before rounding has grown.
+    np.testing.assert_allclose(found[:STEPS], wanted[:STEPS], rtol=2e-6)
+    # Training multiplies a difference. The yardstick is what the same worker makes of another order of additions.
+    rounding = np.abs(alone(shard_set, recipe, steps, 2) - wanted).max()
+    assert rounding < 0.02 * wanted.std()
+    assert np.abs(found - wanted).max() < 5 * rounding

@@ -1,0 +1,157 @@
+"""When a checkpoint is due, who says so, and what a failing disk leaves of a run's list."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from ray.train import ControllerError
+
+from jobs.training.checkpoint import RUN_FILE
+from jobs.training.run_storage import FailureReporter, StorageError, repair_checkpoint_list, storage_error
+from jobs.training.stop_signals import StopConsensus, clear_stop_request, request_stop, stop_requested
+from model.training import Due, Worker
+from tests.ranks import run_ranks
+
+CPU = torch.device("cpu")
+
+
+class Time:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_checkpoints_come_by_the_clock_and_count_from_the_last_one() -> None:
+    clock = Time()
+    consensus = StopConsensus(Worker(0, 1, CPU), 10.0, lambda: (None, None), print, clock)
+    due = []
+    for step in range(1, 13):
+        clock.now += 3
+        found = consensus.after_step(0.1)
+        if found is Due.CHECKPOINT or step == 6:
+            consensus.checkpointed()
+            due.append((step, found))
+    assert due == [(4, Due.CHECKPOINT), (6, Due.NOTHING), (10, Due.CHECKPOINT)]
+
+
+def test_short_steps_are_exchanged_once_a_second() -> None:
+    clock, looks = Time(), 0
+
+    def news() -> tuple[str | None, str | None]:
+        nonlocal looks
+        looks += 1
+        return None, None
+
+    consensus = StopConsensus(Worker(0, 1, CPU), None, news, print, clock)
+    for _ in range(1000):
+        clock.now += 0.0101
+        consensus.after_step(0.001)
+    assert 10 <= looks <= 12
+
+
+def test_a_word_to_stop_is_followed_and_a_drain_has_one_checkpoint() -> None:
+    said: list[str] = []
+    clock = Time()
+    news = iter([(None, None), (None, "node a"), (None, "node a"), (None, "node a"), ("SIGTERM to the driver", None)])
+    consensus = StopConsensus(Worker(0, 1, CPU), None, lambda: next(news), said.append, clock)
+    found = []
+    for _ in range(5):
+        clock.now += 2
+        found.append(consensus.after_step(0.1))
+    assert found == [Due.NOTHING, Due.CHECKPOINT, Due.NOTHING, Due.NOTHING, Due.STOP]
+    assert said == [
+        "draining: node a; writing a checkpoint, then going on until the node is taken",
+        "SIGTERM to the driver: writing a checkpoint, then leaving",
+    ]
+
+
+def exchange(rank: int, world: int, folder: Path) -> None:
+    """Three workers whose clocks differ; only worker 0's and its news count, and worker 2 is slow for a while."""
+    clock = Time()
+    said: list[str] = []
+    news = iter([(None, None)] * 9 + [("stop", None)])
+    consensus = StopConsensus(Worker(rank, world, CPU), 10.0, lambda: next(news), said.append, clock)
+    found = []
+    for step in range(10):
+        clock.now += 4 if rank == 0 else 100.0 * rank
+        found.append(consensus.after_step(3.0 if rank == 2 and step not in (0, 3) else 1.0).name)
+    (folder / f"{rank}.json").write_text(json.dumps([found, said]))
+
+
+def test_all_workers_find_the_same_due_and_the_slow_one_says_so(tmp_path: Path) -> None:
+    run_ranks(3, tmp_path, exchange, tmp_path)
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    # Nobody tells these workers that the checkpoint was written, so it stays due.
+    assert [found for found, _ in results] == [["NOTHING", "NOTHING", *["CHECKPOINT"] * 7, "STOP"]] * 3
+    assert results[0][1] == ["stop: writing a checkpoint, then leaving"]
+    assert results[1][1] == []
+    # Slow for two exchanges is not said, for six it is once.
+    (line,) = results[2][1]
+    assert line.startswith("rank 2 on ")
+    assert "is slow: 3.00 s a step for its data and forward pass, the others 1.00 s" in line
+
+
+def test_a_stop_request_is_cleared_made_and_read(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    assert stop_requested(run) is None
+    request_stop(run, "SIGTERM to the driver")
+    assert stop_requested(run) == "SIGTERM to the driver"
+    clear_stop_request(run)
+    assert stop_requested(run) is None
+
+
+def test_a_half_written_list_of_checkpoints_is_mended(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    assert repair_checkpoint_list(run) is None
+    whole = '{"checkpoint_results": []}'
+    (tmp_path / RUN_FILE).write_text(whole)
+    FailureReporter(run, 3).after_report(object(), [], object())
+    assert repair_checkpoint_list(run) is None
+    (tmp_path / RUN_FILE).write_text(whole[:7])
+    assert "taking the one before" in str(repair_checkpoint_list(run))
+    assert (tmp_path / RUN_FILE).read_text() == whole
+
+
+def test_a_list_that_was_never_whole_is_put_aside(tmp_path: Path) -> None:
+    (tmp_path / RUN_FILE).write_text("")
+    assert "starting anew" in str(repair_checkpoint_list(str(tmp_path)))
+    assert not (tmp_path / RUN_FILE).exists()
+
+
+def test_a_node_that_is_taken_is_said_once_and_is_no_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Taken(Exception):
+        preempted = True
+
+    reporter = FailureReporter(str(tmp_path), 0)
+    for _ in range(3):
+        reporter.after_exception(object(), {1: Taken("the actor died")})
+    line = "a node was taken: rank 1: Taken: the actor died; starting again from the last checkpoint"
+    assert capsys.readouterr().out.splitlines() == [line]
+
+
+def test_a_storage_that_fails_is_not_tried_again_and_a_lost_worker_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reporter = FailureReporter(str(tmp_path), 1)
+    error = storage_error(str(tmp_path), OSError(28, os.strerror(28)))
+    with pytest.raises(ControllerError) as raised:
+        reporter.after_exception(object(), {0: error})
+    assert isinstance(raised.value.controller_failure, StorageError)
+    assert "No space left on device" in str(error)
+    assert "run the same command again" in str(error)
+    for _ in range(2):
+        reporter.after_exception(object(), {1: RuntimeError("lost\nat line 3")})
+    assert capsys.readouterr().out.splitlines() == [
+        "failure 1 of at most 2: rank 1: RuntimeError: lost; starting again from the last checkpoint",
+        "failure 2 of at most 2: rank 1: RuntimeError: lost; giving up",
+    ]

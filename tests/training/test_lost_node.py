@@ -1,0 +1,134 @@
+"""Workers and nodes that die under Ray: their shards are made again, and the set's bytes do not tell."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from jobs.cluster.connection import LOOPBACK_SWITCH, LostError, connected, stream
+from tests.photographs import write_source
+from tests.processes import below, builders
+from tests.shard_sets import contents, make, planned
+
+ROOT = Path(__file__).resolve().parents[2]
+PER_SHARD = 2
+DEADLINE_S = 120
+CPUS = 2
+
+
+@contextlib.contextmanager
+def two_nodes() -> Iterator[tuple[Cluster, int]]:
+    """A cluster of two raylets with a CPU each on loopback, and the process of the one that is not the head."""
+    quiet = {"num_cpus": 1, "node_ip_address": "127.0.0.1"}
+    cluster = Cluster(initialize_head=True, head_node_args={**quiet, "include_dashboard": False})
+    try:
+        node = cluster.add_node(**quiet)
+        yield cluster, node.all_processes["raylet"][0].process.pid
+    finally:
+        cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_a_lost_node_costs_time_and_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_source(tmp_path / "images", images=16, longest=700)
+    uninterrupted = make(tmp_path / "uninterrupted", planned(source, per_shard=PER_SHARD))
+    output = tmp_path / "out"
+    # The cluster's own processes must find the project, as on a node where it is installed, and stay on loopback.
+    for name, value in {**LOOPBACK_SWITCH, "PYTHONPATH": str(ROOT)}.items():
+        monkeypatch.setenv(name, value)
+    with two_nodes() as (cluster, raylet):
+        job = [sys.executable, str(ROOT / "jobs" / "shard_imagenet.py"), "--source", str(source)]
+        process = subprocess.Popen(
+            [*job, "--output", str(output), "--samples-per-shard", str(PER_SHARD)],
+            env={**os.environ, "RAY_ADDRESS": cluster.address},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            deadline = time.monotonic() + DEADLINE_S
+            # Both nodes are at work: some shards are done, and the node to be lost is in the midst of one.
+            while not (len(list(output.glob("train/*.json"))) >= 2 and builders(raylet)):
+                assert process.poll() is None, f"the job ended before its node was lost: {process.communicate()[1]}"
+                assert time.monotonic() < deadline, "the node built no shard"
+                time.sleep(0.002)
+            for pid in (raylet, *below(raylet)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            assert len(list(output.glob("*/*.json"))) < len(list(uninterrupted.glob("*/*.json")))
+            _, said = process.communicate(timeout=DEADLINE_S)
+        finally:
+            process.kill()
+            process.communicate()
+    assert process.returncode == 0, said
+    assert contents(output) == contents(uninterrupted)
+
+
+def die_or_answer(folder: Path, call: int, deaths: int, attempt: int) -> Iterator[tuple[int, str]]:
+    """A task whose worker is killed at its first attempts, in the midst of its answers."""
+    with (folder / f"{call}").open("a") as tries:
+        tries.write(f"{attempt}\n")
+    yield attempt, "begun"
+    if attempt < deaths:
+        os.kill(os.getpid(), signal.SIGKILL)
+    yield attempt, "done"
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("PYTHONPATH", str(ROOT))
+        with connected(CPUS, log_to_driver=False):
+            yield
+
+
+@pytest.mark.slow
+def test_a_call_whose_worker_dies_is_made_again(local_ray: None, tmp_path: Path) -> None:
+    task = ray.remote(die_or_answer).options(num_cpus=1, max_retries=0, num_returns="streaming")
+    answers = list(stream(task, [(tmp_path, 0, 0), (tmp_path, 1, 2), (tmp_path, 2, 1)], CPUS, attempts=3))
+    ended = {call: attempt for call, (attempt, what) in answers if what == "done"}
+    assert ended == {0: 0, 1: 2, 2: 1}
+    assert sum(what == "done" for _, (_, what) in answers) == 3
+    assert [(tmp_path / str(call)).read_text().split() for call in range(3)] == [["0"], ["0", "1", "2"], ["0", "1"]]
+
+
+@pytest.mark.slow
+def test_a_call_whose_workers_always_die_is_named(local_ray: None, tmp_path: Path) -> None:
+    task = ray.remote(die_or_answer).options(num_cpus=1, max_retries=0, num_returns="streaming")
+    with pytest.raises(LostError) as lost:
+        list(stream(task, [(tmp_path, 0, 0), (tmp_path, 1, 9)], CPUS, attempts=3))
+    assert (lost.value.number, lost.value.attempts) == (1, 3)
+    assert (tmp_path / "1").read_text().split() == ["0", "1", "2"]
+
+
+@pytest.mark.slow
+def test_ray_is_never_given_more_than_the_workers_can_take(local_ray: None) -> None:
+    taken = 0
+
+    def calls() -> Iterator[tuple[int]]:
+        nonlocal taken
+        for number in range(12):
+            taken += 1
+            yield (number,)
+
+    def answer(call: int, attempt: int) -> Iterator[int]:
+        yield call
+
+    task = ray.remote(answer).options(num_cpus=1, max_retries=0, num_returns="streaming")
+    answered = []
+    for number, value in stream(task, calls(), CPUS):
+        answered.append(number)
+        assert value == number
+        assert taken <= len(answered) + CPUS
+    assert sorted(answered) == list(range(12))

@@ -1,0 +1,118 @@
+"""What ends a run on one machine in order: SIGTERM and Ctrl-C, to its process or to all of its group; what must not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.training import stop_signals as interrupt
+from jobs.training.stop_signals import signals_stop
+from tests.processes import outside_clusters
+from tests.runs import Followed, Run, last
+
+EPOCHS = 100  # More than a run gets to here.
+SECONDS = 10.0
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as in a terminal, though these tests be run in the background, where shells have it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_two_signals_at_once_ask_once_and_a_later_one_leaves(
+    signum: signal.Signals, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(interrupt, "request_stop", lambda run, reason: asked.put(reason))
+    with interruptible(), signals_stop("run"):
+        # As timeout(1) does: one to the process, one to its group.
+        os.kill(os.getpid(), signum)
+        os.kill(os.getpid(), signum)
+        assert asked.get(timeout=SECONDS) == f"{signum.name} to the driver"
+        monkeypatch.setattr(interrupt, "AGAIN_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signum)
+    assert asked.empty()
+    line = f"{signum.name}: a checkpoint is written after the step under way; a second one leaves without it\n"
+    assert capfd.readouterr().err == line
+
+
+def test_what_was_started_to_live_through_a_ctrl_c_does() -> None:
+    """As a shell starts what goes to the background."""
+    before, other = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
+    try:
+        with signals_stop("run"):
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not other
+        assert signal.getsignal(signal.SIGTERM) is other
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def another_ray() -> Iterator[None]:
+    """A Ray with a dashboard, as somebody else on this machine may start one."""
+    ray = Path(sys.executable).with_name("ray")
+    command = [ray, "start", "--head", "--port=0", "--num-cpus=1", "--block", "--disable-usage-stats"]
+    process = subprocess.Popen(
+        [*map(str, command), "--include-dashboard=true", "--dashboard-host=127.0.0.1"],
+        env=outside_clusters(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    other = Followed(process)
+    try:
+        other.wait_for("Ray runtime started")
+        yield
+    finally:
+        process.terminate()
+        other.end()
+
+
+@pytest.mark.slow
+def test_another_ray_does_not_disturb_a_run_and_a_signal_to_its_group_ends_it_with_a_checkpoint(
+    shard_set: Path, tmp_path: Path
+) -> None:
+    first = Run(shard_set, str(tmp_path), 1, EPOCHS, checkpoint_every=0)
+    first.wait_for("epoch 1/100 step 1/5")
+    with another_ray():
+        first.wait_for("step 5/5")
+        # Whoever asks about the run asks once a second.
+        for _ in range(5):
+            first.wait_for(": loss ")
+        os.killpg(first.process.pid, signal.SIGTERM)
+        first.process.terminate()
+        assert first.end() == 1, first.text
+        assert "failure" not in first.text
+        assert "SIGTERM to the driver: writing a checkpoint, then leaving" in first.text
+        epoch, step = last(str(tmp_path / "run"))
+        assert first.lines[-1] == (
+            f"error: stopped after epoch {epoch}, step {step}, with a checkpoint: "
+            "run the same command again to continue\n"
+        )
+
+        with interruptible():
+            second = Run(shard_set, str(tmp_path), 1, EPOCHS, checkpoint_every=0)
+        second.wait_for(f"continuing after epoch {epoch}, step {step}")
+        second.wait_for(": loss ")
+        os.killpg(second.process.pid, signal.SIGINT)
+        assert second.end() == 1, second.text
+        assert "SIGINT to the driver: writing a checkpoint, then leaving" in second.text
+        assert second.lines[-1].startswith("error: stopped after epoch ")
+        assert last(str(tmp_path / "run")) > (epoch, step)
