@@ -6,7 +6,7 @@ SOURCE ?=
 DATA ?= $(DEMO)/shards
 LOOK ?= look.png
 
-.PHONY: demo look gpu test lint format lock clean
+.PHONY: demo look gpu test test-fast test-long lint format lock clean
 
 .venv/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv --clear .venv
@@ -32,6 +32,10 @@ gpu: .venv/.installed
 
 test: .venv/.installed
 	$(BIN)/python -m pytest
+
+# Without Ray and without training, for while one works.
+test-fast: .venv/.installed
+	$(BIN)/python -m pytest -m "not long and not slow"
 
 # Faults and resizes in the midst of whole training runs: twenty minutes more.
 test-long: .venv/.installed

@@ -27,7 +27,7 @@ from torchvision.io import decode_jpeg
 from jobs.cli.command import run
 from jobs.cli.device import choose_device, processor
 from jobs.diagnostics import gpu_check
-from jobs.training.checkpoint import Identity
+from jobs.training.checkpoint import RunFingerprint
 from jobs.training.worker import make_network
 from model.recipe import RECIPES
 from model.training import Trainer, Worker
@@ -35,7 +35,7 @@ from pipeline.dataset.info import read_dataset, write_json
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.loading.graph import GpuDecoder
 from pipeline.loading.loader import Loader
-from pipeline.loading.plan import Plan, colour_matrix
+from pipeline.loading.plan import Plan, color_matrix
 
 IMAGENET_IMAGES = 1_281_167  # ILSVRC-2012's training set
 PAPER_EPOCHS = 90  # The paper, section 5
@@ -168,10 +168,10 @@ def measure(config: BenchmarkConfig) -> tuple[Rates, str]:
     info = read_dataset(config.data)
     reader = SplitReader(config.data, info, "train")
     recipe = dataclasses.replace(RECIPES["default"], batch_size=config.batch_size)
-    plan = Plan(len(reader), config.batch_size, recipe.seed, colour_matrix(info.rgb, recipe.colour))
+    plan = Plan(len(reader), config.batch_size, recipe.seed, color_matrix(info.rgb, recipe.color))
     device = choose_device(config.gpu)
     torch.set_num_threads(config.threads)
-    network = make_network(Identity.of(recipe, info)).to(memory_format=torch.channels_last).to(device)
+    network = make_network(RunFingerprint.of(recipe, info)).to(memory_format=torch.channels_last).to(device)
     trainer = Trainer(network, recipe, Worker(0, 1, device, torch.bfloat16 if config.gpu else torch.float32))
     network.train()
     loader = Loader(reader, info.rgb, config.batch_size, device, config.threads, gpu_decoder=config.gpu_decoder)
@@ -279,7 +279,7 @@ def main(config: BenchmarkConfig) -> None:
     if checked is not None:
         print(f"for docs/benchmarks.md:\n{row(name, config.gpu_decoder, rates, checked)}")
         # After the file: what a check finds is wanted most where it fails.
-        checked.refuse_problems(device)
+        checked.check_problems(device)
 
 
 if __name__ == "__main__":

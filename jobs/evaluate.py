@@ -1,4 +1,4 @@
-"""Top-1 and top-5 validation error of a checkpoint, by the centre crop or the paper's ten crops, each image once."""
+"""Top-1 and top-5 validation error of a checkpoint, by the center crop or the paper's ten crops, each image once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class EvaluateConfig:
     checkpoint: str
     """A checkpoint_* folder, or a run's folder (its best checkpoint); a local path or a URL (s3://, gs://)."""
     ten_crop: bool = False
-    """Average the softmax over the four corners, the centre and their mirror images (the paper, section 4.1)."""
+    """Average the softmax over the four corners, the center and their mirror images (the paper, section 4.1)."""
     json: Path | None = None
     """Also write the result to this file."""
     gpu: bool = dataclasses.field(default_factory=torch.cuda.is_available)
@@ -51,24 +51,24 @@ def main(config: EvaluateConfig) -> None:
     with local_checkpoint(config.checkpoint) as (location, folder):
         state = checkpoint.read_state(folder)
         identity = state.identity
-        checkpoint.refuse_other_classes(identity, info, location, str(config.data))
+        checkpoint.check_other_classes(identity, info, location, str(config.data))
         network = make_network(identity).to(memory_format=torch.channels_last).to(device)
         checkpoint.load_network(folder, network)
 
     reader = SplitReader(config.data, info, "val")
-    views = len(TEN_CROPS) if config.ten_crop else 1
-    # The mean is the training run's, not this set's: it is part of what was learnt.
+    crops = len(TEN_CROPS) if config.ten_crop else 1
+    # The mean is the training run's, not this set's: it is part of what was learned.
     loader = Loader(reader, identity.rgb, config.batch_size, device, config.threads, ten_crop=config.ten_crop)
     batches = loader.run(center_crops(np.arange(len(reader))).chunks(config.batch_size))
     started = time.perf_counter()
-    score = Score.of(evaluate(network, counted(batches, len(reader)), device, views))
-    crops = "ten crops" if config.ten_crop else "centre crop"
+    score = Score.of(evaluate(network, counted(batches, len(reader)), device, crops))
+    kind = "ten crops" if config.ten_crop else "center crop"
     if state.origin:
         print(f"{location} is {state.origin}")
-    print(f"{location}, {crops}, {score.images} images in {time.perf_counter() - started:.0f} s")
+    print(f"{location}, {kind}, {score.images} images in {time.perf_counter() - started:.0f} s")
     print(f"top-1 error {score.top1_error:.2%}, top-5 error {score.top5_error:.2%}, loss {score.loss:.4f}")
     if config.json is not None:
-        result = {**dataclasses.asdict(score), "crops": views, "checkpoint": location, "data": str(config.data)}
+        result = {**dataclasses.asdict(score), "crops": crops, "checkpoint": location, "data": str(config.data)}
         if state.origin:
             result["origin"] = state.origin
         write_json(config.json, result)

@@ -49,7 +49,7 @@ def metadata(state: State) -> dict[str, str]:
     """What a reader must know to use the network, as strings."""
     identity = state.identity
     return {
-        "input": f"float32 [batch, 3, {INPUT_SIZE}, {INPUT_SIZE}]: RGB, grey levels 0 to 255 less the mean",
+        "input": f"float32 [batch, 3, {INPUT_SIZE}, {INPUT_SIZE}]: RGB, gray levels 0 to 255 less the mean",
         "mean": json.dumps([MAX_LEVEL * level for level in identity.rgb.mean]),
         "classes": json.dumps(identity.wnids),
         "recipe": json.dumps(dataclasses.asdict(identity.recipe)),

@@ -25,8 +25,8 @@ class Config:
 
 
 def main(config: Config) -> None:
-    say = functools.partial(print, flush=True)  # Each line when it is true, into a pipe too.
-    write_folder(config.output, config.classes, config.train_per_class, config.val_per_class, config.seed, say)
+    log = functools.partial(print, flush=True)  # Each line when it is true, into a pipe too.
+    write_folder(config.output, config.classes, config.train_per_class, config.val_per_class, config.seed, log)
     print(f"images in {config.output}; next: python jobs/shard_imagenet.py --source {config.output} --output SHARDS")
 
 

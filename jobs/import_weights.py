@@ -16,7 +16,7 @@ import torch
 
 from jobs.cli.command import run
 from jobs.training import checkpoint
-from jobs.training.checkpoint import Identity, State
+from jobs.training.checkpoint import RunFingerprint, State
 from jobs.training.worker import make_network
 from model.recipe import Recipe
 from model.schedule import Plateau
@@ -55,7 +55,7 @@ def read_source(path: Path) -> Imported:
     raise InterchangeError(f"{path} is of no known kind: give a .caffemodel, or the .pth.tar of jiecaoyu's AlexNet")
 
 
-def describe(imported: Imported, info: DatasetInfo, where: Path) -> Identity:
+def describe(imported: Imported, info: DatasetInfo, where: Path) -> RunFingerprint:
     """What the weights are and which classes they know, as a checkpoint says it.
 
     Raises:
@@ -73,8 +73,8 @@ def describe(imported: Imported, info: DatasetInfo, where: Path) -> Identity:
     r, g, b = (level / MAX_LEVEL for level in CAFFE_MEAN)
     none = (0.0, 0.0, 0.0)
     rgb = RgbStatistics(0, (r, g, b), none, (none,) * 3, none, (none,) * 3)
-    recipe = Recipe(groups=2, normalisation=imported.normalisation, biases="caffe", hidden_bias=0.1, colour="none")
-    return Identity(recipe, "imported", wnids, rgb)
+    recipe = Recipe(groups=2, normalization=imported.normalization, biases="caffe", hidden_bias=0.1, color="none")
+    return RunFingerprint(recipe, "imported", wnids, rgb)
 
 
 def main(config: ImportConfig) -> None:
@@ -90,7 +90,7 @@ def main(config: ImportConfig) -> None:
     config.output.mkdir(parents=True)
     progress = Progress(Plateau(identity.recipe.lr), finished=True)
     checkpoint.save_network(config.output, network, State(identity, progress, origin))
-    print(f"{origin}: {imported.classes} classes, normalisation {imported.normalisation}, BGR turned to RGB")
+    print(f"{origin}: {imported.classes} classes, normalization {imported.normalization}, BGR turned to RGB")
     print(f"next: python jobs/evaluate.py --data {config.data} --checkpoint {config.output}")
 
 

@@ -27,7 +27,7 @@ from pipeline.dataset.split_reader import SplitReader
 from pipeline.images.decode import IMAGE_SIZE
 from pipeline.images.rgb_stats import MAX_LEVEL
 from pipeline.loading.loader import Loader
-from pipeline.loading.plan import CROP_SIZE, Augmentation, Plan, colour_matrix
+from pipeline.loading.plan import CROP_SIZE, Augmentation, Plan, color_matrix
 
 ROW_INCHES = 3.2
 WIDTH_INCHES = 10.5
@@ -51,7 +51,7 @@ class LookConfig:
     """The global batch; smaller where the set is smaller."""
     seed: int = 0
     """The training run's seed."""
-    colour: Literal["eigenvalue", "std", "none"] = "eigenvalue"
+    color: Literal["eigenvalue", "std", "none"] = "eigenvalue"
     """How the color shift scales, as in the recipe."""
     exaggerate: float = 8.0
     """In the last column the color shift is so many times as large."""
@@ -84,7 +84,7 @@ def look(config: LookConfig, info: DatasetInfo, reader: SplitReader) -> Seen:
     Raises:
         ValueError: if the epoch has no such step.
     """
-    plan = Plan(len(reader), min(config.batch_size, len(reader)), config.seed, colour_matrix(info.rgb, config.colour))
+    plan = Plan(len(reader), min(config.batch_size, len(reader)), config.seed, color_matrix(info.rgb, config.color))
     if config.step >= plan.steps:
         raise ValueError(f"step {config.step} was asked for, but an epoch has {plan.steps}: use a lower --step")
     planned = next(next(plan.epoch(config.epoch, config.step)).chunks(config.images))

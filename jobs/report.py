@@ -74,7 +74,7 @@ def main(config: ReportConfig) -> None:
     images: dict[str, Any] = {}
     if config.data is not None:
         info = read_dataset(config.data)
-        checkpoint.refuse_other_classes(state.identity, info, location, str(config.data))
+        checkpoint.check_other_classes(state.identity, info, location, str(config.data))
         predictor = Predictor(network, state.identity.rgb, config.batch_size, device, config.threads)
         predictions = predictor.predict(config.data, info, config.images, config.shown, config.queries)
         images = gallery(predictions, config.data, info)

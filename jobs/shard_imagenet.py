@@ -27,7 +27,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs.cli.command import run, say
+from jobs.cli.command import log, run
 from jobs.cli.progress import Progress
 from jobs.cluster.build import build_all
 from jobs.cluster.connection import connected
@@ -37,7 +37,7 @@ from pipeline.sharding.set_lock import JobLock
 from pipeline.sharding.shard_set import SetPlan, claim_folder, find_finished, finish, is_left_over, make_folder, tidy
 from pipeline.sharding.shards import plan_shards
 from pipeline.sources.sources import read_source
-from pipeline.staging.publish import check_destination, publish, refuse_unwritable
+from pipeline.staging.publish import check_destination, check_unwritable, publish
 from pipeline.storage.locations import shown
 
 MAX_SAMPLES_PER_SHARD = 20_000  # A worker holds its shard in memory: 20.7 KB an image, in 3,000 of ImageNet's.
@@ -95,7 +95,7 @@ class ShardConfig:
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"--val-fraction {self.val_fraction} must lie between 0 and 1, both excluded")
         if self.copy_to is not None:
-            refuse_unwritable(self.copy_to)
+            check_unwritable(self.copy_to)
 
 
 def main(config: ShardConfig) -> None:
@@ -109,7 +109,7 @@ def main(config: ShardConfig) -> None:
         check_destination(config.copy_to)
     _make_or_mend(output, config)
     if config.copy_to is not None:
-        published = publish(output, config.copy_to, say)
+        published = publish(output, config.copy_to, log)
         if published.sent:
             print(
                 f"The set is at {shown(config.copy_to)}, read back: {published.sent:,} of {published.files:,} files "
@@ -135,7 +135,7 @@ def _make_or_mend(output: Path, config: ShardConfig) -> None:
     info, rate = find_finished(output, plan), None
     if info is None or is_left_over(output):
         make_folder(output)
-        with JobLock(output, say) as lock:
+        with JobLock(output, log) as lock:
             if info is None:
                 info, rate = _make(output, plan, config, lock)
             else:

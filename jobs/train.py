@@ -29,16 +29,16 @@ from jobs.cluster.connection import connected, on_cluster
 from jobs.cluster.nodes import Node, alive_nodes, check_shared
 from jobs.training import checkpoint
 from jobs.training.backend import NodeTorchConfig, NodeTrainer
-from jobs.training.checkpoint import Identity
+from jobs.training.checkpoint import RunFingerprint
 from jobs.training.config import TrainConfig, Workers
 from jobs.training.run_storage import FailureReporter, StorageError, repair_checkpoint_list, storage_error
 from jobs.training.stop_signals import clear_stop_request, signals_stop
 from jobs.training.trackers import check_installed
-from jobs.training.worker import Assignment, train_worker
+from jobs.training.worker import WorkerConfig, train_worker
 from model.recipe import Recipe
 from pipeline.dataset.info import DATASET_FILE, DatasetError, DatasetInfo, is_decoded, read_dataset
 from pipeline.loading.graph import decoder_name
-from pipeline.loading.plan import Plan, colour_matrix
+from pipeline.loading.plan import Plan, color_matrix
 from pipeline.staging.staging import read_remote_dataset
 from pipeline.storage.locations import is_url, join, on_disk, open_location, shown
 
@@ -72,7 +72,7 @@ class Resources:
         if config.cpus_per_worker:
             return cls(workers, gpus, config.cpus_per_worker)
         # Nodes that come later bring cores of their own.
-        share = _most_cores(nodes, min(max(present, workers.fewest), workers.most), gpus)
+        share = _most_cores(nodes, min(max(present, workers.min_workers), workers.max_workers), gpus)
         if not share and gpus:
             if not found:
                 raise ValueError(
@@ -117,7 +117,7 @@ def check_storage(storage: str, name: str) -> None:
 def main(config: TrainConfig) -> None:
     recipe = config.make_recipe()
     data, info = open_dataset(config)
-    plan = Plan(info.splits["train"].samples, recipe.batch_size, recipe.seed, colour_matrix(info.rgb, recipe.colour))
+    plan = Plan(info.splits["train"].samples, recipe.batch_size, recipe.seed, color_matrix(info.rgb, recipe.color))
     check_installed(config.tracker)
     check_storage(config.storage, config.name)
     run_location = join(config.storage, config.name)
@@ -127,8 +127,8 @@ def main(config: TrainConfig) -> None:
     if done:
         folder, state = list(done.items())[-1]
         # Whether there are GPUs, which decide decoder and precision, is known later.
-        own = Identity.of(recipe, info, state.identity.decoder, state.identity.precision)
-        checkpoint.refuse_other(state, own, join(run_location, folder))
+        own = RunFingerprint.of(recipe, info, state.identity.decoder, state.identity.precision)
+        checkpoint.check_other(state, own, join(run_location, folder))
         if checkpoint.finished(state, recipe):
             print(f"the run {config.name} is finished already; --epochs extends it, another --name starts anew")
             print_result(data, run_location, state.progress.history)
@@ -136,21 +136,21 @@ def main(config: TrainConfig) -> None:
     with connected():
         nodes = alive_nodes()
         resources = Resources.of(config, nodes)
-        refuse_shortage(resources, nodes, recipe)
-        if recipe.normalisation == "batch":
-            resources.workers.refuse_single_images(recipe.batch_size, config.micro_batch)
-        refuse_local_paths(config)
+        check_shortage(resources, nodes, recipe)
+        if recipe.normalization == "batch":
+            resources.workers.check_single_images(recipe.batch_size, config.micro_batch)
+        check_local_paths(config)
         changed = "".join(f", {name} {value}" for name, value in config.changes().items())
         precision = config.precision if config.precision != "auto" else ("bfloat16" if resources.gpus else "float32")
         pixels = config.stage_as == "pixels" or (config.stage is None and is_decoded(Path(data)))
         decoder = decoder_name(pixels, resources.gpus, config.gpu_decoder)
         if done:
-            own = Identity.of(recipe, info, decoder, precision)
-            checkpoint.refuse_other(state, own, join(run_location, folder))
+            own = RunFingerprint.of(recipe, info, decoder, precision)
+            checkpoint.check_other(state, own, join(run_location, folder))
         print(
             f"{'continuing' if done else 'starting'} run {config.name}: recipe {config.recipe}{changed}, "
             f"{len(info.classes)} classes; an epoch is {plan.steps} steps of {recipe.batch_size} and leaves out "
-            f"{plan.left_out} of {plan.samples} images; {_counted(resources.workers)} on "
+            f"{plan.dropped} of {plan.samples} images; {_counted(resources.workers)} on "
             f"{'GPU' if resources.gpus else 'CPU'} with {resources.cpus_per_worker} core(s) each; {precision}; "
             f"JPEGs decoded by {decoder}",
             flush=True,
@@ -198,14 +198,14 @@ def launch(
     filesystem, path = open_location(config.storage)
     run_location = join(config.storage, config.name)
     workers = resources.workers
-    assignment = Assignment(
+    assignment = WorkerConfig(
         data=data,
         stage=config.stage,
         stage_as=config.stage_as,
         run=run_location,
         tracker=config.tracker,
         recipe=recipe,
-        micro_batch=min(config.micro_batch, -(-recipe.batch_size // workers.fewest)),
+        micro_batch=min(config.micro_batch, -(-recipe.batch_size // workers.min_workers)),
         threads=resources.cpus_per_worker,
         precision=precision,
         gpu_decoder=config.gpu_decoder,
@@ -229,7 +229,7 @@ def launch(
         train_loop_config=assignment,
         torch_config=NodeTorchConfig(run=run_location),
         scaling_config=ScalingConfig(
-            num_workers=(workers.fewest, workers.most) if workers.elastic else workers.most,
+            num_workers=(workers.min_workers, workers.max_workers) if workers.elastic else workers.max_workers,
             elastic_resize_monitor_interval_s=config.resize_seconds,
             use_gpu=resources.gpus,
             resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.gpus else {})},
@@ -267,25 +267,29 @@ def launch(
     return list(outcome["history"])
 
 
-def refuse_shortage(resources: Resources, nodes: Sequence[Node], recipe: Recipe) -> None:
+def check_shortage(resources: Resources, nodes: Sequence[Node], recipe: Recipe) -> None:
     """Raises ValueError for what could never start: more workers than images in a batch, or than this machine holds."""
-    resources.workers.refuse_more_than(recipe.batch_size)
-    room, fewest = resources.room(nodes), resources.workers.fewest
-    if room >= fewest:
+    resources.workers.check_more_than(recipe.batch_size)
+    room, needed = resources.room(nodes), resources.workers.min_workers
+    if room >= needed:
         return
     each = f"{resources.cpus_per_worker} core(s){' and a GPU' if resources.gpus else ''} each"
     there = ", ".join(f"{node.address} with {node.cpus} core(s) and {node.gpus} GPU(s)" for node in nodes[:5])
-    short = f"the run needs room for {fewest} worker(s) of {each}, and there is room for {room} now ({there})"
+    short = f"the run needs room for {needed} worker(s) of {each}, and there is room for {room} now ({there})"
     if not on_cluster():
         raise ValueError(f"{short}: use fewer --workers, --cpus-per-worker or --no-gpus")
     print(f"waiting for the cluster to grow: {short}", flush=True)
 
 
 def _counted(workers: Workers) -> str:
-    return f"{workers.fewest} to {workers.most} workers" if workers.elastic else f"{workers.most} worker(s)"
+    return (
+        f"{workers.min_workers} to {workers.max_workers} workers"
+        if workers.elastic
+        else f"{workers.max_workers} worker(s)"
+    )
 
 
-def refuse_local_paths(config: TrainConfig) -> None:
+def check_local_paths(config: TrainConfig) -> None:
     """Raises ValueError if some node of the cluster does not see a local --storage or --data as this one does."""
     if len(alive_nodes()) < 2:
         return

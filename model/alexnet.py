@@ -1,7 +1,7 @@
 """AlexNet as the paper describes it (Krizhevsky, Sutskever, Hinton, NIPS 2012).
 
 One tower by default; `groups=2` cuts conv2, conv4 and conv5 in two, as the paper's two GPUs did (section 3.2). What
-stands in for the paper's normalisation, if anything does, has a name: see NORMALISATIONS.
+stands in for the paper's normalization, if anything does, has a name: see NORMALIZATIONS.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ FEATURES = 256 * 6 * 6
 BIASED_LAYERS = ("conv2", "conv4", "conv5", "fc6", "fc7")
 HIDDEN_UNITS = {"conv1": 96, "conv2": 256, "conv3": 384, "conv4": 384, "conv5": 256, "fc6": 4096, "fc7": 4096}
 
-NORMALISATIONS = ("lrn", "caffe", "caffenet", "batch")
+NORMALIZATIONS = ("lrn", "caffe", "caffenet", "batch")
 """
 lrn: the paper's (section 3.3).
 caffe: with k = 1 and alpha times the mean instead of the sum, as Caffe computes it (models/bvlc_alexnet).
 caffenet: the same, but after the pooling (models/bvlc_reference_caffenet).
-batch: none of it; every hidden layer's sums are normalised over the batch instead, without scale and shift, as in
+batch: none of it; every hidden layer's sums are normalized over the batch instead, without scale and shift, as in
     cvjena/cnn-models' AlexNet. A batch is what one worker has in the network at once: the literature keeps it so with
     many workers, since statistics over all would make another loss (Goyal et al., arXiv 1706.02677, section 2.3), and
     torch.nn.SyncBatchNorm, which exchanges them, has no CPU form. Evaluation and checkpoints take the mean of all
     workers' running statistics.
 """
 
-INITIALISATIONS = ("gaussian", "he")
+INITIALIZATIONS = ("gaussian", "he")
 """gaussian: N(0, 0.01) (section 5); he: N(0, 2 / inputs of a unit) (He et al. 2015), Caffe's "msra"."""
 
 
@@ -45,18 +45,18 @@ class AlexNet(nn.Module):
         classes: how many classes the last layer tells apart.
         groups: 1 for one tower (62,378,344 parameters at 1000 classes), 2 for the paper's two (60,965,224).
         dropout: the probability with which fc6 and fc7 outputs are dropped in training (section 4.2).
-        normalisation: one of NORMALISATIONS.
+        normalization: one of NORMALIZATIONS.
 
     Raises:
-        ValueError: if `groups` is neither 1 nor 2, there are fewer than two classes, or the normalisation is unknown.
+        ValueError: if `groups` is neither 1 nor 2, there are fewer than two classes, or the normalization is unknown.
     """
 
     def __init__(
-        self, classes: int, groups: int = 1, dropout: float = PAPER_DROPOUT, normalisation: str = "lrn"
+        self, classes: int, groups: int = 1, dropout: float = PAPER_DROPOUT, normalization: str = "lrn"
     ) -> None:
         super().__init__()
-        if normalisation not in NORMALISATIONS:
-            raise ValueError(f"the normalisation is {normalisation!r}; it must be one of {', '.join(NORMALISATIONS)}")
+        if normalization not in NORMALIZATIONS:
+            raise ValueError(f"the normalization is {normalization!r}; it must be one of {', '.join(NORMALIZATIONS)}")
         if groups not in (1, 2):
             raise ValueError(f"groups is {groups}: 1 (one tower) or 2 (the paper's two GPUs)")
         if classes < 2:
@@ -69,10 +69,10 @@ class AlexNet(nn.Module):
         self.fc6 = nn.Linear(FEATURES, 4096)
         self.fc7 = nn.Linear(4096, 4096)
         self.fc8 = nn.Linear(4096, classes)
-        self.norm1, self.norm2 = (local_response(normalisation, channels) for channels in (96, 256))
-        self.pool_first = normalisation == "caffenet"
+        self.norm1, self.norm2 = (local_response(normalization, channels) for channels in (96, 256))
+        self.pool_first = normalization == "caffenet"
         self.batch_norms = nn.ModuleDict()
-        if normalisation == "batch":
+        if normalization == "batch":
             for name, units in HIDDEN_UNITS.items():
                 kind = nn.BatchNorm2d if name.startswith("conv") else nn.BatchNorm1d
                 self.batch_norms[name] = kind(units, affine=False)
@@ -81,8 +81,8 @@ class AlexNet(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """The convolutional half: [N, 3, 227, 227] -> [N, 256, 6, 6]."""
-        x = self._normalise_and_pool(self.norm1, self._activate("conv1", self.conv1(x)))
-        x = self._normalise_and_pool(self.norm2, self._activate("conv2", self.conv2(x)))
+        x = self._normalize_and_pool(self.norm1, self._activate("conv1", self.conv1(x)))
+        x = self._normalize_and_pool(self.norm2, self._activate("conv2", self.conv2(x)))
         x = self._activate("conv3", self.conv3(x))
         x = self._activate("conv4", self.conv4(x))
         return self.pool(self._activate("conv5", self.conv5(x)))
@@ -99,17 +99,17 @@ class AlexNet(nn.Module):
     def _activate(self, name: str, sums: Tensor) -> Tensor:
         return torch.relu(self.batch_norms[name](sums) if self.batch_norms else sums)
 
-    def _normalise_and_pool(self, norm: nn.Module, x: Tensor) -> Tensor:
+    def _normalize_and_pool(self, norm: nn.Module, x: Tensor) -> Tensor:
         return norm(self.pool(x)) if self.pool_first else self.pool(norm(x))
 
     @torch.no_grad()
-    def initialise(self, seed: int, hidden_bias: float = PAPER_HIDDEN_BIAS, scheme: str = "gaussian") -> None:
+    def initialize(self, seed: int, hidden_bias: float = PAPER_HIDDEN_BIAS, scheme: str = "gaussian") -> None:
         """Draws every weight by `seed`; biases are `hidden_bias` in the layers of section 5, else 0.
 
         Args:
             seed: of all weights.
             hidden_bias: of BIASED_LAYERS.
-            scheme: one of INITIALISATIONS, for the weights.
+            scheme: one of INITIALIZATIONS, for the weights.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, layer in self.named_children():
@@ -121,11 +121,11 @@ class AlexNet(nn.Module):
                 layer.bias.fill_(hidden_bias if name in BIASED_LAYERS else 0.0)
 
 
-def local_response(normalisation: str, channels: int) -> nn.Module:
-    """The layer that stands where the paper normalises, by its name in NORMALISATIONS."""
-    if normalisation == "batch":
+def local_response(normalization: str, channels: int) -> nn.Module:
+    """The layer that stands where the paper normalizes, by its name in NORMALIZATIONS."""
+    if normalization == "batch":
         return nn.Identity()
-    if normalisation == "lrn":
+    if normalization == "lrn":
         return LocalResponseNorm(channels, alpha=PAPER_ALPHA, k=PAPER_K)
     return LocalResponseNorm(channels, alpha=PAPER_ALPHA / PAPER_SIZE, k=1.0)
 

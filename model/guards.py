@@ -1,4 +1,4 @@
-"""What can go wrong with a loss: no number, a step longer than the weights, or nothing learnt at all."""
+"""What can go wrong with a loss: no number, a step longer than the weights, or nothing learned at all."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Local response normalisation across channels (the paper, section 3.3).
+"""Local response normalization across channels (the paper, section 3.3).
 
 b[c] = a[c] / (k + alpha * sum of a[j]^2 over the n maps nearest to c) ** beta
 
 The paper multiplies the *sum* by alpha; `torch.nn.LocalResponseNorm` (and Caffe) multiply the *mean*, so their alpha
-is n times ours. The sums over neighbouring maps are, at each pixel, a product with a banded matrix of ones; on a CPU, a
+is n times ours. The sums over neighboring maps are, at each pixel, a product with a banded matrix of ones; on a CPU, a
 few shifted additions. Both are quickest in channels_last memory. The backward is written by hand: it is one more such
 sum, and of the forward only the roots are kept.
 """
@@ -21,14 +21,14 @@ PAPER_ALPHA = 1e-4  # section 3.3
 PAPER_BETA = 0.75  # section 3.3
 
 
-def neighbour_matrix(channels: int, size: int) -> Tensor:
+def neighbor_matrix(channels: int, size: int) -> Tensor:
     """The [channels, channels] float32 matrix whose entry (c, j) is 1 where |c - j| <= size // 2, else 0."""
     index = torch.arange(channels)
     return ((index[:, None] - index[None, :]).abs() <= size // 2).float()
 
 
 class _ShiftedSums:
-    """Sums over neighbouring maps on a CPU, a few times quicker than by a matrix.
+    """Sums over neighboring maps on a CPU, a few times quicker than by a matrix.
 
     The pixels lie in one long row, each with zeros on both sides of its channels: the row shifted by 0, 1, 2, ... and
     added up has each map's sum, and what runs over from one pixel to the next is zeros.
@@ -111,7 +111,7 @@ class _LocalResponse(torch.autograd.Function):
 
 
 class LocalResponseNorm(nn.Module):
-    """Normalises [N, channels, H, W] of any float dtype across `size` neighbouring maps; the shape is kept."""
+    """Normalizes [N, channels, H, W] of any float dtype across `size` neighboring maps; the shape is kept."""
 
     band: Tensor
 
@@ -126,7 +126,7 @@ class LocalResponseNorm(nn.Module):
         super().__init__()
         self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
         # Not a parameter and not saved: it follows from the arguments.
-        self.register_buffer("band", neighbour_matrix(channels, size), persistent=False)
+        self.register_buffer("band", neighbor_matrix(channels, size), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return _LocalResponse.apply(x, self.band.to(x.dtype), self.size, self.k, self.alpha, self.beta)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class LabelledImages(Protocol):
+class LabeledImages(Protocol):
     """What the network learns and is judged from."""
 
     @property
@@ -51,7 +51,7 @@ class Score:
         return cls(int(images), loss / images, top1 / images, top5 / images)
 
 
-def tally(log_probabilities: Tensor, labels: Tensor) -> Tensor:
+def batch_metrics(log_probabilities: Tensor, labels: Tensor) -> Tensor:
     """float64 [4] of one batch: images, summed loss, top-1 errors, top-5 errors.
 
     Args:
@@ -68,22 +68,22 @@ def tally(log_probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, batches: Iterable[LabelledImages], device: torch.device, views: int = 1) -> Tensor:
-    """Judges a network in evaluation mode; float64 [4] of sums on `device`, as `tally`.
+def evaluate(network: nn.Module, batches: Iterable[LabeledImages], device: torch.device, crops: int = 1) -> Tensor:
+    """Judges a network in evaluation mode; float64 [4] of sums on `device`, as `batch_metrics`.
 
     Args:
         network: gives logits [n, classes].
-        batches: with `views` successive rows an image; never cut within one image.
+        batches: with `crops` successive rows an image; never cut within one image.
         device: where the sums are kept.
-        views: 1, or 10 for the paper's ten crops, whose softmax outputs are averaged (section 4.1).
+        crops: 1, or 10 for the paper's ten crops, whose softmax outputs are averaged (section 4.1).
     """
     was_training = network.training
     network.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     for batch in batches:
         log_probabilities = F.log_softmax(network(batch.images).float(), dim=1)
-        if views > 1:
-            log_probabilities = log_probabilities.exp().unflatten(0, (-1, views)).mean(dim=1).log()
-        sums += tally(log_probabilities, batch.labels[::views])
+        if crops > 1:
+            log_probabilities = log_probabilities.exp().unflatten(0, (-1, crops)).mean(dim=1).log()
+        sums += batch_metrics(log_probabilities, batch.labels[::crops])
     network.train(was_training)
     return sums

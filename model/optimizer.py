@@ -14,22 +14,22 @@ from model.recipe import Recipe
 class LARS(torch.optim.SGD):
     """SGD with momentum whose rate is scaled for each parameter: You, Gitman, Ginsburg, arXiv 1708.03888.
 
-    v <- m v + lr * q * (g + decay * w),  q = trust * |w| / (|g| + decay * |w|),  w <- w - v
+    v <- m v + lr * q * (g + decay * w),  q = trust_coefficient * |w| / (|g| + decay * |w|),  w <- w - v
 
     q is 1 where |w| or |g| is 0, as in the authors' Caffe (`SGDSolver::GetLocalRate`), which also scales biases. torch
-    has no such optimiser. The gradients are left scaled: after a step, they hold q * (g + decay * w).
+    has no such optimizer. The gradients are left scaled: after a step, they hold q * (g + decay * w).
 
     Args:
         groups: parameter groups, each with `params`, `lr` and `weight_decay`.
         momentum: m.
-        trust: the trust coefficient.
+        trust_coefficient: the trust coefficient.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], momentum: float, trust: float) -> None:
+    def __init__(self, groups: list[dict[str, Any]], momentum: float, trust_coefficient: float) -> None:
         # SGD itself adds no decay: it would not be scaled.
         own = [{**group, "weight_decay": 0.0, "scaled_decay": group["weight_decay"]} for group in groups]
         super().__init__(own, momentum=momentum, fused=True)
-        self._trust = trust
+        self._trust_coefficient = trust_coefficient
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -41,7 +41,7 @@ class LARS(torch.optim.SGD):
                     continue
                 weight_norm = torch.linalg.vector_norm(parameter)
                 norm = torch.linalg.vector_norm(gradient)
-                scale = self._trust * weight_norm / (norm + decay * weight_norm)
+                scale = self._trust_coefficient * weight_norm / (norm + decay * weight_norm)
                 # A tensor's condition stays on its device: nothing waits for it.
                 scale = torch.where((weight_norm > 0) & (norm > 0), scale, torch.ones_like(scale))
                 gradient.add_(parameter, alpha=decay).mul_(scale)
@@ -49,7 +49,7 @@ class LARS(torch.optim.SGD):
 
 
 def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """The recipe's optimiser, with one group for weights and one for biases; see `set_rate` for their rate."""
+    """The recipe's optimizer, with one group for weights and one for biases; see `set_rate` for their rate."""
     named = list(network.named_parameters())
     caffe = recipe.biases == "caffe"
     groups: list[dict[str, Any]] = [
@@ -62,7 +62,7 @@ def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.SGD:
         for biases in (False, True)
     ]
     if recipe.optimizer == "lars":
-        return LARS(groups, recipe.momentum, recipe.trust)
+        return LARS(groups, recipe.momentum, recipe.trust_coefficient)
     return torch.optim.SGD(groups, momentum=recipe.momentum, fused=True)
 
 
@@ -84,6 +84,6 @@ def set_rate(optimizer: torch.optim.SGD, lr: float) -> None:
 
 
 def resume_rate(optimizer: torch.optim.SGD, lr: float) -> None:
-    """Tells an optimiser under which rate its restored momentum was made."""
+    """Tells an optimizer under which rate its restored momentum was made."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["rate_scale"]

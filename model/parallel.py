@@ -25,12 +25,12 @@ def data_parallel(network: nn.Module, world: int) -> nn.Module:
     )
 
 
-def gradients_kept(network: nn.Module) -> contextlib.AbstractContextManager[None]:
+def no_sync(network: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Within it, gradients add up on each worker and are not averaged yet."""
     return network.no_sync() if isinstance(network, DistributedDataParallel) else contextlib.nullcontext()
 
 
-class Leash:
+class InFlightStepLimit:
     """Keeps the host from queueing steps on a GPU without end; on a CPU, where nothing is queued, it does nothing."""
 
     def __init__(self, device: torch.device) -> None:

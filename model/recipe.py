@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from model.alexnet import INITIALISATIONS, NORMALISATIONS, PAPER_DROPOUT, PAPER_HIDDEN_BIAS
+from model.alexnet import INITIALIZATIONS, NORMALIZATIONS, PAPER_DROPOUT, PAPER_HIDDEN_BIAS
 from model.schedule import poly, warm_up
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what is learnt, but for the data; the defaults are the paper's."""
+    """Everything that decides what is learned, but for the data; the defaults are the paper's."""
 
     batch_size: int = 128
     """Images per step over all workers (section 5)."""
@@ -28,7 +28,7 @@ class Recipe:
     and bias; caffe: twice the rate and no decay (lr_mult 2, decay_mult 0 in models/bvlc_alexnet/train_val.prototxt)."""
     optimizer: str = "sgd"
     """sgd: the paper's update; lars: with a rate scaled for each layer (model/optimizer.py)."""
-    trust: float = 0.001
+    trust_coefficient: float = 0.001
     """LARS's trust coefficient (arXiv 1708.03888)."""
     schedule: str = "plateau"
     """plateau: the paper's, a tenth when the validation metric stops improving; poly: lr * (1 - step / steps) ** power
@@ -37,9 +37,9 @@ class Recipe:
     """Of the poly schedule."""
     warm_up_epochs: int = 0
     """Epochs over which the rate rises linearly to what the schedule says; the paper has none."""
-    normalisation: str = "lrn"
+    normalization: str = "lrn"
     """lrn (section 3.3), caffe, caffenet or batch: see model/alexnet.py."""
-    initialisation: str = "gaussian"
+    initialization: str = "gaussian"
     """Of the weights: gaussian, N(0, 0.01) (section 5), or he."""
     hidden_bias: float = PAPER_HIDDEN_BIAS
     """Initial bias of conv2, conv4, conv5, fc6 and fc7 (section 5)."""
@@ -47,8 +47,8 @@ class Recipe:
     """On the outputs of fc6 and fc7 (section 4.2)."""
     groups: int = 1
     """1: one tower; 2: the paper's two GPUs (section 3.2)."""
-    colour: str = "eigenvalue"
-    """How the colour shift scales (section 4.1): eigenvalue, std (the 2012 source's) or none."""
+    color: str = "eigenvalue"
+    """How the color shift scales (section 4.1): eigenvalue, std (the 2012 source's) or none."""
     plateau_metric: str = "top1_error"
     """What must improve on the validation set: top1_error (section 5: "the validation error rate") or loss."""
     patience: int = 3
@@ -60,7 +60,7 @@ class Recipe:
         for name in ("batch_size", "epochs", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("lr", "momentum", "weight_decay", "hidden_bias", "trust", "power", "warm_up_epochs"):
+        for name in ("lr", "momentum", "weight_decay", "hidden_bias", "trust_coefficient", "power", "warm_up_epochs"):
             if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number, not below 0")
         if not 0 <= self.dropout < 1:
@@ -92,18 +92,18 @@ CHOICES = {
     "biases": ("paper", "caffe"),
     "optimizer": ("sgd", "lars"),
     "schedule": ("plateau", "poly"),
-    "normalisation": NORMALISATIONS,
-    "initialisation": INITIALISATIONS,
+    "normalization": NORMALIZATIONS,
+    "initialization": INITIALIZATIONS,
     "plateau_metric": ("top1_error", "loss"),
 }
-"""What the fields that name a choice may hold; the plan checks `colour`, and the network `groups`."""
+"""What the fields that name a choice may hold; the plan checks `color`, and the network `groups`."""
 
 RECIPES = {
     # The smallest deviation from the paper that learns reliably: BVLC's Caffe reproduction starts the same layers at
     # 0.1; see "Deviations from the paper" in the README for why.
     #   Command:   python jobs/train.py --data SHARDS --storage RUNS --name NAME
     #   Hardware:  one GPU; with --workers, as many as divide 128 images sensibly (up to 8).
-    #   Expected:  42.9 % top-1, 19.8 % top-5 error by the centre crop: BVLC's AlexNet, two towers, by
+    #   Expected:  42.9 % top-1, 19.8 % top-5 error by the center crop: BVLC's AlexNet, two towers, by
     #              models/bvlc_alexnet/readme.md (57.1 and 80.2 % right). Not run to its end here.
     "default": Recipe(hidden_bias=0.1),
     # To the letter, as far as the letter goes; the README's table "The paper, claim by claim" names the rest.
@@ -113,12 +113,12 @@ RECIPES = {
     #              ten classes and biases of 1 most units fell asleep at once (README), and BVLC saw flat loss.
     "paper": Recipe(),
     # Thousands of images a step: LARS with warm-up (You, Gitman, Ginsburg, arXiv 1708.03888; arXiv 1709.05011 goes to
-    # 32,768 images with batch normalisation). The rate of 10, the trust of 0.001, poly of power 2 and 100 epochs are
+    # 32,768 images with batch normalization). The rate of 10, the trust of 0.001, poly of power 2 and 100 epochs are
     # those of the authors' solver for 8,192 images, models/bvlc_alexnet/solver_8K.prototxt of borisgin/nvcaffe, which
-    # bounds LARS by the rate and has no warm-up; its twin for batch normalisation rises over 600 steps, four epochs.
+    # bounds LARS by the rate and has no warm-up; its twin for batch normalization rises over 600 steps, four epochs.
     #   Command:   python jobs/train.py --recipe large-batch --workers 8 --gpus ...
     #   Hardware:  8 to 32 GPUs, with 256 to 1,024 images of a step on each.
-    #   Expected:  as the default recipe, about 43 % top-1 error by the centre crop: "without loss in accuracy" up to
+    #   Expected:  as the default recipe, about 43 % top-1 error by the center crop: "without loss in accuracy" up to
     #              8,192 images, says the abstract of arXiv 1708.03888. Not run to its end here.
     "large-batch": Recipe(
         batch_size=8192,
@@ -130,13 +130,13 @@ RECIPES = {
         warm_up_epochs=2,
         hidden_bias=0.1,
     ),
-    # Batch normalisation instead of LRN and dropout: AlexNet_cvgj/train.prototxt and train.solver of cvjena/cnn-models
-    # (Simon et al., arXiv 1612.01452). 320,000 steps of 256 are 64 epochs. Theirs also normalises the pixels by a batch
+    # Batch normalization instead of LRN and dropout: AlexNet_cvgj/train.prototxt and train.solver of cvjena/cnn-models
+    # (Simon et al., arXiv 1612.01452). 320,000 steps of 256 are 64 epochs. Theirs also normalizes the pixels by a batch
     # norm of the input; ours subtracts the mean, and the first layer's norm takes out the scale.
     #   Command:   python jobs/train.py --recipe batchnorm ...
     #   Hardware:  one GPU with all 256 images in it at once (--workers 1): statistics are of what is in a network at
     #              once, there 128.
-    #   Expected:  39.9 % top-1, 18.1 % top-5 error by the centre crop (their README). Not run to its end here.
+    #   Expected:  39.9 % top-1, 18.1 % top-5 error by the center crop (their README). Not run to its end here.
     "batchnorm": Recipe(
         batch_size=256,
         epochs=64,
@@ -144,12 +144,12 @@ RECIPES = {
         biases="caffe",
         schedule="poly",
         power=1.0,
-        normalisation="batch",
-        initialisation="he",
+        normalization="batch",
+        initialization="he",
         hidden_bias=0.0,
         dropout=0.0,
         groups=2,
-        colour="none",
+        color="none",
     ),
 }
 """Complete, named configurations. A recipe's comment says the command, the hardware it is meant for, and the score to

@@ -20,9 +20,9 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from model.guards import DivergedError, Window, dead_network, divergence, flat_steps
-from model.metrics import LabelledImages, Score, evaluate, tally
+from model.metrics import LabeledImages, Score, batch_metrics, evaluate
 from model.optimizer import make_optimizer, resume_rate, set_rate
-from model.parallel import Leash, data_parallel, gradients_kept
+from model.parallel import InFlightStepLimit, data_parallel, no_sync
 from model.recipe import Recipe
 from model.schedule import Plateau
 
@@ -35,11 +35,11 @@ class TrainingData(Protocol):
         """Steps in an epoch."""
         ...
 
-    def training(self, epoch: int, first_step: int) -> Iterator[Sequence[LabelledImages]]:
+    def training(self, epoch: int, first_step: int) -> Iterator[Sequence[LabeledImages]]:
         """For each step from `first_step`, this worker's part of the global batch as one or more micro-batches."""
         ...
 
-    def validation(self) -> Iterator[LabelledImages]:
+    def validation(self) -> Iterator[LabeledImages]:
         """This worker's part of the validation images, each exactly once over all workers."""
         ...
 
@@ -93,7 +93,7 @@ class Progress:
         return progress
 
 
-class Due(enum.Enum):
+class StepAction(enum.Enum):
     """What is to be done after a step."""
 
     NOTHING = enum.auto()
@@ -109,7 +109,7 @@ class StoppedError(Exception):
 class Observer(Protocol):
     """Who is told of progress; every worker calls it alike."""
 
-    def trained(self, trainer: Trainer, batches: Sequence[LabelledImages], own_seconds: float) -> Due:
+    def on_step_end(self, trainer: Trainer, batches: Sequence[LabeledImages], own_seconds: float) -> StepAction:
         """After each step, with what it was trained on.
 
         Args:
@@ -120,11 +120,11 @@ class Observer(Protocol):
         """
         ...
 
-    def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
+    def on_log(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
         """After some steps: their mean score, all workers' rate, and the fraction of time spent waiting for data."""
         ...
 
-    def completed(self, trainer: Trainer, row: dict[str, Any]) -> None:
+    def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None:
         """After an epoch and its validation; `row` is new in the history."""
         ...
 
@@ -132,7 +132,7 @@ class Observer(Protocol):
         """When a checkpoint is due."""
         ...
 
-    def warned(self, trainer: Trainer, warning: str) -> None:
+    def on_warning(self, trainer: Trainer, warning: str) -> None:
         """When something looks wrong that does not stop training."""
         ...
 
@@ -143,7 +143,7 @@ class Trainer:
     Args:
         network: on `worker.device` already.
         recipe: what to do.
-        worker: who this is; with more than one worker, torch.distributed must be initialised.
+        worker: who this is; with more than one worker, torch.distributed must be initialized.
         log_every: tell the observer every so many steps.
         checkpoint_every: checkpoint every so many steps within an epoch; 0 for only at its end.
         clock: seconds; a parameter for tests.
@@ -168,7 +168,7 @@ class Trainer:
         self._clock = clock
         self._classes = 0
         self._forward_ended = 0.0
-        self._leash = Leash(worker.device)
+        self._in_flight = InFlightStepLimit(worker.device)
         self._parallel = data_parallel(network, worker.world)
 
     def fit(self, data: TrainingData, observer: Observer) -> None:
@@ -190,23 +190,23 @@ class Trainer:
             row = self._close_epoch(train, score)
             row["train_seconds"] = train_seconds
             row["seconds"] = self._clock() - started
-            observer.completed(self, row)
+            observer.on_epoch_end(self, row)
             observer.checkpoint(self, row)
 
     def resume(self, progress: Progress) -> None:
-        """Stands where `progress` says, once the network's and the optimiser's tensors are those of that moment."""
+        """Stands where `progress` says, once the network's and the optimizer's tensors are those of that moment."""
         self.progress = progress
         if progress.rate is not None:
             resume_rate(self.optimizer, progress.rate)
 
-    def step(self, micro_batches: Sequence[LabelledImages]) -> Tensor:
-        """One update from this worker's part of a global batch; float64 [4] of its sums, as `metrics.tally`."""
+    def step(self, micro_batches: Sequence[LabeledImages]) -> Tensor:
+        """One update from this worker's part of a global batch; float64 [4] of its sums, as `metrics.batch_metrics`."""
         torch.manual_seed(_step_seed(self.recipe.seed, self.progress.epoch, self.progress.step, self.worker.rank))
         self.optimizer.zero_grad()
         sums = torch.zeros(4, dtype=torch.float64, device=self.worker.device)
         for number, batch in enumerate(micro_batches, start=1):
             # Gradients add up locally and are exchanged once, with the last micro-batch.
-            with contextlib.nullcontext() if number == len(micro_batches) else gradients_kept(self._parallel):
+            with contextlib.nullcontext() if number == len(micro_batches) else no_sync(self._parallel):
                 with self._autocast():
                     logits = self._parallel(batch.images)
                 log_probabilities = F.log_softmax(logits.float(), dim=1)
@@ -214,7 +214,7 @@ class Trainer:
                 self._forward_ended = self._clock()
                 # DDP averages over workers: times `world`, the average is the sum over the global batch.
                 (loss * (self.worker.world / self.recipe.batch_size)).backward()
-            sums += tally(log_probabilities.detach(), batch.labels)
+            sums += batch_metrics(log_probabilities.detach(), batch.labels)
             self._classes = log_probabilities.shape[1]
         self.optimizer.step()
         return sums
@@ -242,32 +242,32 @@ class Trainer:
             highest = max(highest, progress.rate)
             recent += self.step(micro_batches)
             norm = torch.maximum(norm, self.gradient_norm())
-            self._leash.after_step()
+            self._in_flight.after_step()
             progress.step += 1
-            wish = observer.trained(self, micro_batches, self._forward_ended - asked)
+            wish = observer.on_step_end(self, micro_batches, self._forward_ended - asked)
             at_end = progress.step == data.steps
             by_count = self._checkpoint_every > 0 and progress.step % self._checkpoint_every == 0
             # The epoch's end has its own checkpoint, after a validation that may take longer than there is time.
-            due = wish is Due.STOP or (not at_end and (by_count or wish is Due.CHECKPOINT))
+            due = wish is StepAction.STOP or (not at_end and (by_count or wish is StepAction.CHECKPOINT))
             if at_end or due or progress.step % self._log_every == 0:
                 score, window = self._window(recent, norm, weights, progress.step - first, highest)
                 cause = divergence(window)
                 if cause is not None:
                     raise self._diverged(cause, first + 1, progress.step)
                 now = self._clock()
-                observer.stepped(self, score, score.images / (now - since), waited / (now - since))
+                observer.on_log(self, score, score.images / (now - since), waited / (now - since))
                 flat = flat_steps(progress.flat_steps, window)
                 warning = dead_network(progress.flat_steps, flat, data.steps, window.classes)
                 progress.flat_steps = flat
                 if warning is not None:
-                    observer.warned(self, warning)
+                    observer.on_warning(self, warning)
                 recent.zero_()
                 norm, weights = torch.zeros_like(norm), self._weight_norm()
                 since, first, waited, highest = now, progress.step, 0.0, 0.0
                 if due:
                     self._share_buffers()
                     observer.checkpoint(self, None)
-                if wish is Due.STOP:
+                if wish is StepAction.STOP:
                     raise StoppedError(f"after epoch {progress.epoch}, step {progress.step}")
 
     def _weight_norm(self) -> Tensor:

@@ -17,18 +17,18 @@ from unittest import mock
 from jobs import train
 from jobs.cli.command import run
 from jobs.training.config import TrainConfig
-from jobs.training.worker import Assignment, Reporter, train_worker
-from model.metrics import LabelledImages
-from model.training import Due, Trainer
+from jobs.training.worker import Reporter, WorkerConfig, train_worker
+from model.metrics import LabeledImages
+from model.training import StepAction, Trainer
 from pipeline.loading.loader import Batch
 from pipeline.loading.plan import Plan
 
 
-def observed(notes: str) -> Callable[[Assignment], dict[str, Any]]:
+def observed(notes: str) -> Callable[[WorkerConfig], dict[str, Any]]:
     """`train_worker`, noting. Ray sends it to the workers by value, as it is defined in `__main__`."""
 
-    def train_observed(assignment: Assignment) -> dict[str, Any]:
-        trained, write = Reporter.trained, Reporter.checkpoint
+    def train_observed(config: WorkerConfig) -> dict[str, Any]:
+        trained, write = Reporter.on_step_end, Reporter.checkpoint
         first = True
 
         def note(trainer: Trainer, **more: object) -> None:
@@ -36,7 +36,9 @@ def observed(notes: str) -> Callable[[Assignment], dict[str, Any]]:
             with open(notes, "a") as file:
                 file.write(json.dumps(place | more) + "\n")
 
-        def note_step(self: Reporter, trainer: Trainer, batches: Sequence[LabelledImages], own_seconds: float) -> Due:
+        def note_step(
+            self: Reporter, trainer: Trainer, batches: Sequence[LabeledImages], own_seconds: float
+        ) -> StepAction:
             nonlocal first
             samples = [sample for batch in batches for sample in cast(Batch, batch).samples.tolist()]
             note(trainer, first=first, rank=trainer.worker.rank, world=trainer.worker.world, samples=samples)
@@ -47,8 +49,8 @@ def observed(notes: str) -> Callable[[Assignment], dict[str, Any]]:
             note(trainer)
             write(self, trainer, row)
 
-        with mock.patch.multiple(Reporter, trained=note_step, checkpoint=note_checkpoint):
-            return train_worker(assignment)
+        with mock.patch.multiple(Reporter, on_step_end=note_step, checkpoint=note_checkpoint):
+            return train_worker(config)
 
     return train_observed
 

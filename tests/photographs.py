@@ -1,4 +1,4 @@
-"""Images made in code that compress and resize as photographs do: smooth, coloured, of varied size."""
+"""Images made in code that compress and resize as photographs do: smooth, colored, of varied size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.sources.sources import read_source
 
 
 def photograph(seed: int, width: int, height: int) -> NDArray[np.uint8]:
-    """A [height, width, 3] image: coloured noise at two scales over a gradient."""
+    """A [height, width, 3] image: colored noise at two scales over a gradient."""
     generator = np.random.default_rng(seed)
     total = np.zeros((height, width, 3))
     for cells, weight in ((4, 1.0), (16, 0.35)):

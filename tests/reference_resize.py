@@ -24,8 +24,8 @@ def central_square(image: NDArray[Any]) -> NDArray[np.float64]:
 def weights(side: int) -> NDArray[np.float64]:
     """[IMAGE_SIZE, side]: an antialiased bicubic (a = -0.5) resize of `side` pixels as a matrix."""
     scale = side / IMAGE_SIZE
-    centre = (np.arange(IMAGE_SIZE) + 0.5) * scale
-    x = np.abs((np.arange(side)[None, :] + 0.5 - centre[:, None]) / max(scale, 1.0))
+    center = (np.arange(IMAGE_SIZE) + 0.5) * scale
+    x = np.abs((np.arange(side)[None, :] + 0.5 - center[:, None]) / max(scale, 1.0))
     near = 1.5 * x**3 - 2.5 * x**2 + 1
     far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
     kernel = np.where(x < 1, near, np.where(x < 2, far, 0.0))

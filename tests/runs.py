@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from jobs.training import checkpoint
 from pipeline.dataset.info import read_dataset
-from pipeline.loading.plan import Plan, colour_matrix
+from pipeline.loading.plan import Plan, color_matrix
 from pipeline.storage.locations import open_location
 from tests.observer import assert_trained_once
 from tests.processes import outside_clusters
@@ -135,7 +135,7 @@ def undisturbed(shards: Path, folder: Path, workers: int, epochs: int) -> Path:
 
 def plan(shards: Path) -> Plan:
     info = read_dataset(shards)
-    return Plan(info.splits["train"].samples, BATCH, 0, colour_matrix(info.rgb))
+    return Plan(info.splits["train"].samples, BATCH, 0, color_matrix(info.rgb))
 
 
 def assert_alike(whole: Path, run: str, shards: Path, epochs: int, workers: int, notes: Path) -> None:

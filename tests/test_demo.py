@@ -32,7 +32,7 @@ def test_the_demo_on_ones_own_images(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "$ ray job submit" in done.stdout
     assert "Guessing among 3 classes would have 66.7%" in done.stdout
-    for crops in ("centre crop", "ten crops"):
+    for crops in ("center crop", "ten crops"):
         assert f"{crops}, 3 images" in done.stdout
     assert "<svg" in (tmp_path / "demo" / "report.html").read_text()
 

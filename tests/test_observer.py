@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.loading.plan import Plan, share
+from pipeline.loading.plan import Plan, rank_slice
 from tests.observer import assert_trained_once
 
 PLAN = Plan(23, 5, 7, np.zeros((3, 3)))
@@ -23,7 +23,7 @@ def notes(world: int, first: int, last: int, checkpoint: int) -> list[dict[str, 
         batch = PLAN.order(epoch)[step * 5 : step * 5 + 5].tolist()
         place = {"epoch": epoch, "step": step + 1}
         for rank in range(world):
-            part = share(5, rank, world)
+            part = rank_slice(5, rank, world)
             samples = batch[part.start : part.stop]
             lines.append({**place, "first": done == first, "rank": rank, "world": world, "samples": samples})
         if done == checkpoint:

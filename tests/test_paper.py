@@ -43,7 +43,7 @@ def test_the_papers_numbers() -> None:
     paper = RECIPES["paper"]
     assert (paper.batch_size, paper.epochs, paper.lr, paper.momentum, paper.weight_decay) == (128, 90, 0.01, 0.9, 5e-4)
     assert (paper.hidden_bias, paper.dropout, paper.schedule, paper.warm_up_epochs) == (1.0, 0.5, "plateau", 0)
-    assert (paper.normalisation, paper.initialisation, paper.colour) == ("lrn", "gaussian", "eigenvalue")
+    assert (paper.normalization, paper.initialization, paper.color) == ("lrn", "gaussian", "eigenvalue")
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
@@ -51,8 +51,8 @@ def test_each_recipe_trains_a_step(name: str) -> None:
     from model.optimizer import make_optimizer, set_rate
 
     recipe: Recipe = RECIPES[name]
-    network = AlexNet(3, recipe.groups, recipe.dropout, recipe.normalisation)
-    network.initialise(0, recipe.hidden_bias, recipe.initialisation)
+    network = AlexNet(3, recipe.groups, recipe.dropout, recipe.normalization)
+    network.initialize(0, recipe.hidden_bias, recipe.initialization)
     before = {n: p.detach().clone() for n, p in network.named_parameters()}
     optimizer = make_optimizer(network, recipe)
     set_rate(optimizer, recipe.rate(recipe.lr, 0, 0, 5))

@@ -62,7 +62,7 @@ def _refuse_urls(config: object) -> None:
             raise ValueError(f"{flag} is the URL {str(value).replace(':/', '://', 1)}: it takes a path on a disk here")
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Tells a person, beside what the command prints as its result."""
     print(line, file=sys.stderr, flush=True)
 

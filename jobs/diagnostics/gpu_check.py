@@ -28,7 +28,7 @@ from pipeline.dataset.split_reader import Allocate, SplitReader
 from pipeline.images.decode import IMAGE_BYTES, IMAGE_SHAPE
 from pipeline.loading.graph import GpuDecoder
 from pipeline.loading.loader import Batch, Loader
-from pipeline.loading.plan import Plan, center_crops, colour_matrix
+from pipeline.loading.plan import Plan, center_crops, color_matrix
 from pipeline.loading.reader_process import Reader
 
 MAX_LEVELS = 5.0  # A value further off than two correct decoders can be...
@@ -48,7 +48,7 @@ class GpuCheckError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The worst of every image, in grey levels."""
+    """The worst of every image, in gray levels."""
 
     images: int
     mean: float
@@ -173,7 +173,7 @@ class GpuCheck:
             f"memory over {self.memory_batches} batches: {memory}",
         ]
 
-    def refuse_problems(self, device: torch.device) -> None:
+    def check_problems(self, device: torch.device) -> None:
         """Raises GpuCheckError if there are any."""
         problems = [f"{one.of}: {problem}" for one in self.agreements for problem in one.problems]
         if problems:
@@ -197,7 +197,7 @@ def check(
     """
     info = read_dataset(data)
     reader = SplitReader(data, info, "train")
-    plan = Plan(len(reader), min(batch_size, len(reader)), 0, colour_matrix(info.rgb))
+    plan = Plan(len(reader), min(batch_size, len(reader)), 0, color_matrix(info.rgb))
     planned = list(itertools.islice(plan.epoch(0), steps))
     batches = [*planned, *(center_crops(batch.samples) for batch in planned)]
     cut = [part for batch in planned for part in batch.chunks(batch_size // 2 + 1)]

@@ -52,7 +52,7 @@ class CheckpointError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Identity:
+class RunFingerprint:
     """What a run trains, and on what: a run may only be continued with the same."""
 
     recipe: Recipe
@@ -70,11 +70,11 @@ class Identity:
     @classmethod
     def of(
         cls, recipe: Recipe, info: DatasetInfo, decoder: str = "libjpeg-turbo", precision: str = "float32"
-    ) -> Identity:
+    ) -> RunFingerprint:
         wnids = tuple(label.wnid for label in info.classes)
         return cls(recipe, info.fingerprint, wnids, info.rgb, decoder, precision)
 
-    def differences(self, other: Identity) -> list[str]:
+    def differences(self, other: RunFingerprint) -> list[str]:
         """What differs from another run, one phrase each.
 
         The number of epochs may, so that a run can be extended; not under a schedule that counts on it.
@@ -98,7 +98,7 @@ class Identity:
 class State:
     """The contents of `state.json`."""
 
-    identity: Identity
+    identity: RunFingerprint
     progress: Progress
     origin: str = ""
     """Where weights come from that were not trained here; empty for a run's own."""
@@ -126,7 +126,7 @@ class State:
                 )
             identity = value["identity"]
             return cls(
-                Identity(
+                RunFingerprint(
                     Recipe(**identity["recipe"]),
                     str(identity["dataset"]),
                     tuple(identity["wnids"]),
@@ -148,7 +148,7 @@ def _one_of(names: Collection[str], value: object) -> str:
     return value
 
 
-def save(folder: Path, trainer: Trainer, identity: Identity) -> None:
+def save(folder: Path, trainer: Trainer, identity: RunFingerprint) -> None:
     """Writes a checkpoint of everything that training needs to go on exactly."""
     momentum = {
         name: trainer.optimizer.state[parameter]["momentum_buffer"]
@@ -181,14 +181,14 @@ def read_state(folder: Path) -> State:
     return State.from_json(text, str(folder / STATE_FILE))
 
 
-def restore(folder: Path, trainer: Trainer, identity: Identity) -> None:
+def restore(folder: Path, trainer: Trainer, identity: RunFingerprint) -> None:
     """Puts a trainer where a checkpoint left off.
 
     Raises:
         CheckpointError: if the checkpoint is damaged or belongs to another data set or configuration.
     """
     state = read_state(folder)
-    refuse_other(state, identity, str(folder))
+    check_other(state, identity, str(folder))
     load_network(folder, trainer.network)
     momentum = _load(folder / OPTIMIZER_FILE)
     for name, parameter in trainer.network.named_parameters():
@@ -205,7 +205,7 @@ def finished(state: State, recipe: Recipe) -> bool:
     return state.progress.schedule.stopped or state.progress.epoch >= recipe.epochs
 
 
-def refuse_other(state: State, identity: Identity, where: str) -> None:
+def check_other(state: State, identity: RunFingerprint, where: str) -> None:
     """Raises CheckpointError if a checkpoint is not of this data set and configuration."""
     differences = state.identity.differences(identity)
     if differences:
@@ -214,7 +214,7 @@ def refuse_other(state: State, identity: Identity, where: str) -> None:
         )
 
 
-def refuse_other_classes(identity: Identity, info: DatasetInfo, checkpoint: str, data: str) -> None:
+def check_other_classes(identity: RunFingerprint, info: DatasetInfo, checkpoint: str, data: str) -> None:
     """Raises CheckpointError if a checkpoint tells other classes apart than a shard set has."""
     wnids = tuple(label.wnid for label in info.classes)
     if identity.wnids != wnids:

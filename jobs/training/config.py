@@ -21,16 +21,18 @@ class Workers:
         ValueError: if there are none, or more at least than at most.
     """
 
-    fewest: int
+    min_workers: int
     """Below it, training waits."""
-    most: int
+    max_workers: int
     """Beyond it, room is left to others."""
 
     def __post_init__(self) -> None:
-        if self.fewest < 1:
+        if self.min_workers < 1:
             raise ValueError(f"--workers is {self}; it must be at least 1")
-        if self.fewest > self.most:
-            raise ValueError(f"--workers is {self}; the fewest come first, as {self.most}:{self.fewest}")
+        if self.min_workers > self.max_workers:
+            raise ValueError(
+                f"--workers is {self}; the smaller number comes first, as {self.max_workers}:{self.min_workers}"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Workers:
@@ -43,29 +45,31 @@ class Workers:
     @property
     def elastic(self) -> bool:
         """Whether their number may change while they train."""
-        return self.fewest < self.most
+        return self.min_workers < self.max_workers
 
     def __str__(self) -> str:
-        return f"{self.fewest}:{self.most}" if self.fewest != self.most else str(self.fewest)
+        return (
+            f"{self.min_workers}:{self.max_workers}" if self.min_workers != self.max_workers else str(self.min_workers)
+        )
 
-    def refuse_more_than(self, batch_size: int) -> None:
+    def check_more_than(self, batch_size: int) -> None:
         """Raises ValueError if a worker would have no image of a global batch.
 
         The plan's parts of a batch may differ by one image, so that any number of workers up to its size will do.
         """
-        if self.most > batch_size:
+        if self.max_workers > batch_size:
             raise ValueError(
-                f"{self.most} workers cannot share a batch of {batch_size}: use fewer --workers or a larger "
+                f"{self.max_workers} workers cannot share a batch of {batch_size}: use fewer --workers or a larger "
                 "--batch-size"
             )
 
-    def refuse_single_images(self, batch_size: int, micro_batch: int) -> None:
+    def check_single_images(self, batch_size: int, micro_batch: int) -> None:
         """Raises ValueError if some worker's last micro-batch would be one image, which has no variance."""
-        for count in range(self.fewest, self.most + 1):
+        for count in range(self.min_workers, self.max_workers + 1):
             for part in {batch_size // count, -(-batch_size // count)}:
                 if 1 in (part, micro_batch, part % micro_batch):
                     raise ValueError(
-                        f"batch normalisation needs two images, and of {count} worker(s) one would have {part} of a "
+                        f"batch normalization needs two images, and of {count} worker(s) one would have {part} of a "
                         f"batch of {batch_size}, the last alone: use another --batch-size, --micro-batch or --workers"
                     )
 
@@ -100,7 +104,7 @@ class TrainConfig:
     shifts. Pixels take 196,608 bytes an image, 252 GB for ImageNet: for memory or fast disks that hold so much."""
     recipe: Literal["default", "paper", "large-batch", "batchnorm"] = "default"
     """paper: to the letter; default: but for an initial hidden bias of 0.1, with which it learns reliably; large-batch:
-    LARS, for thousands of images a step; batchnorm: batch normalisation for LRN. model/recipe.py has each in full."""
+    LARS, for thousands of images a step; batchnorm: batch normalization for LRN. model/recipe.py has each in full."""
     workers: WorkersChoice = None
     """How many processes train, or from how many to how many; None: one per GPU of the cluster, or one on CPU."""
     resize_seconds: float = 60.0
@@ -124,16 +128,16 @@ class TrainConfig:
     """plateau: a tenth of the rate when validation stops improving; poly: falling over all epochs."""
     warm_up_epochs: int | None = None
     """Epochs over which the rate rises linearly at the start."""
-    normalisation: Literal["lrn", "caffe", "caffenet", "batch"] | None = None
-    """lrn: the paper's; caffe, caffenet: as the two networks of Caffe; batch: batch normalisation instead."""
+    normalization: Literal["lrn", "caffe", "caffenet", "batch"] | None = None
+    """lrn: the paper's; caffe, caffenet: as the two networks of Caffe; batch: batch normalization instead."""
     dropout: float | None = None
     """On the outputs of fc6 and fc7."""
     hidden_bias: float | None = None
     """Initial bias of conv2, conv4, conv5, fc6 and fc7."""
     groups: Literal[1, 2] | None = None
     """1: one tower; 2: the paper's two."""
-    colour: Literal["eigenvalue", "std", "none"] | None = None
-    """Scale of the colour shift: by the paper's eigenvalues, or by the 2012 source's standard deviations."""
+    color: Literal["eigenvalue", "std", "none"] | None = None
+    """Scale of the color shift: by the paper's eigenvalues, or by the 2012 source's standard deviations."""
     plateau_metric: Literal["top1_error", "loss"] | None = None
     """What must improve on the validation set, or the rate drops."""
     patience: int | None = None
@@ -198,7 +202,7 @@ class TrainConfig:
                 flag = f"--{idle[0].replace('_', '-')}"
                 raise ValueError(f"{flag} does nothing under the {recipe.schedule} schedule: leave it out")
         if self.workers is not None:
-            self.workers.refuse_more_than(recipe.batch_size)
+            self.workers.check_more_than(recipe.batch_size)
         return recipe
 
     def changes(self) -> dict[str, Any]:

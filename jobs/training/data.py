@@ -15,7 +15,7 @@ from pipeline.dataset.info import read_dataset
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.loading.graph import GpuDecoder, decoder_name
 from pipeline.loading.loader import Batch, Loader
-from pipeline.loading.plan import Plan, PlannedBatch, center_crops, colour_matrix, share
+from pipeline.loading.plan import Plan, PlannedBatch, center_crops, color_matrix, rank_slice
 
 
 class WorkerData:
@@ -45,7 +45,7 @@ class WorkerData:
         self.info = read_dataset(data)
         train, self._val = (SplitReader(data, self.info, split) for split in ("train", "val"))
         self.decoder = decoder_name(train.pixels, worker.device.type == "cuda", gpu_decoder)
-        self._plan = Plan(len(train), recipe.batch_size, recipe.seed, colour_matrix(self.info.rgb, recipe.colour))
+        self._plan = Plan(len(train), recipe.batch_size, recipe.seed, color_matrix(self.info.rgb, recipe.color))
         self._epochs = recipe.epochs
         self._worker = worker
         self._micro_batch = micro_batch
@@ -65,7 +65,7 @@ class WorkerData:
         """For each step to the epoch's end, this worker's part of the global batch in micro-batches."""
         if self._position != (epoch, first_step):
             self._batches = self._train_loader.run(self._planned(epoch, first_step))
-        part = len(share(self._plan.batch_size, self._worker.rank, self._worker.world))
+        part = len(rank_slice(self._plan.batch_size, self._worker.rank, self._worker.world))
         # Whoever stops in the middle begins anew, unless at this very place.
         self._position = None
         for step in range(first_step, self.steps):
@@ -75,7 +75,7 @@ class WorkerData:
 
     def validation(self) -> Iterator[Batch]:
         """This worker's part of the validation images, each exactly once over all workers."""
-        part = share(len(self._val), self._worker.rank, self._worker.world)
+        part = rank_slice(len(self._val), self._worker.rank, self._worker.world)
         samples = np.arange(part.start, part.stop)
         return self._val_loader.run(center_crops(samples).chunks(self._micro_batch))
 

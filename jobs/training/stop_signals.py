@@ -20,7 +20,7 @@ import torch
 from torch import distributed
 
 from jobs.cluster.ray_private import preemption_info
-from model.training import Due, Worker
+from model.training import StepAction, Worker
 from pipeline.storage.locations import join, open_location
 
 POLL_SECONDS = 1.0
@@ -132,7 +132,7 @@ class StopConsensus:
         worker: this rank, of which rank 0 decides.
         checkpoint_seconds: from one checkpoint to the next; None for no checkpoints by time.
         news: on rank 0, why to stop, and which nodes are draining; None for neither.
-        say: prints a line.
+        log: prints a line.
         clock: seconds; a parameter for tests.
     """
 
@@ -141,13 +141,13 @@ class StopConsensus:
         worker: Worker,
         checkpoint_seconds: float | None,
         news: Callable[[], tuple[str | None, str | None]],
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._worker = worker
         self._checkpoint_seconds = checkpoint_seconds
         self._news = news
-        self._say = say
+        self._log = log
         self._clock = clock
         self._written = self._last = clock()
         self._wait, self._steps, self._own = 1, 0, 0.0
@@ -158,12 +158,12 @@ class StopConsensus:
         """A checkpoint was just written."""
         self._written = self._clock()
 
-    def after_step(self, own_seconds: float) -> Due:
+    def after_step(self, own_seconds: float) -> StepAction:
         """What to do after a step that took this rank `own_seconds` before it waited for others."""
         self._steps += 1
         self._own += own_seconds
         if self._steps < self._wait:
-            return Due.NOTHING
+            return StepAction.NOTHING
         mine = torch.zeros(4 + self._worker.world, dtype=torch.float64)
         if self._worker.rank == 0:
             mine[:4] = torch.tensor(self._decide())
@@ -175,8 +175,8 @@ class StopConsensus:
         self._tell_if_slow(own)
         self._wait, self._steps, self._own = int(wait), 0, 0.0
         if stop:
-            return Due.STOP
-        return Due.CHECKPOINT if drain or due else Due.NOTHING
+            return StepAction.STOP
+        return StepAction.CHECKPOINT if drain or due else StepAction.NOTHING
 
     def _decide(self) -> tuple[float, float, float, float]:
         """Rank 0's decision: stop, checkpoint for a drain, checkpoint by the clock, steps until the next exchange."""
@@ -188,9 +188,9 @@ class StopConsensus:
         new_drain = drain is not None and self._announced is None
         self._announced = drain
         if stop is not None:
-            self._say(f"{stop}: writing a checkpoint, then leaving")
+            self._log(f"{stop}: writing a checkpoint, then leaving")
         elif new_drain:
-            self._say(f"draining: {drain}; writing a checkpoint, then going on until the node is taken")
+            self._log(f"draining: {drain}; writing a checkpoint, then going on until the node is taken")
         due = self._checkpoint_seconds is not None and now - self._written >= self._checkpoint_seconds
         steps = max(1, min(1000, int(EXCHANGE_SECONDS / step_seconds))) if step_seconds > 0 else 1
         return float(stop is not None), float(new_drain), float(due), float(steps)
@@ -203,7 +203,7 @@ class StopConsensus:
         others = statistics.median(own)
         self._slow = self._slow + 1 if mine > SLOW * others and mine - others > 0.01 else 0
         if self._slow == SLOW_EXCHANGES:
-            self._say(
+            self._log(
                 f"rank {self._worker.rank} on {socket.gethostname()} is slow: {mine:.2f} s a step for its data and "
                 f"forward pass, the others {others:.2f} s; all wait for it"
             )

@@ -15,7 +15,7 @@ import faulthandler
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-from model.metrics import LabelledImages
+from model.metrics import LabeledImages
 from model.training import TrainingData
 
 Item = TypeVar("Item")
@@ -45,10 +45,10 @@ class LimitedData:
     def steps(self) -> int:
         return self._data.steps
 
-    def training(self, epoch: int, first_step: int) -> Iterator[Sequence[LabelledImages]]:
+    def training(self, epoch: int, first_step: int) -> Iterator[Sequence[LabeledImages]]:
         return self._each(self._data.training(epoch, first_step))
 
-    def validation(self) -> Iterator[LabelledImages]:
+    def validation(self) -> Iterator[LabeledImages]:
         return self._each(self._data.validation())
 
     def _each(self, items: Iterator[Item]) -> Iterator[Item]:

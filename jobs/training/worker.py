@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from jobs.cli.device import processor
 from jobs.training import checkpoint
-from jobs.training.checkpoint import CHECKPOINT_PREFIX, Identity
+from jobs.training.checkpoint import CHECKPOINT_PREFIX, RunFingerprint
 from jobs.training.data import WorkerData
 from jobs.training.run_storage import CheckpointUploader, check_run_folder, storage_error
 from jobs.training.stop_signals import StopConsensus, StopRequestPoller
@@ -24,9 +24,9 @@ from jobs.training.trackers import TrackedRun, Tracker, make_trackers
 from jobs.training.watchdog import LimitedData, limited
 from model.alexnet import AlexNet
 from model.guards import DivergedError
-from model.metrics import LabelledImages, Score
+from model.metrics import LabeledImages, Score
 from model.recipe import Recipe
-from model.training import Due, StoppedError, Trainer, Worker
+from model.training import StepAction, StoppedError, Trainer, Worker
 from pipeline.dataset.info import DatasetError
 from pipeline.loading.graph import GpuDecoder
 from pipeline.staging.decoded_cache import stage_pixels
@@ -36,7 +36,7 @@ WORST_ERROR = 2.0  # Of a checkpoint within an epoch, which has none yet
 
 
 @dataclasses.dataclass(frozen=True)
-class Assignment:
+class WorkerConfig:
     """What the driver tells every worker."""
 
     data: str
@@ -73,27 +73,27 @@ class Reporter:
 
     def __init__(
         self,
-        assignment: Assignment,
-        identity: Identity,
+        config: WorkerConfig,
+        identity: RunFingerprint,
         worker: Worker,
         steps: int,
         trackers: list[Tracker],
     ) -> None:
         self._identity = identity
         self._rank = worker.rank
-        self._run = assignment.run
-        self._uploader = CheckpointUploader(assignment.run) if worker.rank == 0 else None
-        news = StopRequestPoller(assignment.run).news if worker.rank == 0 else lambda: (None, None)
-        say = functools.partial(print, flush=True)
-        self._consensus = StopConsensus(worker, assignment.checkpoint_seconds, news, say)
+        self._run = config.run
+        self._uploader = CheckpointUploader(config.run) if worker.rank == 0 else None
+        news = StopRequestPoller(config.run).news if worker.rank == 0 else lambda: (None, None)
+        log = functools.partial(print, flush=True)
+        self._consensus = StopConsensus(worker, config.checkpoint_seconds, news, log)
         self._steps = steps
-        self._epochs = assignment.recipe.epochs
+        self._epochs = config.recipe.epochs
         self._trackers = trackers
 
-    def trained(self, trainer: Trainer, batches: Sequence[LabelledImages], own_seconds: float) -> Due:
+    def on_step_end(self, trainer: Trainer, batches: Sequence[LabeledImages], own_seconds: float) -> StepAction:
         return self._consensus.after_step(own_seconds)
 
-    def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
+    def on_log(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
         if self._rank != 0:
             return
         progress = trainer.progress
@@ -113,7 +113,7 @@ class Reporter:
         }
         self._track(values, progress.epoch * self._steps + progress.step)
 
-    def completed(self, trainer: Trainer, row: dict[str, Any]) -> None:
+    def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None:
         if self._rank != 0:
             return
         print(
@@ -138,7 +138,7 @@ class Reporter:
         for tracker in self._trackers:
             tracker.log(values, step)
 
-    def warned(self, trainer: Trainer, warning: str) -> None:
+    def on_warning(self, trainer: Trainer, warning: str) -> None:
         if self._rank == 0:
             print(warning, flush=True)
 
@@ -163,7 +163,7 @@ class Reporter:
             self._uploader.wait()
 
 
-def train_worker(assignment: Assignment) -> dict[str, Any]:
+def train_worker(config: WorkerConfig) -> dict[str, Any]:
     """Trains on this worker; rank 0's return value reaches the driver.
 
     Returns:
@@ -174,41 +174,39 @@ def train_worker(assignment: Assignment) -> dict[str, Any]:
         DatasetError: if the set is missing or damaged.
     """
     try:
-        return _train(assignment)
+        return _train(config)
     except DatasetError:
         # The driver says it in one line; Ray Train would print a traceback before.
         logging.getLogger("ray.train").setLevel(logging.CRITICAL)
         raise
 
 
-def _train(assignment: Assignment) -> dict[str, Any]:
+def _train(config: WorkerConfig) -> dict[str, Any]:
     # Ray Train logs every report of every worker through a logger that is none of "ray.train", so LoggingConfig, which
     # the driver sets, does not reach it.
     logging.getLogger().setLevel(logging.WARNING)
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
-    worker = Worker(context.get_world_rank(), context.get_world_size(), device, getattr(torch, assignment.precision))
+    worker = Worker(context.get_world_rank(), context.get_world_size(), device, getattr(torch, config.precision))
     if device.type == "cpu":
-        torch.set_num_threads(assignment.threads)
-    check_run_folder(assignment.run)
-    folder = Path(assignment.data)
-    if assignment.stage is not None:
+        torch.set_num_threads(config.threads)
+    check_run_folder(config.run)
+    folder = Path(config.data)
+    if config.stage is not None:
         report = functools.partial(print, flush=True)
-        if assignment.stage_as == "pixels":
-            folder = stage_pixels(assignment.data, Path(assignment.stage), report, assignment.threads)
+        if config.stage_as == "pixels":
+            folder = stage_pixels(config.data, Path(config.stage), report, config.threads)
         else:
-            folder = stage(assignment.data, Path(assignment.stage), report)
-    with limited(assignment.hang_seconds):
-        data = WorkerData(
-            folder, assignment.recipe, worker, assignment.micro_batch, assignment.threads, assignment.gpu_decoder
-        )
-    identity = Identity.of(assignment.recipe, data.info, data.decoder, assignment.precision)
+            folder = stage(config.data, Path(config.stage), report)
+    with limited(config.hang_seconds):
+        data = WorkerData(folder, config.recipe, worker, config.micro_batch, config.threads, config.gpu_decoder)
+    identity = RunFingerprint.of(config.recipe, data.info, data.decoder, config.precision)
     trainer = Trainer(
         make_network(identity).to(memory_format=torch.channels_last).to(device),
-        assignment.recipe,
+        config.recipe,
         worker,
-        assignment.log_every,
-        assignment.checkpoint_every,
+        config.log_every,
+        config.checkpoint_every,
     )
     previous = ray.train.get_checkpoint()
     if previous is not None:
@@ -217,15 +215,15 @@ def _train(assignment: Assignment) -> dict[str, Any]:
     start = trainer.progress.epoch * data.steps + trainer.progress.step
     trackers: list[Tracker] = []
     if worker.rank == 0:
-        tracked = TrackedRun(assignment.run, dataclasses.asdict(assignment.recipe), machine(assignment, worker), start)
-        trackers = make_trackers(assignment.tracker, tracked)
+        tracked = TrackedRun(config.run, dataclasses.asdict(config.recipe), machine(config, worker), start)
+        trackers = make_trackers(config.tracker, tracked)
     if previous is not None and worker.rank == 0:
         place = f"after epoch {trainer.progress.epoch}, step {trainer.progress.step}"
         print(f"continuing {place}, with {worker.world} worker(s)", flush=True)
-    reporter = Reporter(assignment, identity, worker, data.steps, trackers)
+    reporter = Reporter(config, identity, worker, data.steps, trackers)
     error = stopped = None
     try:
-        trainer.fit(LimitedData(data, assignment.hang_seconds), reporter)
+        trainer.fit(LimitedData(data, config.hang_seconds), reporter)
     except DivergedError as failure:
         # Every worker stops alike, and to start again would end the same way: an answer, not a failure to retry.
         error = str(failure)
@@ -237,18 +235,18 @@ def _train(assignment: Assignment) -> dict[str, Any]:
     return {"error": error, "stopped": stopped, "history": trainer.progress.history}
 
 
-def machine(assignment: Assignment, worker: Worker) -> str:
+def machine(config: WorkerConfig, worker: Worker) -> str:
     """What a run runs on, as its first worker sees it, for people."""
     if worker.device.type == "cuda":
         kind = torch.cuda.get_device_name(worker.device)
     else:
-        kind = f"{processor()}, {assignment.threads} thread(s) each"
-    return f"{worker.world} worker(s) on {kind}; {assignment.precision}; torch {torch.__version__}"
+        kind = f"{processor()}, {config.threads} thread(s) each"
+    return f"{worker.world} worker(s) on {kind}; {config.precision}; torch {torch.__version__}"
 
 
-def make_network(identity: Identity) -> AlexNet:
+def make_network(identity: RunFingerprint) -> AlexNet:
     """A run's network with its initial weights, on the CPU."""
     recipe = identity.recipe
-    network = AlexNet(len(identity.wnids), recipe.groups, recipe.dropout, recipe.normalisation)
-    network.initialise(recipe.seed, recipe.hidden_bias, recipe.initialisation)
+    network = AlexNet(len(identity.wnids), recipe.groups, recipe.dropout, recipe.normalization)
+    network.initialize(recipe.seed, recipe.hidden_bias, recipe.initialization)
     return network

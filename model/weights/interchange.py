@@ -53,8 +53,8 @@ class Imported:
 
     description: str
     """What it is."""
-    normalisation: str
-    """One of `model.alexnet.NORMALISATIONS`."""
+    normalization: str
+    """One of `model.alexnet.NORMALIZATIONS`."""
     tensors: dict[str, Tensor]
     """By the names of AlexNet's parameters, RGB, float32."""
 
@@ -80,7 +80,7 @@ def from_caffe(layers: Sequence[CaffeLayer]) -> Imported:
             f"its pooling and LRN layers are {', '.join(kinds) or 'missing'}: it is neither bvlc_alexnet nor "
             "bvlc_reference_caffenet"
         )
-    network, normalisation = orders[kinds]
+    network, normalization = orders[kinds]
     tensors = {}
     for name in LAYERS:
         if name not in named or len(named[name].blobs) != 2:
@@ -89,7 +89,7 @@ def from_caffe(layers: Sequence[CaffeLayer]) -> Imported:
         # Older files give every blob four dimensions: [1, 1, out, in] and [1, 1, 1, out].
         tensors[f"{name}.weight"] = weight if name.startswith("conv") else weight.reshape(weight.shape[-2:])
         tensors[f"{name}.bias"] = bias.reshape(-1)
-    return Imported(f"{network} of Caffe", normalisation, _fitted(tensors))
+    return Imported(f"{network} of Caffe", normalization, _fitted(tensors))
 
 
 def from_jiecaoyu(state: Mapping[str, object]) -> Imported:

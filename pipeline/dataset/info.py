@@ -224,7 +224,7 @@ def staged_from(root: Path) -> str | None:
         return None
 
 
-def mend_advice(root: Path, split: str, shard: str) -> str:
+def repair_advice(root: Path, split: str, shard: str) -> str:
     """What to do about one damaged shard of a set that may be a staged copy."""
     origin = staged_from(root)
     if origin is None:

@@ -1,4 +1,4 @@
-"""The samples of a shard's tar, as every WebDataset reader groups them: neighbours that share a key."""
+"""The samples of a shard's tar, as every WebDataset reader groups them: neighbors that share a key."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.dataset.info import DatasetError, DatasetInfo, is_decoded, mend_advice
+from pipeline.dataset.info import DatasetError, DatasetInfo, is_decoded, repair_advice
 from pipeline.dataset.sample_index import open_index
 from pipeline.dataset.shard_file import ChangedError, DamagedError, ShardFile, allow_open_files
 from pipeline.images.decode import IMAGE_BYTES, IMAGE_SHAPE, MAX_JPEG_BYTES, ImageError, decode_stored
@@ -166,4 +166,4 @@ class SplitReader:
         return f"{self.split} image {self.key(sample)} of {shard}: {what}; {self._advice(shard)}"
 
     def _advice(self, shard: str) -> str:
-        return mend_advice(self._root, self.split, shard)
+        return repair_advice(self._root, self.split, shard)

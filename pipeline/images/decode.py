@@ -1,15 +1,15 @@
 """One image file's bytes -> its pixels, whatever kind of file it is.
 
 Decided once, for every image:
-- The orientation in EXIF is not applied and colour profiles are not read, as is usual with ImageNet: everyone's results
+- The orientation in EXIF is not applied and color profiles are not read, as is usual with ImageNet: everyone's results
   were made with the pixels as stored. Pillow turns TIFFs by itself; they are turned back.
-- Transparency is laid over white. Grey is repeated to three channels, palettes are looked up, CMYK is converted as
-  Pillow does, 16-bit grey keeps its upper 8 bits (as Pillow reads 16-bit colour). 32-bit and floating point pixels have
+- Transparency is laid over white. Gray is repeated to three channels, palettes are looked up, CMYK is converted as
+  Pillow does, 16-bit gray keeps its upper 8 bits (as Pillow reads 16-bit color). 32-bit and floating point pixels have
   no known range and are refused.
 - Of an animation, or of several pictures or pages in one file, the first counts.
 - Bytes behind the image do not matter. A file that ends before its image does is refused, even where only the end
   marker is lost: what else is lost cannot be known.
-- A JPEG with wrong bits inside is kept as libjpeg reads it, which goes on at the next marker or leaves grey. Every
+- A JPEG with wrong bits inside is kept as libjpeg reads it, which goes on at the next marker or leaves gray. Every
   program that trains on ImageNet sees those pixels; Pillow cannot tell such a file from a good one. PNG has checksums,
   and a wrong one is refused.
 - The contents decide on the format, not the name. Others than FORMATS are no images here; Pillow would run a
@@ -38,7 +38,7 @@ MAX_JPEG_BYTES = 4 * 2**20  # Twenty times what the pixels take: no index has me
 MAX_PIXELS = 80_000_000
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")  # "JPEG" also opens multi-picture files.
 
-# Some libraries switch it on for the whole process; half an image would then be padded with grey without a word.
+# Some libraries switch it on for the whole process; half an image would then be padded with gray without a word.
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 # What undoes each turn that Pillow makes.
@@ -135,8 +135,8 @@ def _flawless_jpeg(data: bytes) -> NDArray[np.uint8] | None:
     Nearly all of ImageNet goes through here. It is the same libjpeg-turbo as Pillow's, without Pillow's copies.
     """
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if height * width > MAX_PIXELS or colours not in ("YCbCr", "Gray", "RGB"):
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+        if height * width > MAX_PIXELS or colors not in ("YCbCr", "Gray", "RGB"):
             return None
         return simplejpeg.decode_jpeg(data, "RGB", strict=True)
     except ValueError:
@@ -172,10 +172,10 @@ def _by_pillow(data: bytes) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         # astype makes the byte order the machine's own, which "I;16B" is not.
-        grey = np.asarray(image).astype(np.uint16)
-        upper = (grey >> 8).astype(np.uint8)
-        # PNG can call one level of grey transparent.
-        upper[grey == image.info.get("transparency", -1)] = 255
+        gray = np.asarray(image).astype(np.uint16)
+        upper = (gray >> 8).astype(np.uint8)
+        # PNG can call one level of gray transparent.
+        upper[gray == image.info.get("transparency", -1)] = 255
         return Image.fromarray(upper).convert("RGB")
     if image.mode in ("I", "F"):
         raise ImageError(f"its pixels are 32-bit numbers (mode {image.mode}) without a known range")

@@ -1,7 +1,7 @@
 """Exact statistics of a data set's RGB values: integer moments, then mean, covariance and its eigenvectors.
 
 The moments are sums of integers, so shards can be counted apart, in any order, and merged without rounding; floating
-point enters once, at the end. The eigenvectors and eigenvalues are the p and lambda of the paper's colour shift
+point enters once, at the end. The eigenvectors and eigenvalues are the p and lambda of the paper's color shift
 (section 4.1), with RGB scaled to [0, 1].
 """
 

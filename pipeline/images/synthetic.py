@@ -1,9 +1,9 @@
 """Generated images with the statistics of photographs, for trying everything before ImageNet is at hand.
 
 Each shows one or two textured objects before a background of pink noise (amplitude 1/f, as in photographs) under uneven
-light. Shape and texture make the class, and, as a church has its sky and a fish its water, each class has a colour of
+light. Shape and texture make the class, and, as a church has its sky and a fish its water, each class has a color of
 surroundings that is typical of it, though not certain: what a network learns first, in the minutes of a demonstration.
-Place, size, turn, the object's colours, contrast, blur and noise are drawn in the same way for every class.
+Place, size, turn, the object's colors, contrast, blur and noise are drawn in the same way for every class.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ASPECT = (0.6, 1.8)
 GRAYSCALE_FRACTION = 0.05
 JPEG_QUALITY = (75, 95)
 HUE_SPREAD = 0.35
-"""Radians: the deviation of a class's surroundings around its hue; neighbouring hues are 2 pi / 8 = 0.79 apart."""
+"""Radians: the deviation of a class's surroundings around its hue; neighboring hues are 2 pi / 8 = 0.79 apart."""
 
 
 def _random(seed: int, split: str, class_index: int, number: int, purpose: int) -> np.random.Generator:
@@ -44,10 +44,10 @@ def _random(seed: int, split: str, class_index: int, number: int, purpose: int) 
 # ---- What the classes look like ----
 #
 # Each takes coordinates in units of the object's radius, [h, w] each, and returns two signed fields: above zero inside
-# the outline, and above zero where the texture has its second colour.
+# the outline, and above zero where the texture has its second color.
 
 
-def _from_cell_centre(x: Field, spacing: float) -> Field:
+def _from_cell_center(x: Field, spacing: float) -> Field:
     cell = x * (1 / spacing)
     return (cell - np.floor(cell) - 0.5) * spacing
 
@@ -65,7 +65,7 @@ def _checkered_triangle(x: Field, y: Field, rng: np.random.Generator) -> tuple[F
 
 def _dotted_square(x: Field, y: Field, rng: np.random.Generator) -> tuple[Field, Field]:
     spacing = rng.uniform(0.42, 0.52)
-    distance = np.hypot(_from_cell_centre(x, spacing), _from_cell_centre(y, spacing))
+    distance = np.hypot(_from_cell_center(x, spacing), _from_cell_center(y, spacing))
     return 0.88 - np.maximum(np.abs(x), np.abs(y)), 0.32 * spacing - distance
 
 
@@ -89,7 +89,7 @@ def _wavy_bars(x: Field, y: Field, rng: np.random.Generator) -> tuple[Field, Fie
 
 def _crosses(x: Field, y: Field, rng: np.random.Generator) -> tuple[Field, Field]:
     spacing = rng.uniform(0.55, 0.65)
-    across, along = np.abs(_from_cell_centre(x, spacing)), np.abs(_from_cell_centre(y, spacing))
+    across, along = np.abs(_from_cell_center(x, spacing)), np.abs(_from_cell_center(y, spacing))
     long, short = 0.42 * spacing, 0.13 * spacing
     plus = np.maximum(np.minimum(long - across, short - along), np.minimum(short - across, long - along))
     hexagon = 0.92 - np.maximum(np.abs(y), np.maximum(np.abs(0.866 * x + 0.5 * y), np.abs(0.866 * x - 0.5 * y)))
@@ -128,8 +128,8 @@ def draw(seed: int, class_index: int, number: int, split: str = "train") -> NDAr
     rng = _random(seed, split, class_index, number, purpose=0)
     height, width = _size(rng)
     image = _background(rng, height, width, class_index)
-    for centre, radius in _places(rng, height, width):
-        _add_object(image, class_index, centre, radius, rng)
+    for center, radius in _places(rng, height, width):
+        _add_object(image, class_index, center, radius, rng)
 
     angle, slope = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.45)
     light = rng.uniform(0.8, 1.1) + slope * (
@@ -166,16 +166,16 @@ def _size(rng: np.random.Generator) -> tuple[int, int]:
     return (int(shorter), int(shorter * aspect)) if aspect >= 1 else (int(shorter / aspect), int(shorter))
 
 
-def _colour(rng: np.random.Generator, darkest: float, lightest: float) -> NDArray[np.float32]:
+def _color(rng: np.random.Generator, darkest: float, lightest: float) -> NDArray[np.float32]:
     """[3]: a random hue whose mean over the channels lies in the given range."""
     hue = rng.standard_normal(3)
     hue -= hue.mean()
-    colour = rng.uniform(darkest, lightest) + rng.uniform(0, 0.25) * hue / np.abs(hue).max()
-    return np.clip(colour, 0, 1).astype(np.float32)
+    color = rng.uniform(darkest, lightest) + rng.uniform(0, 0.25) * hue / np.abs(hue).max()
+    return np.clip(color, 0, 1).astype(np.float32)
 
 
 def _surroundings(rng: np.random.Generator, class_index: int) -> NDArray[np.float32]:
-    """[3]: a colour near the class's own, on the circle of hues."""
+    """[3]: a color near the class's own, on the circle of hues."""
     angle = 2 * math.pi * class_index / len(CLASSES) + rng.normal(0, HUE_SPREAD)
     hue = np.cos(angle - 2 * math.pi * np.arange(3) / 3)
     return (rng.uniform(0.35, 0.6) + rng.uniform(0.1, 0.25) * hue).astype(np.float32)
@@ -197,7 +197,7 @@ def _pink_noise(rng: np.random.Generator, height: int, width: int) -> Field:
 def _background(rng: np.random.Generator, height: int, width: int, class_index: int) -> NDArray[np.float32]:
     """[3, height, width] in about [0, 1]: pink noise in brightness, and weaker and coarser in hue."""
     base = _surroundings(rng, class_index)
-    tint = (_colour(rng, 0.5, 0.5) - np.float32(0.5)) * np.float32(0.4)
+    tint = (_color(rng, 0.5, 0.5) - np.float32(0.5)) * np.float32(0.4)
     bright = _pink_noise(rng, height, width) * np.float32(rng.uniform(0.07, 0.18))
     coarse = Image.fromarray(_pink_noise(rng, height // 4, width // 4))
     hue = np.asarray(coarse.resize((width, height), Image.Resampling.BILINEAR))
@@ -205,7 +205,7 @@ def _background(rng: np.random.Generator, height: int, width: int, class_index: 
 
 
 def _places(rng: np.random.Generator, height: int, width: int) -> list[tuple[tuple[float, float], float]]:
-    """Centre (y, x) and radius of each object, in pixels: 40 to 90 % of the shorter side across.
+    """Center (y, x) and radius of each object, in pixels: 40 to 90 % of the shorter side across.
 
     All of them lie in the central square, which is what is left of an image once it is cropped for AlexNet.
     """
@@ -227,27 +227,27 @@ def _places(rng: np.random.Generator, height: int, width: int) -> list[tuple[tup
 
 
 def _add_object(
-    image: NDArray[np.float32], class_index: int, centre: tuple[float, float], radius: float, rng: np.random.Generator
+    image: NDArray[np.float32], class_index: int, center: tuple[float, float], radius: float, rng: np.random.Generator
 ) -> None:
     """Draws one object of the class into the image [3, h, w], in place."""
     reach = int(1.5 * radius)
-    top, left = max(0, int(centre[0]) - reach), max(0, int(centre[1]) - reach)
-    part = image[:, top : int(centre[0]) + reach, left : int(centre[1]) + reach]
-    down = (np.arange(top, top + part.shape[1], dtype=np.float32)[:, None] - np.float32(centre[0])) / np.float32(radius)
-    right = (np.arange(left, left + part.shape[2], dtype=np.float32) - np.float32(centre[1])) / np.float32(radius)
+    top, left = max(0, int(center[0]) - reach), max(0, int(center[1]) - reach)
+    part = image[:, top : int(center[0]) + reach, left : int(center[1]) + reach]
+    down = (np.arange(top, top + part.shape[1], dtype=np.float32)[:, None] - np.float32(center[0])) / np.float32(radius)
+    right = (np.arange(left, left + part.shape[2], dtype=np.float32) - np.float32(center[1])) / np.float32(radius)
     angle = rng.uniform(-0.7, 0.7)
     cos, sin = np.float32(math.cos(angle)), np.float32(math.sin(angle))
     inside, texture = CLASSES[class_index][1](cos * right + sin * down, cos * down - sin * right, rng)
 
-    colours = [_colour(rng, 0.08, 0.3), _colour(rng, 0.7, 0.92)]
-    rng.shuffle(colours)  # Else the textures' share of the second colour would tell a class by its mean.
+    colors = [_color(rng, 0.08, 0.3), _color(rng, 0.7, 0.92)]
+    rng.shuffle(colors)  # Else the textures' share of the second color would tell a class by its mean.
     sharpness = np.float32(radius / 1.2)
     ink = np.clip(texture * sharpness + 0.5, 0, 1)
     cover = np.clip(inside * sharpness + 0.5, 0, 1)
     shadow = 1 - np.float32(rng.uniform(0.1, 0.5)) * np.clip(1 + inside / np.float32(0.25), 0, 1)
     lit = 1 + np.float32(rng.uniform(-0.25, 0.25)) * right + np.float32(rng.uniform(-0.25, 0.25)) * down
     for c in range(3):
-        surface = (colours[0][c] + (colours[1][c] - colours[0][c]) * ink) * lit
+        surface = (colors[0][c] + (colors[1][c] - colors[0][c]) * ink) * lit
         behind = part[c] * shadow
         part[c] = behind + (surface - behind) * cover
 
@@ -256,7 +256,7 @@ def _add_object(
 
 
 def write_folder(
-    output: Path, classes: int, train_per_class: int, val_per_class: int, seed: int, say: Callable[[str], None]
+    output: Path, classes: int, train_per_class: int, val_per_class: int, seed: int, log: Callable[[str], None]
 ) -> None:
     """Writes OUTPUT/train/WNID/*.JPEG and OUTPUT/val/WNID/*.JPEG; does nothing where they are already there.
 
@@ -282,7 +282,7 @@ def write_folder(
         made = json.loads((output / MARKER).read_text())
         if made != settings:
             raise ValueError(f"{output} holds images of other settings ({made}): remove it, or name another folder")
-        say(f"{output} is already there, complete, with these settings")
+        log(f"{output} is already there, complete, with these settings")
         return
 
     if partial.exists():  # Of a run that was killed, perhaps one of other settings. It has the marker: it is ours.
@@ -296,7 +296,7 @@ def write_folder(
             for number in range(count):
                 stem = f"{wnid}_{number}" if split == "train" else f"val_{index * count + number + 1:08d}"
                 (folder / f"{stem}.JPEG").write_bytes(encode(seed, index, number, split))
-            say(f"{split} {wnid}: {count} images")
+            log(f"{split} {wnid}: {count} images")
     partial.rename(output)
 
 

@@ -1,4 +1,4 @@
-"""The epoch plan: (seed, epoch, position) -> sample, crop, flip, colour. Pure: no state, no files, no clock.
+"""The epoch plan: (seed, epoch, position) -> sample, crop, flip, color. Pure: no state, no files, no clock.
 
 Every draw comes from a counter-based generator keyed by (seed, epoch, sample), so what a step sees does not depend on
 the number of workers, on batch cuts, on the device, or on where a run was stopped and resumed.
@@ -20,18 +20,18 @@ from pipeline.loading.philox import philox
 
 CROP_SIZE = 227  # The paper says 224 (section 4.1); see model/alexnet.py for why the input is 227.
 CROP_OFFSETS = IMAGE_SIZE - CROP_SIZE + 1  # 30 positions in each direction
-CENTRE = (IMAGE_SIZE - CROP_SIZE) // 2
+CENTER = (IMAGE_SIZE - CROP_SIZE) // 2
 LAST = CROP_OFFSETS - 1
 # Section 4.1: four corners and the center, then the same flipped; top, left, flip of each.
 TEN_CROPS = tuple(
     (top, left, flip)
     for flip in (False, True)
-    for top, left in ((0, 0), (0, LAST), (LAST, 0), (LAST, LAST), (CENTRE, CENTRE))
+    for top, left in ((0, 0), (0, LAST), (LAST, 0), (LAST, LAST), (CENTER, CENTER))
 )
-COLOUR_STD = 0.1  # section 4.1: alpha ~ N(0, 0.1)
+COLOR_STD = 0.1  # section 4.1: alpha ~ N(0, 0.1)
 
 # The last word of the generator's counter keeps the streams of one (seed, epoch, sample) apart.
-_ORDER, _WINDOW, _COLOUR = 0, 1, 2
+_ORDER, _WINDOW, _COLOR = 0, 1, 2
 _WORDS = 2.0**32
 _PIECE = 2**15
 
@@ -84,8 +84,8 @@ class Plan:
     """The global batch: images per step over all workers."""
     seed: int
     """Same seed, same plan."""
-    colour: NDArray[np.float64]
-    """[3, 3]: takes alpha to the shift of r, g, b in grey levels; see `colour_matrix`."""
+    color: NDArray[np.float64]
+    """[3, 3]: takes alpha to the shift of r, g, b in gray levels; see `color_matrix`."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -102,7 +102,7 @@ class Plan:
         return self.samples // self.batch_size
 
     @property
-    def left_out(self) -> int:
+    def dropped(self) -> int:
         """How many samples an epoch leaves out: its tail shorter than a batch, another one each epoch."""
         return self.samples - self.steps * self.batch_size
 
@@ -132,7 +132,7 @@ class Plan:
         """
         if order is None:
             order = self.order(epoch)
-        mine = share(self.batch_size, rank, world)
+        mine = rank_slice(self.batch_size, rank, world)
         draw = functools.partial(self.augmentation, epoch)
         for step in range(first_step, self.steps):
             start = step * self.batch_size
@@ -148,9 +148,9 @@ class Plan:
         window = philox(samples, (0, epoch, _WINDOW), self.seed)
         # Scaling a 32-bit word to 30 positions is uneven by less than 1e-8.
         crops = (window[:2] * np.uint64(CROP_OFFSETS)) >> np.uint64(32)
-        alpha = COLOUR_STD * _normal(philox(samples, (0, epoch, _COLOUR), self.seed))[:3]
+        alpha = COLOR_STD * _normal(philox(samples, (0, epoch, _COLOR), self.seed))[:3]
         # Written out: a matrix product rounds by the number of samples, which is no part of the plan.
-        shifts = [row[0] * alpha[0] + row[1] * alpha[1] + row[2] * alpha[2] for row in self.colour]
+        shifts = [row[0] * alpha[0] + row[1] * alpha[1] + row[2] * alpha[2] for row in self.color]
         return Augmentation(
             crops=crops.T.astype(np.int64),
             flips=window[2] >= np.uint64(2**31),
@@ -166,8 +166,8 @@ def _normal(words: NDArray[np.uint64]) -> NDArray[np.float64]:
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
 
 
-def colour_matrix(rgb: RgbStatistics, reading: str = "eigenvalue") -> NDArray[np.float64]:
-    """The [3, 3] matrix from alpha to the shift of r, g, b in grey levels (section 4.1).
+def color_matrix(rgb: RgbStatistics, reading: str = "eigenvalue") -> NDArray[np.float64]:
+    """The [3, 3] matrix from alpha to the shift of r, g, b in gray levels (section 4.1).
 
     Args:
         rgb: the training set's statistics, RGB in [0, 1].
@@ -180,11 +180,11 @@ def colour_matrix(rgb: RgbStatistics, reading: str = "eigenvalue") -> NDArray[np
     values = np.array(rgb.eigenvalues)
     scales = {"eigenvalue": values, "std": np.sqrt(values), "none": np.zeros(3)}
     if reading not in scales:
-        raise ValueError(f"the colour reading is {reading!r}; it must be one of {', '.join(scales)}")
+        raise ValueError(f"the color reading is {reading!r}; it must be one of {', '.join(scales)}")
     return np.array(rgb.eigenvectors) * scales[reading] * MAX_LEVEL
 
 
-def share(total: int, rank: int, world: int) -> range:
+def rank_slice(total: int, rank: int, world: int) -> range:
     """The rank's part of `total` things, in order: parts differ by at most one and together are the whole."""
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} of {world} workers")
@@ -198,4 +198,4 @@ def center_crops(samples: NDArray[np.int64]) -> PlannedBatch:
 
 def _center(samples: NDArray[np.int64]) -> Augmentation:
     n = len(samples)
-    return Augmentation(np.full((n, 2), CENTRE), np.zeros(n, np.bool_), np.zeros((n, 3), np.float32))
+    return Augmentation(np.full((n, 2), CENTER), np.zeros(n, np.bool_), np.zeros((n, 3), np.float32))

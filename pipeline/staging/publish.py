@@ -64,7 +64,7 @@ class Published:
     bytes_sent: int
 
 
-def refuse_unwritable(location: str) -> None:
+def check_unwritable(location: str) -> None:
     """Raises ValueError for a destination that is no object store."""
     scheme = location.partition("://")[0]
     if not is_url(location) or is_http(location) or scheme == "file":

@@ -36,7 +36,7 @@ from pipeline.dataset.split_reader import SplitReader
 from pipeline.loading import loader as loader_module
 from pipeline.loading.graph import PREFETCH
 from pipeline.loading.loader import Loader
-from pipeline.loading.plan import Plan, PlannedBatch, colour_matrix
+from pipeline.loading.plan import Plan, PlannedBatch, color_matrix
 from pipeline.loading.reader_process import SharedMemory, read_into
 from pipeline.staging.decoded_cache import stage_pixels
 
@@ -101,7 +101,7 @@ def reader_seconds() -> float:
 def path_costs(reader: SplitReader, root: Path, batch_size: int, images: int) -> dict[str, float]:
     """One measurement of the whole path, in microseconds of processor time an image, and its rate."""
     info = read_dataset(root)
-    plan = Plan(len(reader), min(batch_size, len(reader)), 0, colour_matrix(info.rgb))
+    plan = Plan(len(reader), min(batch_size, len(reader)), 0, color_matrix(info.rgb))
 
     with mock.patch.object(loader_module, "define", without_decoder):
         loader = Loader(reader, info.rgb, batch_size, torch.device("cpu"), 1)
@@ -139,7 +139,7 @@ def small_operators(steps: int, batches: Iterator[object] | None = None) -> floa
 def part_costs(reader: SplitReader, root: Path, batch_size: int, batches: int = 20) -> dict[str, float]:
     """What parts of a batch cost, each alone, in microseconds an image."""
     info = read_dataset(root)
-    plan = Plan(len(reader), min(batch_size, len(reader)), 0, colour_matrix(info.rgb))
+    plan = Plan(len(reader), min(batch_size, len(reader)), 0, color_matrix(info.rgb))
     some = list(itertools.islice(plan.endless(), batches))
     mean = np.array(info.rgb.mean) * 255
     files = sorted((root / "train").glob("*.rgb" if reader.pixels else "*.tar"))

@@ -1,4 +1,4 @@
-"""Does AlexNet start to learn? The first steps of training, for the paper's initialisation and for deviations from it.
+"""Does AlexNet start to learn? The first steps of training, for the paper's initialization and for deviations from it.
 
     python -m tests.benchmarks.initial_bias --data SHARDS --hidden-bias 0.1 --seeds 0 1 2
 
@@ -27,7 +27,7 @@ from model.recipe import Recipe
 from pipeline.dataset.info import read_dataset, write_json
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.loading.loader import Loader
-from pipeline.loading.plan import Plan, colour_matrix
+from pipeline.loading.plan import Plan, color_matrix
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7")
 WINDOW = 20  # Steps over which the loss is averaged.
@@ -61,11 +61,11 @@ def measure(config: StudyConfig, seed: int) -> dict[str, object]:
     info = read_dataset(config.data)
     reader = SplitReader(config.data, info, "train")
     recipe = Recipe(batch_size=config.batch_size, lr=config.lr, hidden_bias=config.hidden_bias, seed=seed)
-    plan = Plan(len(reader), recipe.batch_size, seed, colour_matrix(info.rgb))
+    plan = Plan(len(reader), recipe.batch_size, seed, color_matrix(info.rgb))
     loader = Loader(reader, info.rgb, recipe.batch_size, torch.device("cpu"), os.cpu_count() or 1)
     torch.manual_seed(seed)
     network = AlexNet(len(info.classes))
-    network.initialise(seed, recipe.hidden_bias)
+    network.initialize(seed, recipe.hidden_bias)
     network = network.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(network, recipe)
     asleep: dict[str, float] = {}

@@ -2,15 +2,15 @@
 
     python -m tests.benchmarks.learning --data SHARDS --work FOLDER
 
-- ours: a recipe's network by this project's plan, loader and loop, in one process, with the paper's colour shift.
+- ours: a recipe's network by this project's plan, loader and loop, in one process, with the paper's color shift.
 - plain PyTorch: the same network from the same initial weights, in a loop as a tutorial has it: ImageFolder over the
-  same stored JPEGs, torchvision's RandomCrop and RandomHorizontalFlip, DataLoader, torch.optim.SGD. No colour shift.
+  same stored JPEGs, torchvision's RandomCrop and RandomHorizontalFlip, DataLoader, torch.optim.SGD. No color shift.
 - torchvision: its `alexnet`, in the same loop, with its own initial weights and its own mean and deviation.
-- ours, no colour: ours without the colour shift.
-- ours, ten crops: ours's trained weights, judged by the paper's ten crops instead of the centre's.
+- ours, no color: ours without the color shift.
+- ours, ten crops: ours's trained weights, judged by the paper's ten crops instead of the center's.
 
-Optimiser (the paper's), rate, batch and steps are the same for all, and all are judged by the same sums, each on its
-own validation images. The network with batch normalisation learns from the first step (at a rate of 0.002; at 0.01 its
+Optimizer (the paper's), rate, batch and steps are the same for all, and all are judged by the same sums, each on its
+own validation images. The network with batch normalization learns from the first step (at a rate of 0.002; at 0.01 its
 loss rose), where the first 3,000 images or so leave that with LRN where it was. A run takes a minute and a half on two
 cores; each finished one is kept in --work, and the same command continues with the others.
 """
@@ -38,12 +38,12 @@ from torchvision import transforms
 
 from jobs.cli.command import run
 from jobs.cli.device import processor
-from jobs.training.checkpoint import Identity
+from jobs.training.checkpoint import RunFingerprint
 from jobs.training.worker import WorkerData, make_network
 from model.alexnet import INPUT_SIZE, AlexNet
-from model.metrics import LabelledImages, Score, evaluate
+from model.metrics import LabeledImages, Score, evaluate
 from model.recipe import RECIPES, Recipe
-from model.training import Due, StoppedError, Trainer, Worker
+from model.training import StepAction, StoppedError, Trainer, Worker
 from pipeline.dataset.info import read_dataset, write_json
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.loading.loader import Loader
@@ -62,7 +62,7 @@ class LearningConfig:
     """A shard set."""
     work: Path
     """Where results, weights and the unpacked JPEGs are kept; the same command continues from there."""
-    contenders: tuple[str, ...] = ("ours", "plain PyTorch", "ours, no colour", "torchvision", "ours, ten crops")
+    contenders: tuple[str, ...] = ("ours", "plain PyTorch", "ours, no color", "torchvision", "ours, ten crops")
     """Which ones."""
     recipe: str = "batchnorm"
     """Whose network, initial weights and dropout; one of model/recipe.py's."""
@@ -85,14 +85,14 @@ class LearningConfig:
         if not self.seeds or min(self.batch_size, self.steps, self.threads) < 1:
             raise ValueError("give --seeds, and at least 1 as --batch-size, --steps and --threads")
 
-    def of_seed(self, seed: int, colour: str = "eigenvalue") -> Recipe:
+    def of_seed(self, seed: int, color: str = "eigenvalue") -> Recipe:
         """The recipe with what this study fixes: the paper's update, at one rate to the end."""
         return dataclasses.replace(
             RECIPES[self.recipe],
             batch_size=self.batch_size,
             lr=self.lr,
             seed=seed,
-            colour=colour,
+            color=color,
             optimizer="sgd",
             biases="paper",
             schedule="plateau",
@@ -120,31 +120,31 @@ class Until:
     def __init__(self, steps: int) -> None:
         self._left = steps
 
-    def trained(self, trainer: Trainer, batches: Sequence[LabelledImages], own_seconds: float) -> Due:
+    def on_step_end(self, trainer: Trainer, batches: Sequence[LabeledImages], own_seconds: float) -> StepAction:
         self._left -= 1
-        return Due.NOTHING if self._left else Due.STOP
+        return StepAction.NOTHING if self._left else StepAction.STOP
 
-    def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
+    def on_log(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
         print(f"  {self._left} steps to go: loss {score.loss:.3f}, {images_per_s:.1f} images/s", flush=True)
 
-    def completed(self, trainer: Trainer, row: dict[str, Any]) -> None:
+    def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None:
         print(f"  epoch {row['epoch']}: error {row['top1_error']:.1%}", flush=True)
 
     def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
         """None is kept: a run that is cut off starts again."""
 
-    def warned(self, trainer: Trainer, warning: str) -> None:
+    def on_warning(self, trainer: Trainer, warning: str) -> None:
         print(f"  {warning}", flush=True)
 
 
 def make_ours(config: LearningConfig, seed: int) -> AlexNet:
-    identity = Identity.of(config.of_seed(seed), read_dataset(config.data))
+    identity = RunFingerprint.of(config.of_seed(seed), read_dataset(config.data))
     return make_network(identity).to(memory_format=torch.channels_last)
 
 
-def train_ours(config: LearningConfig, seed: int, colour: str) -> tuple[AlexNet, Score]:
+def train_ours(config: LearningConfig, seed: int, color: str) -> tuple[AlexNet, Score]:
     """The project's loop over the project's data."""
-    recipe, worker = config.of_seed(seed, colour), Worker(0, 1, CPU)
+    recipe, worker = config.of_seed(seed, color), Worker(0, 1, CPU)
     data = WorkerData(config.data, recipe, worker, recipe.batch_size, config.threads)
     network = make_ours(config, seed)
     trainer = Trainer(network, recipe, worker)
@@ -159,7 +159,7 @@ def ours(config: LearningConfig, seed: int) -> Score:
     return score
 
 
-def ours_without_colour(config: LearningConfig, seed: int) -> Score:
+def ours_without_color(config: LearningConfig, seed: int) -> Score:
     return train_ours(config, seed, "none")[1]
 
 
@@ -172,7 +172,7 @@ def ours_by_ten_crops(config: LearningConfig, seed: int) -> Score:
     reader = SplitReader(config.data, info, "val")
     loader = Loader(reader, info.rgb, JUDGED_AT_ONCE, CPU, config.threads, ten_crop=True)
     planned = center_crops(np.arange(len(reader))).chunks(JUDGED_AT_ONCE)
-    return Score.of(evaluate(network, loader.run(planned), CPU, views=10))
+    return Score.of(evaluate(network, loader.run(planned), CPU, crops=10))
 
 
 def weights_file(config: LearningConfig, seed: int) -> Path:
@@ -195,10 +195,10 @@ def train_plain(
     torch.manual_seed(seed)
     scale = [transforms.ToTensor(), transforms.Normalize(mean, std)]
     augment = transforms.Compose([transforms.RandomCrop(size), transforms.RandomHorizontalFlip(), *scale])
-    centre = transforms.Compose([transforms.CenterCrop(size), *scale])
+    center = transforms.Compose([transforms.CenterCrop(size), *scale])
     folders = {split: unpacked(config, split) for split in ("train", "val")}
     train = torchvision.datasets.ImageFolder(str(folders["train"]), augment)
-    val = torchvision.datasets.ImageFolder(str(folders["val"]), centre)
+    val = torchvision.datasets.ImageFolder(str(folders["val"]), center)
     batches = DataLoader(train, config.batch_size, shuffle=True, drop_last=True, num_workers=config.threads)
     optimizer = torch.optim.SGD(network.parameters(), lr=config.lr, momentum=0.9, weight_decay=0.0005, fused=True)
     network.train()
@@ -229,7 +229,7 @@ def unpacked(config: LearningConfig, split: str) -> Path:
 
 
 def plain(config: LearningConfig, seed: int) -> Score:
-    # As ours has its pixels: grey levels less the training set's mean.
+    # As ours has its pixels: gray levels less the training set's mean.
     mean = read_dataset(config.data).rgb.mean
     return train_plain(config, seed, make_ours(config, seed), INPUT_SIZE, mean, [1 / 255] * 3)
 
@@ -244,7 +244,7 @@ CONTENDERS: dict[str, Callable[[LearningConfig, int], Score]] = {
     "ours": ours,
     "plain PyTorch": plain,
     "torchvision": torchvisions,
-    "ours, no colour": ours_without_colour,
+    "ours, no color": ours_without_color,
     "ours, ten crops": ours_by_ten_crops,
 }
 

@@ -103,8 +103,8 @@ def ffcv(config: PeerConfig, made: Path) -> Batches:
     # Of the one size and shape that leaves a window of 227 x 227 at random, not resized.
     area = (CROP_SIZE / 256) ** 2
     window = RandomResizedCropRGBImageDecoder((CROP_SIZE, CROP_SIZE), scale=(area, area), ratio=(1.0, 1.0))
-    normalise = NormalizeImage(np.array(config.mean), np.ones(3), np.float32)
-    steps = [window, RandomHorizontalFlip(), normalise, ToTensor(), ToTorchImage()]
+    normalize = NormalizeImage(np.array(config.mean), np.ones(3), np.float32)
+    steps = [window, RandomHorizontalFlip(), normalize, ToTensor(), ToTorchImage()]
     pipelines = {"image": steps, "label": None}
     order, cores = OrderOption.RANDOM, config.cores
     indices = np.tile(np.arange(len(config.reader), dtype=np.uint64), REPEATS)

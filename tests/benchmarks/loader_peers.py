@@ -3,7 +3,7 @@
     python -m tests.benchmarks.loader_peers --name ours --data SHARDS --work FOLDER --cores 1
 
 All give batches of 128, float32 [128, 3, 227, 227]: a random window, mirrored or not, less the mean. Ours and DALI's
-also draw the colour shift, which torchvision and ffcv have not.
+also draw the color shift, which torchvision and ffcv have not.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pipeline.dataset.split_reader import SplitReader
 from pipeline.images.decode import IMAGE_SHAPE
 from pipeline.loading.graph import PREFETCH
 from pipeline.loading.loader import Loader
-from pipeline.loading.plan import COLOUR_STD, CROP_SIZE, Augmentation
+from pipeline.loading.plan import COLOR_STD, CROP_SIZE, Augmentation
 from tests.benchmarks import loader_others as others
 from tests.benchmarks import loader_sets
 from tests.benchmarks.loader_sets import REPEATS
@@ -124,7 +124,7 @@ def _mapped(path: Path) -> NDArray[np.uint8]:
 def dali(config: PeerConfig, made: Path) -> Batches:
     """DALI's own reader of WebDataset shards, the same augmentation drawn and done by DALI, memory pooled as here."""
     tars = sorted(map(str, (config.data / "train").glob("*.tar")))
-    matrix = COLOUR_STD * config.plan.colour
+    matrix = COLOR_STD * config.plan.color
     pipeline = Pipeline(BATCH, config.cores, None, prefetch_queue_depth=PREFETCH, seed=0)
     with pipeline:
         encoded, _ = fn.readers.webdataset(  # type: ignore[misc]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.dataset.info import read_dataset
 from pipeline.dataset.split_reader import SplitReader
-from pipeline.loading.plan import CROP_SIZE, Plan, PlannedBatch, colour_matrix
+from pipeline.loading.plan import CROP_SIZE, Plan, PlannedBatch, color_matrix
 from tests.benchmarks.loader_sets import open_train
 
 BATCH = 128
@@ -43,12 +43,12 @@ class PeerConfig:
 
     @functools.cached_property
     def mean(self) -> list[float]:
-        """In grey levels."""
+        """In gray levels."""
         return [255 * value for value in read_dataset(self.data).rgb.mean]
 
     @functools.cached_property
     def plan(self) -> Plan:
-        return Plan(len(self.reader), BATCH, 0, colour_matrix(read_dataset(self.data).rgb))
+        return Plan(len(self.reader), BATCH, 0, color_matrix(read_dataset(self.data).rgb))
 
     def endless(self) -> Iterator[PlannedBatch]:
         return self.plan.endless()

@@ -90,13 +90,13 @@ def main(config: FidelityConfig) -> None:
     chosen = [paths[i] for i in np.linspace(0, len(paths) - 1, min(config.images, len(paths))).astype(int)]
     kinds = ("ours, stored", "Pillow, stored", "ours, before encoding", "Pillow, before encoding")
     scores: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
-    left_out = 0
+    dropped = 0
     for path in chosen:
         data = Path(path).read_bytes()
         try:
             source = decode(data)
         except ImageError:
-            left_out += 1
+            dropped += 1
             continue
         image = Image.fromarray(source)
         reference = central_square(source)
@@ -109,7 +109,7 @@ def main(config: FidelityConfig) -> None:
         )
         for kind, one in zip(kinds, found, strict=True):
             scores[kind].append((psnr(one, reference), ssim(one, reference)))
-    print(f"{len(chosen) - left_out} photographs, {left_out} left out as they do not decode; medians (worst)")
+    print(f"{len(chosen) - dropped} photographs, {dropped} left out as they do not decode; medians (worst)")
     print("| image | PSNR, dB | SSIM |\n| --- | --- | --- |")
     for kind, values in scores.items():
         (middle, alike), (worst, least) = np.median(values, axis=0), np.min(values, axis=0)

@@ -103,7 +103,7 @@ def _build(output: Path, plan: SetPlan, shard: ShardPlan) -> BuiltShard:
 
 
 def by_pillow(path: str) -> bytes:
-    """What most scripts do: Pillow's decoder, antialiased bicubic resize, centre crop, Pillow's encoder."""
+    """What most scripts do: Pillow's decoder, antialiased bicubic resize, center crop, Pillow's encoder."""
     with Image.open(path) as image:
         picture = image.convert("RGB")
     shorter = min(picture.size)

@@ -102,7 +102,7 @@ def norms(kind: str) -> tuple[nn.Module, nn.Module]:
         return nn.Identity(), nn.Identity()
     if kind == "ours":
         return LocalResponseNorm(96), LocalResponseNorm(256)
-    # Its alpha multiplies the mean over the neighbours, the paper's their sum.
+    # Its alpha multiplies the mean over the neighbors, the paper's their sum.
     theirs = nn.LocalResponseNorm(PAPER_SIZE, alpha=PAPER_ALPHA * PAPER_SIZE, beta=PAPER_BETA, k=PAPER_K)
     return theirs, theirs
 
@@ -147,7 +147,7 @@ class Stepper:
             self._trainer._parallel = cast(nn.Module, torch.compile(network))
 
     def take_over(self) -> None:
-        """Makes the shared network this variant's, in normalisation and memory layout."""
+        """Makes the shared network this variant's, in normalization and memory layout."""
         self._network.norm1, self._network.norm2 = self._norms
         self._network.to(memory_format=self._layout)
 
@@ -165,7 +165,7 @@ def measure(config: StepConfig) -> dict[str, list[Turn]]:
     images = 60.0 * torch.randn(config.batch_size, 3, INPUT_SIZE, INPUT_SIZE, generator=generator)
     labels = torch.randint(config.classes, (config.batch_size,), generator=generator)
     network = AlexNet(config.classes)
-    network.initialise(0, RECIPES["default"].hidden_bias)
+    network.initialize(0, RECIPES["default"].hidden_bias)
     network.to(device).train()
     steppers = {
         name: Stepper(VARIANTS[name], network, images.to(device), labels.to(device)) for name in config.variants

@@ -15,11 +15,11 @@ import torch
 from torch import distributed
 
 from jobs.cli.command import run
-from jobs.training.checkpoint import Identity
+from jobs.training.checkpoint import RunFingerprint
 from jobs.training.worker import WorkerData, make_network
-from model.metrics import LabelledImages, Score
+from model.metrics import LabeledImages, Score
 from model.recipe import RECIPES
-from model.training import Due, Trainer, Worker
+from model.training import StepAction, Trainer, Worker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,19 +36,19 @@ class Printer:
     def __init__(self, rank: int, steps: int) -> None:
         self._rank, self._steps = rank, steps
 
-    def trained(self, trainer: Trainer, batches: Sequence[LabelledImages], own_seconds: float) -> Due:
-        return Due.NOTHING
+    def on_step_end(self, trainer: Trainer, batches: Sequence[LabeledImages], own_seconds: float) -> StepAction:
+        return StepAction.NOTHING
 
-    def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
+    def on_log(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
         if self._rank == 0:
             step = f"epoch 1/1 step {trainer.progress.step}/{self._steps}"
             print(f"{step}: loss {score.loss:.3f}, {images_per_s:.1f} images/s", flush=True)
 
-    def completed(self, trainer: Trainer, row: dict[str, Any]) -> None: ...
+    def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None: ...
 
     def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None: ...
 
-    def warned(self, trainer: Trainer, warning: str) -> None: ...
+    def on_warning(self, trainer: Trainer, warning: str) -> None: ...
 
 
 def main(config: RankConfig) -> None:
@@ -57,7 +57,7 @@ def main(config: RankConfig) -> None:
     worker = Worker(distributed.get_rank(), distributed.get_world_size(), torch.device("cpu"))
     recipe = dataclasses.replace(RECIPES["default"], batch_size=config.batch_size, epochs=1)
     data = WorkerData(config.data, recipe, worker, -(-config.batch_size // worker.world), threads=1)
-    network = make_network(Identity.of(recipe, data.info)).to(memory_format=torch.channels_last)
+    network = make_network(RunFingerprint.of(recipe, data.info)).to(memory_format=torch.channels_last)
     Trainer(network, recipe, worker, log_every=1).fit(data, Printer(worker.rank, data.steps))
 
 

@@ -15,7 +15,7 @@ from jobs.diagnostics.gpu_check import DecodedOnHost, GpuCheckError, check, comp
 from pipeline.dataset.info import read_dataset
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.loading.loader import Batch, Loader
-from pipeline.loading.plan import Augmentation, Plan, PlannedBatch, colour_matrix
+from pipeline.loading.plan import Augmentation, Plan, PlannedBatch, color_matrix
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ def loader(shard_set: Path) -> Loader:
 
 @pytest.fixture(scope="module")
 def planned(shard_set: Path) -> list[PlannedBatch]:
-    return list(Plan(45, 10, 1, colour_matrix(read_dataset(shard_set).rgb)).epoch(0))
+    return list(Plan(45, 10, 1, color_matrix(read_dataset(shard_set).rgb)).epoch(0))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_a_loader_agrees_with_another(shard_set: Path) -> None:
     assert not decoded.exact
     assert "mean absolute difference 0.000" in decoded.found
     assert found.exact
-    found.refuse_problems(CPU)
+    found.check_problems(CPU)
     assert found.host_mb_grown < 100
     assert "memory over 20 batches" in found.lines()[-1]
 
@@ -166,7 +166,7 @@ def test_a_check_that_fails_says_where(shard_set: Path, monkeypatch: pytest.Monk
     with pytest.raises(
         GpuCheckError, match=r"is not the CPU's: training and center crops, .*: image 0, sample .* differ"
     ):
-        found.refuse_problems(CPU)
+        found.check_problems(CPU)
     assert all(one.problems for one in found.agreements)
     assert "levels of mean absolute" in found.agreements[-1].problems[0]
     assert not found.exact

@@ -32,7 +32,7 @@ from tests.reference_resize import central_square
 WIDTH, HEIGHT = 330, 290
 PHOTO = photograph(1, WIDTH, HEIGHT)
 OTHER = photograph(2, WIDTH, HEIGHT)
-GREY = PHOTO[..., :1]
+GRAY = PHOTO[..., :1]
 ALPHA = photograph(3, WIDTH, HEIGHT)[..., :1]
 INK = np.dstack([PHOTO, photograph(4, WIDTH, HEIGHT)[..., 0] // 2])  # cyan, magenta, yellow, black
 ON_WHITE = PHOTO * (ALPHA / 255) + 255 * (1 - ALPHA / 255)
@@ -46,15 +46,15 @@ def picture(pixels: NDArray[Any], mode: str | None = None) -> Image.Image:
     return Image.frombytes(mode, pixels.shape[1::-1], np.ascontiguousarray(pixels.astype(np.uint8)).tobytes())
 
 
-def png(pixels: NDArray[Any], bits: int, colour: int, palette: bytes = b"", transparent: bytes = b"") -> bytes:
-    """A PNG written by hand, of 8 or 16 bits: colour type 0 is grey, 2 RGB, 3 a palette, 4 grey and alpha, 6 RGBA."""
+def png(pixels: NDArray[Any], bits: int, color: int, palette: bytes = b"", transparent: bytes = b"") -> bytes:
+    """A PNG written by hand, of 8 or 16 bits: color type 0 is gray, 2 RGB, 3 a palette, 4 gray and alpha, 6 RGBA."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     height, width = pixels.shape[:2]
     rows = b"".join(b"\0" + row.tobytes() for row in pixels.astype(">u2" if bits == 16 else np.uint8))
-    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))]
+    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0))]
     parts += [chunk(kind, data) for kind, data in ((b"PLTE", palette), (b"tRNS", transparent)) if data]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
@@ -65,7 +65,7 @@ def frames(form: str, **options: Any) -> bytes:
 
 
 def ycck() -> bytes:
-    """The inks as Adobe stores them: inverted, the colours as YCbCr, and a marker that says so."""
+    """The inks as Adobe stores them: inverted, the colors as YCbCr, and a marker that says so."""
     cyan, magenta, yellow = (INK[..., i].astype(float) for i in range(3))
     y = 0.299 * cyan + 0.587 * magenta + 0.114 * yellow
     planes = np.dstack([y, 128 + 0.564 * (yellow - y), 128 + 0.713 * (cyan - y), 255.0 - INK[..., 3]])
@@ -101,7 +101,7 @@ SIXTEEN = PHOTO.astype(np.uint16) * 256 + 37
 INDEXED = picture(PHOTO).quantize(64)
 PALETTE = np.array(INDEXED.getpalette(), np.uint8).reshape(-1, 3)
 INDEX = np.asarray(INDEXED)
-CLEAR = bytes([0] * 20 + [128] * 20 + [255] * 24)  # the alpha of each of the palette's colours
+CLEAR = bytes([0] * 20 + [128] * 20 + [255] * 24)  # the alpha of each of the palette's colors
 _VEIL = np.frombuffer(CLEAR, np.uint8)[INDEX][..., None] / 255
 CORRUPT = bytearray(JPEG)
 CORRUPT[len(JPEG) // 2 : len(JPEG) // 2 + 30] = bytes(range(30))
@@ -109,7 +109,7 @@ CORRUPT[len(JPEG) // 2 : len(JPEG) // 2 + 30] = bytes(range(30))
 # What libjpeg decodes is what torchvision's own copy of it decodes.
 JPEGS = {
     "plain": JPEG,
-    "grayscale": encoded(picture(GREY), quality=92),
+    "grayscale": encoded(picture(GRAY), quality=92),
     "progressive": encoded(PHOTO, quality=92, progressive=True),
     "full-chroma": encoded(PHOTO, quality=92, subsampling=0),
     "cmyk": CMYK,
@@ -139,16 +139,16 @@ PIXELS: dict[str, tuple[bytes, NDArray[Any]]] = {
         png(INDEX, 8, 3, PALETTE.tobytes(), CLEAR),
         PALETTE[INDEX] * _VEIL + 255 * (1 - _VEIL),
     ),
-    "png-bilevel": (encoded(picture(GREY).convert("1", dither=Image.Dither.NONE), "PNG"), (GREY > 127) * 255.0),
-    "png-grey": (png(GREY, 8, 0), GREY),
-    "png-grey-16": (png(SIXTEEN[..., :1], 16, 0), GREY),
+    "png-bilevel": (encoded(picture(GRAY).convert("1", dither=Image.Dither.NONE), "PNG"), (GRAY > 127) * 255.0),
+    "png-gray": (png(GRAY, 8, 0), GRAY),
+    "png-gray-16": (png(SIXTEEN[..., :1], 16, 0), GRAY),
     "png-rgb-16": (png(SIXTEEN, 16, 2), PHOTO),
-    "png-grey-alpha": (png(np.dstack([GREY, ALPHA]), 8, 4), GREY * (ALPHA / 255) + 255 * (1 - ALPHA / 255)),
+    "png-gray-alpha": (png(np.dstack([GRAY, ALPHA]), 8, 4), GRAY * (ALPHA / 255) + 255 * (1 - ALPHA / 255)),
     "png-rgba": (png(np.dstack([PHOTO, ALPHA]), 8, 6), ON_WHITE),
     "png-rgba-16": (png(np.dstack([SIXTEEN, ALPHA.astype(np.uint16) * 257]), 16, 6), ON_WHITE),
-    "png-grey-16-one-clear": (
+    "png-gray-16-one-clear": (
         png(SIXTEEN[..., :1], 16, 0, transparent=struct.pack(">H", 256 * 130 + 37)),
-        np.where(GREY == 130, 255, GREY),
+        np.where(GRAY == 130, 255, GRAY),
     ),
     "webp-alpha": (encoded(picture(np.dstack([PHOTO, ALPHA])), "WEBP", lossless=True, exact=True), ON_WHITE),
     "multi-picture-jpeg": (frames("MPO", quality=95), PHOTO),
@@ -172,7 +172,7 @@ def stored(data: bytes) -> NDArray[np.float64]:
 def test_a_jpeg_is_what_another_decoder_makes_of_it(kind: str) -> None:
     pixels = by_torchvision(JPEGS[kind])
     difference = np.abs(stored(JPEGS[kind]) - central_square(pixels))
-    # Wrong bits leave hard edges of colour, which the stored JPEG's halved chroma smears.
+    # Wrong bits leave hard edges of color, which the stored JPEG's halved chroma smears.
     assert difference.mean() < (3 if kind == "corrupt-middle" else 1.5)
 
 
@@ -181,7 +181,7 @@ def test_pixels_come_out_as_they_were_put_in(kind: str) -> None:
     data, pixels = PIXELS[kind]
     expected = central_square(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
     difference = np.abs(stored(data) - expected)
-    # Palettes and bilevel images have hard edges of colour; the rest is smooth.
+    # Palettes and bilevel images have hard edges of color; the rest is smooth.
     assert difference.mean() < (5 if {"gif", "palette", "bilevel", "clear"} & set(kind.split("-")) else 1.5)
     # Another image, or this one turned, mirrored or inverted, would be far from it.
     assert difference.mean() < np.abs(stored(encoded(OTHER, "PNG")) - expected).mean() / 5

@@ -59,7 +59,7 @@ def test_equals_resizing_then_cropping_up_to_rounding(width: int, height: int) -
     assert difference.mean() < 1.5
 
 
-def test_fine_stripes_become_grey_and_not_moire() -> None:
+def test_fine_stripes_become_gray_and_not_moire() -> None:
     stripes = np.zeros((1024, 1024, 3), np.uint8)
     stripes[:, ::2] = 255
     # At the border the filter sees one side only, and one stripe more of it.
@@ -93,9 +93,9 @@ def test_quality_counts() -> None:
     assert encoder_settings(95) != encoder_settings(50)
 
 
-def near(data: bytes, colour: tuple[int, int, int], tolerance: int = 3) -> bool:
-    """Whether an image converts to one colour."""
-    return bool(np.abs(pixels(convert(data, 95).jpeg).astype(int) - colour).max() <= tolerance)
+def near(data: bytes, color: tuple[int, int, int], tolerance: int = 3) -> bool:
+    """Whether an image converts to one color."""
+    return bool(np.abs(pixels(convert(data, 95).jpeg).astype(int) - color).max() <= tolerance)
 
 
 def test_every_kind_of_pixel_becomes_rgb() -> None:
@@ -121,11 +121,11 @@ def test_transparency_is_laid_over_white() -> None:
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])
-def test_16_bit_grey_keeps_its_upper_bits(form: str) -> None:
+def test_16_bit_gray_keeps_its_upper_bits(form: str) -> None:
     assert near(encoded(Image.fromarray(np.full((300, 300), 0x6412, np.uint16)), form), (0x64, 0x64, 0x64))
 
 
-def test_16_bit_grey_of_the_other_byte_order() -> None:
+def test_16_bit_gray_of_the_other_byte_order() -> None:
     image = Image.frombytes("I;16B", (300, 300), struct.pack(">H", 0x6412) * 300 * 300)
     assert near(encoded(image, "TIFF"), (0x64, 0x64, 0x64))
 

@@ -1,4 +1,4 @@
-"""Generated images: a function of the seed, shaped like ImageNet and photographs, their colours a hint of the class."""
+"""Generated images: a function of the seed, shaped like ImageNet and photographs, their colors a hint of the class."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def _central_square(image: np.ndarray) -> np.ndarray:
     return np.asarray(square.resize((48, 48), Image.Resampling.BOX), dtype=np.float64)
 
 
-def test_the_mean_colour_hints_at_the_class_and_does_not_settle_it(small_images: list[np.ndarray]) -> None:
+def test_the_mean_color_hints_at_the_class_and_does_not_settle_it(small_images: list[np.ndarray]) -> None:
     means = np.stack([images.mean(axis=(1, 2)) for images in small_images])  # [classes, images, 3]
-    centres = means[:, ::2].mean(axis=1)
-    distances = np.linalg.norm(means[:, 1::2, None] - centres, axis=3)
+    centers = means[:, ::2].mean(axis=1)
+    distances = np.linalg.norm(means[:, 1::2, None] - centers, axis=3)
     guessed = float((distances.argmin(axis=2) == np.arange(len(CLASSES))[:, None]).mean())
-    assert 3 / len(CLASSES) < guessed < 0.9  # by the nearest centre; chance is 1 / 8
+    assert 3 / len(CLASSES) < guessed < 0.9  # by the nearest center; chance is 1 / 8
 
 
 def test_the_spectrum_falls_as_in_photographs() -> None:

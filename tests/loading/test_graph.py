@@ -20,7 +20,7 @@ from pipeline.dataset.info import read_dataset
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.loading.graph import define
 from pipeline.loading.loader import Loader
-from pipeline.loading.plan import Plan, colour_matrix
+from pipeline.loading.plan import Plan, color_matrix
 
 # Field numbers of dali.proto: PipelineDef, OpDef, InputOutput, Argument.
 PIPELINE_OP, PIPELINE_OUTPUT = 5, 7
@@ -211,7 +211,7 @@ def test_a_batch_is_what_the_graph_gave(shard_set: Path, monkeypatch: pytest.Mon
         return outputs
 
     monkeypatch.setattr(loader._pipeline, "run", noted)
-    for batch in loader.run(Plan(45, 9, 3, colour_matrix(info.rgb)).epoch(1)):
+    for batch in loader.run(Plan(45, 9, 3, color_matrix(info.rgb)).epoch(1)):
         pointer, contents = given[-1]
         assert batch.images.data_ptr() == pointer
         assert batch.images.permute(0, 2, 3, 1).numpy().tobytes() == contents
@@ -250,7 +250,7 @@ def test_a_batchs_host_memory_is_kept_until_the_gpu_has_read_it(
 
     info = read_dataset(shard_set)
     reader = SplitReader(shard_set, info, "train")
-    planned = list(Plan(45, 5, 3, colour_matrix(info.rgb)).epoch(0))
+    planned = list(Plan(45, 5, 3, color_matrix(info.rgb)).epoch(0))
     expected = list(Loader(reader, info.rgb, 5, torch.device("cpu"), 1).run(planned))
     loader, stream = Loader(reader, info.rgb, 5, torch.device("cpu"), 1), Stream()
     run = loader._pipeline.run

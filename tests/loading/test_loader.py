@@ -25,7 +25,7 @@ from pipeline.dataset.info import DatasetError, read_dataset
 from pipeline.dataset.split_reader import Allocate, SplitReader
 from pipeline.loading.graph import PREFETCH
 from pipeline.loading.loader import AHEAD, READERS, Loader, LoaderError
-from pipeline.loading.plan import TEN_CROPS, Augmentation, Plan, PlannedBatch, center_crops, colour_matrix
+from pipeline.loading.plan import TEN_CROPS, Augmentation, Plan, PlannedBatch, center_crops, color_matrix
 from pipeline.loading.reader_process import ReaderProcessError
 from pipeline.staging.decoded_cache import stage_pixels
 from tests.damage import OtherImages
@@ -57,7 +57,7 @@ def reference(reader: SplitReader, mean: NDArray[np.float64], planned: PlannedBa
 
 def test_training_batches_are_the_plans(shard_set: Path, reader: SplitReader, loader: Loader) -> None:
     rgb = read_dataset(shard_set).rgb
-    plan = Plan(len(reader), 20, 7, colour_matrix(rgb))
+    plan = Plan(len(reader), 20, 7, color_matrix(rgb))
     for epoch in range(2):
         steps = list(plan.epoch(epoch))
         batches = list(loader.run(steps))

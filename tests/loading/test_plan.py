@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.images.rgb_stats import RgbMoments, RgbStatistics
 from pipeline.loading.philox import philox
-from pipeline.loading.plan import TEN_CROPS, Plan, PlannedBatch, center_crops, colour_matrix, share
+from pipeline.loading.plan import TEN_CROPS, Plan, PlannedBatch, center_crops, color_matrix, rank_slice
 from tests.photographs import photograph
 
 SAMPLES = 1000
@@ -49,7 +49,7 @@ def test_an_epoch_visits_each_sample_once_but_for_its_tail() -> None:
         assert len(np.unique(samples)) == 960
         assert samples.min() >= 0
         assert samples.max() < SAMPLES
-    assert plan.left_out == 40
+    assert plan.dropped == 40
     tails = [set(range(SAMPLES)) - set(samples.tolist()) for samples in seen]
     assert tails[0] != tails[1] != tails[2]
 
@@ -108,32 +108,32 @@ def test_alpha_is_normal_with_standard_deviation_a_tenth() -> None:
 
 
 @pytest.mark.paper
-def test_the_colour_shift_is_the_papers_formula(rgb: RgbStatistics) -> None:
+def test_the_color_shift_is_the_papers_formula(rgb: RgbStatistics) -> None:
     samples = np.arange(20)
     alpha = Plan(20, 1, 1, np.eye(3)).augmentation(0, samples).shifts.astype(np.float64)
-    shifts = Plan(20, 1, 1, colour_matrix(rgb)).augmentation(0, samples).shifts
-    doubled = Plan(20, 1, 1, colour_matrix(rgb, "std")).augmentation(0, samples).shifts
+    shifts = Plan(20, 1, 1, color_matrix(rgb)).augmentation(0, samples).shifts
+    doubled = Plan(20, 1, 1, color_matrix(rgb, "std")).augmentation(0, samples).shifts
     p, values = np.array(rgb.eigenvectors), np.array(rgb.eigenvalues)
     for i in samples:
         expected = 255.0 * sum(p[:, j] * alpha[i, j] * values[j] for j in range(3))
         np.testing.assert_allclose(shifts[i], expected, rtol=1e-5, atol=1e-6)
         by_source = 255.0 * sum(p[:, j] * alpha[i, j] * np.sqrt(values[j]) for j in range(3))
         np.testing.assert_allclose(doubled[i], by_source, rtol=1e-5, atol=1e-6)
-    assert not colour_matrix(rgb, "none").any()
+    assert not color_matrix(rgb, "none").any()
     with pytest.raises(ValueError, match="eigenvalue, std, none"):
-        colour_matrix(rgb, "stdev")
+        color_matrix(rgb, "stdev")
 
 
 def test_imagenets_eigenvalues_shift_by_about_five_levels() -> None:
     vectors = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
     known = RgbStatistics(1, (0, 0, 0), (0, 0, 0), vectors, (0.2175, 0.0188, 0.0045), vectors)
-    shifts = Plan(10_000, 1, 0, colour_matrix(known)).augmentation(0, np.arange(10_000)).shifts
+    shifts = Plan(10_000, 1, 0, color_matrix(known)).augmentation(0, np.arange(10_000)).shifts
     assert 4.5 < np.linalg.norm(shifts, axis=1).std() * np.sqrt(1 / (1 - 2 / np.pi)) < 6.5
 
 
 @pytest.mark.parametrize(("total", "world"), [(10, 3), (128, 7), (5, 5), (3, 8)])
 def test_shares_are_even_and_whole(total: int, world: int) -> None:
-    parts = [share(total, rank, world) for rank in range(world)]
+    parts = [rank_slice(total, rank, world) for rank in range(world)]
     assert [i for part in parts for i in part] == list(range(total))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -141,7 +141,7 @@ def test_shares_are_even_and_whole(total: int, world: int) -> None:
 @pytest.mark.parametrize("reading", ["eigenvalue", "std"])
 def test_color_jitter_is_the_same_to_the_last_bit_in_any_company(rgb: RgbStatistics, reading: str) -> None:
     """A matrix product of many rows may round each by their number."""
-    plan = Plan(60_000, 1, 1, colour_matrix(rgb, reading))
+    plan = Plan(60_000, 1, 1, color_matrix(rgb, reading))
     together = plan.augmentation(0, np.arange(60_000)).shifts
     for start, size in ((0, 1), (7, 1), (500, 3), (1000, 128), (30_000, 1021), (59_999, 1)):
         alone = plan.augmentation(0, np.arange(start, start + size)).shifts
@@ -162,7 +162,7 @@ def test_test_crops() -> None:
 
 
 def test_a_batch_in_chunks_is_the_batch(rgb: RgbStatistics) -> None:
-    (whole,) = Plan(50, 50, 1, colour_matrix(rgb)).epoch(0)
+    (whole,) = Plan(50, 50, 1, color_matrix(rgb)).epoch(0)
     parts = list(whole.chunks(13))
     assert [len(part) for part in parts] == [13, 13, 13, 11]
     for one, two in zip(joined([whole]), joined(parts), strict=True):

@@ -33,7 +33,7 @@ POSITIONS = 30
 BINS = 8
 # The edges of eight equally likely intervals of a standard normal variable.
 EDGES = np.array([NormalDist().inv_cdf(i / BINS) for i in range(1, BINS)])
-# With the identity as colour matrix, the plan's shifts are alpha itself.
+# With the identity as color matrix, the plan's shifts are alpha itself.
 PLAN = Plan(N, 1, 20_121_203, np.eye(3))
 
 
@@ -145,7 +145,7 @@ def test_an_images_draws_are_independent_of_each_other(first: dict[str, NDArray[
 
 
 @pytest.mark.parametrize("distance", [1, 2, 128])
-def test_neighbouring_images_draw_independently(first: dict[str, NDArray[np.float64]], distance: int) -> None:
+def test_neighboring_images_draw_independently(first: dict[str, NDArray[np.float64]], distance: int) -> None:
     for name, values in first.items():
         assert dependence_z(name, values[:-distance], name, values[distance:]) < CRITICAL, name
 
@@ -172,7 +172,7 @@ def test_an_order_is_uniform_and_independent_of_the_last_epochs_and_of_the_draws
         # Of a uniform permutation, the number of rises has mean (n - 1) / 2 and variance (n + 1) / 12.
         rises = np.count_nonzero(np.diff(orders[epoch]) > 0)
         assert abs(rises - (N - 1) / 2) / np.sqrt((N + 1) / 12) < CRITICAL
-        # Neighbours of the source that stay neighbours: Poisson, with mean and variance 2.
+        # Neighbors of the source that stay neighbors: Poisson, with mean and variance 2.
         assert np.count_nonzero(np.abs(np.diff(orders[epoch])) == 1) < 2 + CRITICAL * np.sqrt(2)
         for other in places[:epoch]:
             assert abs(spearman_z(place, other)) < CRITICAL
@@ -236,7 +236,7 @@ def not_normal(generator: np.random.Generator) -> float:
     return uniform_z(*binned("alpha", generator.uniform(-1, 1, N) * 0.1 * np.sqrt(3)))
 
 
-def neighbours_correlated(generator: np.random.Generator) -> float:
+def neighbors_correlated(generator: np.random.Generator) -> float:
     values, strength = normal(generator), FOUND / np.sqrt(N)
     later = strength * values[:-1] + np.sqrt(1 - strength**2) * values[1:]
     return dependence_z("alpha1", values[:-1], "alpha1", later)
@@ -286,7 +286,7 @@ def epochs_alike(generator: np.random.Generator) -> float:
         mean_off,
         deviation_off,
         not_normal,
-        neighbours_correlated,
+        neighbors_correlated,
         same_size_other_sign,
         unfair_flip,
         windows_alternate,

@@ -50,7 +50,7 @@ def test_layer_shapes() -> None:
 @pytest.mark.paper
 def test_initial_values() -> None:
     network = AlexNet(10)
-    network.initialise(seed=4, hidden_bias=1.0)
+    network.initialize(seed=4, hidden_bias=1.0)
     layers = {name: layer for name, layer in network.named_children() if isinstance(layer, nn.Conv2d | nn.Linear)}
     biases = {name: layer.bias.unique().tolist() for name, layer in layers.items() if layer.bias is not None}
     ones, zeros = [1.0], [0.0]
@@ -69,8 +69,8 @@ def test_initial_values() -> None:
         assert abs(layer.weight.mean()) < 4 * 0.01 / np.sqrt(n), name
         assert abs(layer.weight.std() / 0.01 - 1) < 4 / np.sqrt(2 * n), name
     again, other = AlexNet(10), AlexNet(10)
-    again.initialise(seed=4)
-    other.initialise(seed=5)
+    again.initialize(seed=4)
+    other.initialize(seed=5)
     assert torch.equal(again.fc7.weight, network.fc7.weight)
     assert not torch.equal(other.fc7.weight, network.fc7.weight)
 

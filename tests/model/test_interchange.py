@@ -217,7 +217,7 @@ def test_exports_compute_the_same(blobs: Blobs, shard_set: Path, tmp_path: Path)
 def test_a_model_that_computes_something_else_is_noticed() -> None:
     pytest.importorskip("onnxruntime")
     network = AlexNet(CLASSES).eval()
-    network.initialise(0, 0.1, "he")
+    network.initialize(0, 0.1, "he")
     program = export.to_onnx(network, {})
     assert export.parity(program, network) < export.PARITY
     with torch.no_grad():

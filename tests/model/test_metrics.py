@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.metrics import Score, evaluate, tally
+from model.metrics import Score, batch_metrics, evaluate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 def test_errors_and_loss() -> None:
     generator = np.random.default_rng(0)
     logits, labels = generator.normal(0, 2, (50, 8)), generator.integers(0, 8, 50)
-    score = Score.of(tally(torch.from_numpy(logits).log_softmax(1), torch.from_numpy(labels)))
+    score = Score.of(batch_metrics(torch.from_numpy(logits).log_softmax(1), torch.from_numpy(labels)))
     order = np.argsort(-logits, axis=1)
     assert score.images == 50
     assert score.top1_error == pytest.approx(np.mean(order[:, 0] != labels))

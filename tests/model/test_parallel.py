@@ -7,7 +7,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.parallel import STEPS_AHEAD, Leash, data_parallel, gradients_kept
+from model.parallel import STEPS_AHEAD, InFlightStepLimit, data_parallel, no_sync
 from tests.ranks import run_ranks
 
 FEATURES = 300  # Its weights are half a megabyte, which torch would put into one bucket first and two later.
@@ -27,7 +27,7 @@ def pieces(rank: int, world: int, folder: Path) -> None:
 
     network.register_comm_hook(None, hook)
     for _ in range(3):
-        with gradients_kept(network):
+        with no_sync(network):
             network(torch.randn(2, FEATURES)).sum().backward()
         network(torch.randn(2, FEATURES)).sum().backward()
     if rank == 0:
@@ -63,7 +63,7 @@ def test_no_more_than_two_steps_are_queued_on_a_gpu(monkeypatch: pytest.MonkeyPa
             return Event()
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream())
-    leash, most = Leash(torch.device("cuda", 0)), []
+    leash, most = InFlightStepLimit(torch.device("cuda", 0)), []
     for _ in range(5):
         leash.after_step()
         most.append(len(queued))

@@ -1,4 +1,4 @@
-"""The optimiser against the paper's update, the schedule against torch's."""
+"""The optimizer against the paper's update, the schedule against torch's."""
 
 from __future__ import annotations
 

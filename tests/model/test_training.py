@@ -1,4 +1,4 @@
-"""The loop: workers, micro-batches and interruptions change nothing of what is learnt."""
+"""The loop: workers, micro-batches and interruptions change nothing of what is learned."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from jobs.training import checkpoint
-from jobs.training.checkpoint import Identity
+from jobs.training.checkpoint import RunFingerprint
 from model.alexnet import AlexNet
 from model.guards import DivergedError
-from model.metrics import LabelledImages, Score
+from model.metrics import LabeledImages, Score
 from model.recipe import Recipe
-from model.training import Due, StoppedError, Trainer, Worker
+from model.training import StepAction, StoppedError, Trainer, Worker
 from pipeline.images.rgb_stats import RgbStatistics
-from pipeline.loading.plan import share
+from pipeline.loading.plan import rank_slice
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -44,9 +44,9 @@ def one_step(rank: int, world: int, micro_batch: int) -> dict[str, Tensor]:
     """The gradients of one step of AlexNet without dropout, of which this rank computes its part."""
     torch.manual_seed(rank)
     network = AlexNet(10, dropout=0.0)
-    network.initialise(seed=1, hidden_bias=0.1)
+    network.initialize(seed=1, hidden_bias=0.1)
     trainer = Trainer(network, Recipe(batch_size=GLOBAL_BATCH), Worker(rank, world, CPU))
-    batch, part = global_batch(), share(GLOBAL_BATCH, rank, world)
+    batch, part = global_batch(), rank_slice(GLOBAL_BATCH, rank, world)
     images, labels = batch.images[part.start : part.stop], batch.labels[part.start : part.stop]
     cuts = zip(images.split(micro_batch), labels.split(micro_batch), strict=True)
     trainer.step([Images(x, y) for x, y in cuts])
@@ -54,9 +54,9 @@ def one_step(rank: int, world: int, micro_batch: int) -> dict[str, Tensor]:
 
 
 def statistics_after_a_step(rank: int, world: int) -> dict[str, Tensor]:
-    """What batch normalisation has gathered after one step of four and five rows, shared over the workers."""
-    rows = rows_to_normalise()
-    part = share(len(rows), rank, world)
+    """What batch normalization has gathered after one step of four and five rows, shared over the workers."""
+    rows = rows_to_normalize()
+    part = rank_slice(len(rows), rank, world)
     network = nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.Linear(3, 2))
     trainer = Trainer(network, Recipe(batch_size=len(rows)), Worker(rank, world, CPU))
     trainer.step([Images(rows[part.start : part.stop], torch.zeros(len(part), dtype=torch.int64))])
@@ -64,7 +64,7 @@ def statistics_after_a_step(rank: int, world: int) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in network.named_buffers() if buffer.is_floating_point()}
 
 
-def rows_to_normalise() -> Tensor:
+def rows_to_normalize() -> Tensor:
     return torch.arange(27.0).reshape(9, 3) ** 2
 
 
@@ -90,9 +90,9 @@ def test_two_workers_step_as_one_does(tmp_path: Path) -> None:
     for rank in range(2):
         assert_close(torch.load(tmp_path / f"{rank}.pt", weights_only=True), alone)
 
-    # Batch normalisation: each worker's own statistics, of which all keep the mean. torch's momentum is a tenth.
-    rows = rows_to_normalise().double().numpy()
-    parts = [rows[share(len(rows), rank, 2).start : share(len(rows), rank, 2).stop] for rank in range(2)]
+    # Batch normalization: each worker's own statistics, of which all keep the mean. torch's momentum is a tenth.
+    rows = rows_to_normalize().double().numpy()
+    parts = [rows[rank_slice(len(rows), rank, 2).start : rank_slice(len(rows), rank, 2).stop] for rank in range(2)]
     means, variances = [part.mean(axis=0) for part in parts], [part.var(axis=0, ddof=1) for part in parts]
     for rank in range(2):
         kept = torch.load(tmp_path / f"statistics-{rank}.pt", weights_only=True)
@@ -126,7 +126,7 @@ class SmallData:
 
 RECIPE = Recipe(batch_size=4, epochs=4, lr=0.05, seed=3)
 STATISTICS = RgbStatistics(1, (0, 0, 0), (1, 1, 1), ((1, 0, 0),) * 3, (1, 1, 1), ((1, 0, 0),) * 3)
-IDENTITY = Identity(RECIPE, "fingerprint", ("a", "b", "c"), STATISTICS)
+IDENTITY = RunFingerprint(RECIPE, "fingerprint", ("a", "b", "c"), STATISTICS)
 
 
 def make_trainer(recipe: Recipe = RECIPE) -> Trainer:
@@ -146,8 +146,8 @@ class Recorder:
         self,
         folder: Path,
         stop_after: int | None = None,
-        identity: Identity = IDENTITY,
-        wishes: dict[tuple[int, int], Due] | None = None,
+        identity: RunFingerprint = IDENTITY,
+        wishes: dict[tuple[int, int], StepAction] | None = None,
     ) -> None:
         self.wishes = wishes or {}
         self.identity = identity
@@ -158,14 +158,14 @@ class Recorder:
         self.losses: list[float] = []
         self.warnings: list[str] = []
 
-    def trained(self, trainer: Trainer, batches: Sequence[LabelledImages], own_seconds: float) -> Due:
-        return self.wishes.get((trainer.progress.epoch, trainer.progress.step), Due.NOTHING)
+    def on_step_end(self, trainer: Trainer, batches: Sequence[LabeledImages], own_seconds: float) -> StepAction:
+        return self.wishes.get((trainer.progress.epoch, trainer.progress.step), StepAction.NOTHING)
 
-    def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
+    def on_log(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
         assert 0 <= data_wait <= 1
         self.losses.append(score.loss)
 
-    def completed(self, trainer: Trainer, row: dict[str, Any]) -> None:
+    def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None:
         self.rows.append({k: v for k, v in row.items() if "seconds" not in k})
 
     def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
@@ -176,7 +176,7 @@ class Recorder:
         if len(self.saved) == self.stop_after:
             raise Stopped
 
-    def warned(self, trainer: Trainer, warning: str) -> None:
+    def on_warning(self, trainer: Trainer, warning: str) -> None:
         self.warnings.append(warning)
 
 
@@ -209,7 +209,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, stop_after: in
 def test_a_run_told_to_stop_leaves_a_checkpoint_and_ends_alike(tmp_path: Path, epoch: int, step: int) -> None:
     whole, record = make_trainer(), Recorder(tmp_path / "whole")
     whole.fit(SmallData(), record)
-    stopped = Recorder(tmp_path / "stopped", wishes={(epoch, step): Due.STOP})
+    stopped = Recorder(tmp_path / "stopped", wishes={(epoch, step): StepAction.STOP})
     with pytest.raises(StoppedError, match=f"after epoch {epoch}, step {step}"):
         make_trainer().fit(SmallData(), stopped)
     progress = checkpoint.read_state(stopped.saved[-1]).progress
@@ -225,10 +225,10 @@ def test_a_run_told_to_stop_leaves_a_checkpoint_and_ends_alike(tmp_path: Path, e
     assert [row["val_loss"] for row in stopped.rows + rest.rows] == [row["val_loss"] for row in record.rows]
 
 
-def test_a_checkpoint_by_the_clock_changes_nothing_of_what_is_learnt(tmp_path: Path) -> None:
+def test_a_checkpoint_by_the_clock_changes_nothing_of_what_is_learned(tmp_path: Path) -> None:
     whole = make_trainer()
     whole.fit(SmallData(), Recorder(tmp_path / "whole"))
-    record = Recorder(tmp_path / "more", wishes={(1, 3): Due.CHECKPOINT, (2, 5): Due.CHECKPOINT})
+    record = Recorder(tmp_path / "more", wishes={(1, 3): StepAction.CHECKPOINT, (2, 5): StepAction.CHECKPOINT})
     more = make_trainer()
     more.fit(SmallData(), record)
     places = [(p.epoch, p.step) for p in (checkpoint.read_state(folder).progress for folder in record.saved)]

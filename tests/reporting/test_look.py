@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def seen(shard_set: Path, **settings: object) -> tuple[Seen, SplitReader]:
     info = read_dataset(shard_set)
     reader = SplitReader(shard_set, info, "train")
-    config = dataclasses.replace(LookConfig(shard_set, images=9, colour="std", exaggerate=3.0), **settings)  # type: ignore[arg-type]
+    config = dataclasses.replace(LookConfig(shard_set, images=9, color="std", exaggerate=3.0), **settings)  # type: ignore[arg-type]
     return look(config, info, reader), reader
 
 
@@ -43,9 +43,9 @@ def test_the_pixels_are_the_images(shard_set: Path) -> None:
             assert np.abs(pixels - expected).max() <= 1
 
 
-def test_another_step_and_no_colour(shard_set: Path) -> None:
+def test_another_step_and_no_color(shard_set: Path) -> None:
     first, _ = seen(shard_set, batch_size=15)
-    second, _ = seen(shard_set, batch_size=15, step=2, colour="none")
+    second, _ = seen(shard_set, batch_size=15, step=2, color="none")
     assert not set(first.samples) & set(second.samples)
     assert not second.drawn.shifts.any()
     with pytest.raises(ValueError, match="an epoch has 3"):

@@ -215,7 +215,7 @@ def test_the_components_picture_shows_the_sets_values(shard_set: Path) -> None:
 
 
 def test_imagenets_known_values_are_a_pca() -> None:
-    """Orthonormal columns by falling eigenvalue, the first nearly grey: as rows they would not be."""
+    """Orthonormal columns by falling eigenvalue, the first nearly gray: as rows they would not be."""
     vectors = np.array(IMAGENET_EIGENVECTORS)
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(3), atol=2e-3)
     assert np.ptp(vectors[:, 0]) < 0.02

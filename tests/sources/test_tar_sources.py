@@ -106,7 +106,7 @@ def test_folders_and_tars_give_the_same_bytes(imagenet: Path, tmp_path: Path) ->
     assert made(tars, tmp_path / "tars") == expected
 
 
-def test_tars_may_be_named_one_by_one_and_labelled_by_id(imagenet: Path) -> None:
+def test_tars_may_be_named_one_by_one_and_labeled_by_id(imagenet: Path) -> None:
     tars = imagenet / "tars"
     train, val = tars / "ILSVRC2012_img_train.tar", tars / "ILSVRC2012_img_val.tar"
     by_id = listed(train, val, tars / "ids.txt", tars / "synsets.txt")
@@ -115,7 +115,7 @@ def test_tars_may_be_named_one_by_one_and_labelled_by_id(imagenet: Path) -> None
     assert listed(train, imagenet / "val").fingerprint == by_id.fingerprint
 
 
-def test_a_flat_folder_is_labelled_as_a_flat_tar_is(imagenet: Path, tmp_path: Path) -> None:
+def test_a_flat_folder_is_labeled_as_a_flat_tar_is(imagenet: Path, tmp_path: Path) -> None:
     with tarfile.open(imagenet / "tars" / "ILSVRC2012_img_val.tar") as tar:
         tar.extractall(tmp_path, filter="data")
     assert (

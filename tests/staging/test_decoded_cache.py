@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.dataset.info import DatasetError, read_dataset
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.loading.loader import Loader
-from pipeline.loading.plan import Plan, colour_matrix
+from pipeline.loading.plan import Plan, color_matrix
 from pipeline.staging.decoded_cache import stage_pixels
 from tests.damage import flip_in_the_middle, own_copy, places
 
@@ -31,7 +31,7 @@ def test_pixels_are_the_jpegs_and_give_the_same_batches(shard_set: Path, tmp_pat
         assert pixels.key(sample) == jpegs.key(sample)
         decoded = np.asarray(Image.open(io.BytesIO(jpegs.image(sample).tobytes())))
         np.testing.assert_array_equal(pixels.image(sample), decoded)
-    plan = Plan(len(jpegs), 15, 3, colour_matrix(info.rgb))
+    plan = Plan(len(jpegs), 15, 3, color_matrix(info.rgb))
     runs = [list(Loader(reader, info.rgb, 15, CPU, 2).run(plan.epoch(0))) for reader in (jpegs, pixels)]
     assert len(runs[0]) == plan.steps
     for one, two in zip(*runs, strict=True):
@@ -58,7 +58,7 @@ def test_an_interrupted_decoding_goes_on_and_a_cut_file_is_refused(shard_set: Pa
 def test_a_batch_stays_as_it_is_while_later_ones_are_made(shard_set: Path) -> None:
     info = read_dataset(shard_set)
     reader = SplitReader(shard_set, info, "train")
-    plan = Plan(len(reader), 5, 3, colour_matrix(info.rgb))
+    plan = Plan(len(reader), 5, 3, color_matrix(info.rgb))
     loader = Loader(reader, info.rgb, 5, CPU, 2)
     held, copies = [], []
     for batch in loader.run(plan.epoch(0)):

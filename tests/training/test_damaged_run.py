@@ -13,13 +13,13 @@ import pytest
 from jobs.evaluate import EvaluateConfig
 from jobs.evaluate import main as evaluate
 from jobs.training import checkpoint
-from jobs.training.checkpoint import Identity, State
+from jobs.training.checkpoint import RunFingerprint, State
 from jobs.training.worker import make_network
 from model.recipe import RECIPES, Recipe
 from model.schedule import Plateau
 from model.training import Progress
 from pipeline.dataset.info import DatasetError, read_dataset
-from pipeline.loading.plan import Plan, colour_matrix
+from pipeline.loading.plan import Plan, color_matrix
 from tests.damage import Place, flip_in_the_middle, own_copy, places
 from tests.observer import assert_trained_once
 from tests.runs import STEPS, Run, plan
@@ -34,7 +34,7 @@ PROMPT_S = 60  # Seconds, of which Ray's shutdown has most; a worker that waits 
 def damaged(shard_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Place]:
     """A set and its corrupt image."""
     root = own_copy(shard_set, tmp_path_factory.mktemp("damaged") / "shards")
-    plan = Plan(45, BATCH, RECIPES["default"].seed, colour_matrix(read_dataset(root).rgb))
+    plan = Plan(45, BATCH, RECIPES["default"].seed, color_matrix(read_dataset(root).rgb))
     bad = places(root, "train")[plan.order(0)[AT]]
     flip_in_the_middle(bad)
     return root, bad
@@ -125,7 +125,7 @@ def test_evaluation_names_a_corrupt_image(shard_set: Path, tmp_path: Path) -> No
     saved = tmp_path / "checkpoint"
     saved.mkdir()
     info = read_dataset(root)
-    identity = Identity.of(Recipe(), info)
+    identity = RunFingerprint.of(Recipe(), info)
     checkpoint.save_network(saved, make_network(identity), State(identity, Progress(Plateau(0.01))))
     place = places(root, "val")[7]
     flip_in_the_middle(place)

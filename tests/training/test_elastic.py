@@ -19,14 +19,14 @@ from ray.cluster_utils import Cluster
 
 from jobs.cluster.connection import LOOPBACK_SWITCH
 from jobs.cluster.nodes import Node
-from jobs.train import Resources, refuse_shortage
-from jobs.training.checkpoint import Identity, committed
+from jobs.train import Resources, check_shortage
+from jobs.training.checkpoint import RunFingerprint, committed
 from jobs.training.config import TrainConfig, Workers
 from jobs.training.trackers import EVENTS, read_events
 from jobs.training.worker import WorkerData, make_network
-from model.metrics import LabelledImages, Score
+from model.metrics import LabeledImages, Score
 from model.recipe import RECIPES, Recipe
-from model.training import Due, StoppedError, Trainer, Worker
+from model.training import StepAction, StoppedError, Trainer, Worker
 from tests.observer import assert_trained_once
 from tests.processes import below
 from tests.runs import BATCH, ROOT, STEPS, Run, plan
@@ -77,14 +77,18 @@ def test_a_batch_that_the_most_workers_cannot_share_is_refused() -> None:
         (Workers(1, 1), 4, 1, False),
     ],
 )
-def test_batch_normalisation_refuses_a_single_image(
+def test_batch_normalization_refuses_a_single_image(
     workers: Workers, batch_size: int, micro_batch: int, fits: bool
 ) -> None:
-    parts = {len(p) for w in range(workers.fewest, workers.most + 1) for p in np.array_split(range(batch_size), w)}
+    parts = {
+        len(p)
+        for w in range(workers.min_workers, workers.max_workers + 1)
+        for p in np.array_split(range(batch_size), w)
+    }
     pieces = {min(micro_batch, part - start) for part in parts for start in range(0, part, micro_batch)}
     assert (1 not in pieces) == fits
-    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=r"batch normalisation needs two images"):
-        workers.refuse_single_images(batch_size, micro_batch)
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=r"batch normalization needs two images"):
+        workers.check_single_images(batch_size, micro_batch)
 
 
 def cluster(*nodes: tuple[int, int]) -> list[Node]:
@@ -130,15 +134,15 @@ def test_workers_that_fit_no_node_are_waited_for_aloud(
 ) -> None:
     resources, nodes = Resources(Workers(2, 2), False, 12), cluster((16, 0), (8, 0))
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.0:6379")
-    refuse_shortage(resources, nodes, RECIPES["default"])
+    check_shortage(resources, nodes, RECIPES["default"])
     said = capsys.readouterr().out
     assert "waiting for the cluster to grow: the run needs room for 2 worker(s) of 12 core(s) each" in said
     assert "and there is room for 1 now (10.0.0.0 with 16 core(s) and 0 GPU(s), 10.0.0.1 with 8" in said
-    refuse_shortage(Resources(Workers(2, 2), False, 8), nodes, RECIPES["default"])
+    check_shortage(Resources(Workers(2, 2), False, 8), nodes, RECIPES["default"])
     assert not capsys.readouterr().out
     monkeypatch.delenv("RAY_ADDRESS")
     with pytest.raises(ValueError, match=r"room for 2 worker.*use fewer --workers"):
-        refuse_shortage(resources, nodes, RECIPES["default"])
+        check_shortage(resources, nodes, RECIPES["default"])
 
 
 class Losses:
@@ -148,17 +152,17 @@ class Losses:
         self.steps = steps
         self.losses: list[float] = []
 
-    def trained(self, trainer: Trainer, batches: Sequence[LabelledImages], own_seconds: float) -> Due:
-        return Due.STOP if len(self.losses) + 1 == self.steps else Due.NOTHING
+    def on_step_end(self, trainer: Trainer, batches: Sequence[LabeledImages], own_seconds: float) -> StepAction:
+        return StepAction.STOP if len(self.losses) + 1 == self.steps else StepAction.NOTHING
 
-    def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
+    def on_log(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
         self.losses.append(score.loss)
 
-    def completed(self, trainer: Trainer, row: dict[str, Any]) -> None: ...
+    def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None: ...
 
     def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None: ...
 
-    def warned(self, trainer: Trainer, warning: str) -> None: ...
+    def on_warning(self, trainer: Trainer, warning: str) -> None: ...
 
 
 def alone(shards: Path, recipe: Recipe, steps: int, micro_batch: int) -> NDArray[np.float64]:
@@ -167,7 +171,7 @@ def alone(shards: Path, recipe: Recipe, steps: int, micro_batch: int) -> NDArray
     data = WorkerData(shards, recipe, worker, micro_batch, threads=2)
     losses = Losses(steps)
     with pytest.raises(StoppedError):
-        Trainer(make_network(Identity.of(recipe, data.info)), recipe, worker, log_every=1).fit(data, losses)
+        Trainer(make_network(RunFingerprint.of(recipe, data.info)), recipe, worker, log_every=1).fit(data, losses)
     return np.array(losses.losses)
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from jobs.training.config import TrainConfig
 from jobs.training.watchdog import LimitedData
-from model.metrics import LabelledImages
+from model.metrics import LabeledImages
 from tests.processes import below
 from tests.runs import ROOT, Run, assert_alike, undisturbed
 
@@ -65,7 +65,7 @@ def test_only_the_wait_for_the_images_is_limited(monkeypatch: pytest.MonkeyPatch
     class Data:
         steps = 2
 
-        def training(self, epoch: int, first_step: int) -> Iterator[Sequence[LabelledImages]]:
+        def training(self, epoch: int, first_step: int) -> Iterator[Sequence[LabeledImages]]:
             return self.validation()
 
         def validation(self) -> Iterator[Any]:
@@ -73,14 +73,14 @@ def test_only_the_wait_for_the_images_is_limited(monkeypatch: pytest.MonkeyPatch
             yield ()
             raise OSError("the disk is gone")
 
-    def trained() -> None:
+    def train() -> None:
         for _ in LimitedData(Data(), 7.0).training(0, 0):
             events.append("trained")
 
     monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, exit: events.append(f"at most {seconds}"))
     monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: events.append("got"))
     with pytest.raises(OSError, match="the disk is gone"):
-        trained()
+        train()
     assert events == ["at most 7.0", "read", "got", "trained", "at most 7.0", "got"]
 
 

@@ -13,7 +13,7 @@ from ray.train import ControllerError
 from jobs.training.checkpoint import RUN_FILE
 from jobs.training.run_storage import FailureReporter, StorageError, repair_checkpoint_list, storage_error
 from jobs.training.stop_signals import StopConsensus, clear_stop_request, request_stop, stop_requested
-from model.training import Due, Worker
+from model.training import StepAction, Worker
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -36,10 +36,10 @@ def test_checkpoints_come_by_the_clock_and_count_from_the_last_one() -> None:
     for step in range(1, 13):
         clock.now += 3
         found = consensus.after_step(0.1)
-        if found is Due.CHECKPOINT or step == 6:
+        if found is StepAction.CHECKPOINT or step == 6:
             consensus.checkpointed()
             due.append((step, found))
-    assert due == [(4, Due.CHECKPOINT), (6, Due.NOTHING), (10, Due.CHECKPOINT)]
+    assert due == [(4, StepAction.CHECKPOINT), (6, StepAction.NOTHING), (10, StepAction.CHECKPOINT)]
 
 
 def test_short_steps_are_exchanged_once_a_second() -> None:
@@ -66,7 +66,7 @@ def test_a_word_to_stop_is_followed_and_a_drain_has_one_checkpoint() -> None:
     for _ in range(5):
         clock.now += 2
         found.append(consensus.after_step(0.1))
-    assert found == [Due.NOTHING, Due.CHECKPOINT, Due.NOTHING, Due.NOTHING, Due.STOP]
+    assert found == [StepAction.NOTHING, StepAction.CHECKPOINT, StepAction.NOTHING, StepAction.NOTHING, StepAction.STOP]
     assert said == [
         "draining: node a; writing a checkpoint, then going on until the node is taken",
         "SIGTERM to the driver: writing a checkpoint, then leaving",

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.training.checkpoint import Identity
+from jobs.training.checkpoint import RunFingerprint
 from jobs.training.worker import WorkerData, make_network
-from model.metrics import LabelledImages, Score
+from model.metrics import LabeledImages, Score
 from model.recipe import RECIPES
-from model.training import Due, Trainer, Worker
+from model.training import StepAction, Trainer, Worker
 from pipeline.dataset.info import read_dataset
 from tests.ranks import run_ranks
 
@@ -37,19 +37,19 @@ class Curve:
         self.losses: list[float] = []
         self.errors: list[float] = []
 
-    def trained(self, trainer: Trainer, batches: Sequence[LabelledImages], own_seconds: float) -> Due:
-        return Due.NOTHING
+    def on_step_end(self, trainer: Trainer, batches: Sequence[LabeledImages], own_seconds: float) -> StepAction:
+        return StepAction.NOTHING
 
-    def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
+    def on_log(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
         self.losses.append(score.loss)
         self.errors.append(score.top1_error)
 
-    def completed(self, trainer: Trainer, row: dict[str, Any]) -> None:
+    def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None:
         self.losses.append(row["val_loss"])
 
     def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None: ...
 
-    def warned(self, trainer: Trainer, warning: str) -> None: ...
+    def on_warning(self, trainer: Trainer, warning: str) -> None: ...
 
 
 def train(rank: int, world: int, shards: Path, folder: Path) -> None:
@@ -57,7 +57,7 @@ def train(rank: int, world: int, shards: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     worker = Worker(rank, world, torch.device("cpu"))
     data = WorkerData(shards, RECIPE, worker, micro_batch=BATCH, threads=1)
-    network = make_network(Identity.of(RECIPE, data.info)).to(memory_format=torch.channels_last)
+    network = make_network(RunFingerprint.of(RECIPE, data.info)).to(memory_format=torch.channels_last)
     curve = Curve()
     Trainer(network, RECIPE, worker, log_every=1).fit(data, curve)
     (folder / f"{world}-{rank}.json").write_text(json.dumps([curve.losses, curve.errors]))

@@ -18,9 +18,9 @@ from jobs.reporting import charts
 from jobs.reporting.page import gallery, page
 from jobs.reporting.predictions import Confusion, Predictor, confusions
 from jobs.training import checkpoint
-from jobs.training.checkpoint import Identity
+from jobs.training.checkpoint import RunFingerprint
 from jobs.training.trackers import EVENTS, TrackedRun, make_trackers, read_events
-from jobs.training.worker import Assignment, Reporter, WorkerData, make_network
+from jobs.training.worker import Reporter, WorkerConfig, WorkerData, make_network
 from model.recipe import RECIPES
 from model.schedule import PAPER_REDUCTIONS
 from model.training import Progress, Trainer, Worker
@@ -56,8 +56,8 @@ class Keeper(Reporter):
         super().__init__(*arguments)
         self._folder, self._die_in = folder, die_in
 
-    def stepped(self, trainer: Trainer, *measured: Any) -> None:
-        super().stepped(trainer, *measured)
+    def on_log(self, trainer: Trainer, *measured: Any) -> None:
+        super().on_log(trainer, *measured)
         if trainer.progress.epoch + 1 == self._die_in:
             raise InterruptedRunError
 
@@ -81,12 +81,12 @@ def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(data: Path, folder: Path, die_in: int | None = None) -> Trainer:
     """Trains, from the checkpoint in `folder` if there is one, until the schedule ends it or it dies in an epoch."""
     loaded = WorkerData(data, RECIPE, CPU, RECIPE.batch_size, 1)
-    identity = Identity.of(RECIPE, loaded.info)
+    identity = RunFingerprint.of(RECIPE, loaded.info)
     trainer = Trainer(make_network(identity).to(memory_format=torch.channels_last), RECIPE, CPU)
     folder.mkdir(exist_ok=True)
     if (folder / checkpoint.STATE_FILE).exists():
         checkpoint.restore(folder, trainer, identity)
-    assignment = Assignment(
+    assignment = WorkerConfig(
         data=str(data),
         stage=None,
         stage_as="jpeg",
@@ -108,7 +108,7 @@ def train(data: Path, folder: Path, die_in: int | None = None) -> Trainer:
     return trainer
 
 
-def learnt(progress: Progress) -> list[dict[str, Any]]:
+def learned(progress: Progress) -> list[dict[str, Any]]:
     """The history without what the clock says."""
     return [{name: value for name, value in row.items() if "seconds" not in name} for row in progress.history]
 
@@ -162,7 +162,7 @@ def test_a_plateau_run_ends_itself_the_same_when_it_was_interrupted(
     kept = checkpoint.read_state(tmp_path / "parts").progress
     assert (kept.epoch, kept.schedule.bad_epochs, kept.schedule.reductions) == (decisions[1] - 1, PATIENCE - 1, 1)
     parts = train(tiny_set, tmp_path / "parts")
-    assert learnt(parts.progress) == learnt(whole.progress)
+    assert learned(parts.progress) == learned(whole.progress)
     assert parts.progress.schedule == whole.progress.schedule
     for one, other in zip(whole.network.parameters(), parts.network.parameters(), strict=True):
         assert one.equal(other)

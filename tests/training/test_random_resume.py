@@ -20,11 +20,11 @@ import torch
 from torch import distributed
 
 from jobs.training import checkpoint
-from jobs.training.checkpoint import MODEL_FILE, OPTIMIZER_FILE, Identity
+from jobs.training.checkpoint import MODEL_FILE, OPTIMIZER_FILE, RunFingerprint
 from jobs.training.worker import WorkerData, make_network
-from model.metrics import LabelledImages, Score
+from model.metrics import LabeledImages, Score
 from model.recipe import RECIPES, Recipe
-from model.training import Due, StoppedError, Trainer, Worker
+from model.training import StepAction, StoppedError, Trainer, Worker
 from pipeline.dataset.info import read_dataset
 from tests.ranks import run_ranks
 
@@ -50,15 +50,17 @@ class Stops:
         folder: holds the last checkpoint, and in `digests` a line for each.
     """
 
-    def __init__(self, folder: Path, identity: Identity, worker: Worker, wishes: dict[tuple[int, int], Due]) -> None:
+    def __init__(
+        self, folder: Path, identity: RunFingerprint, worker: Worker, wishes: dict[tuple[int, int], StepAction]
+    ) -> None:
         self._folder, self._identity, self._worker, self._wishes = folder, identity, worker, wishes
 
-    def trained(self, trainer: Trainer, batches: Sequence[LabelledImages], own_seconds: float) -> Due:
-        return self._wishes.get((trainer.progress.epoch, trainer.progress.step), Due.NOTHING)
+    def on_step_end(self, trainer: Trainer, batches: Sequence[LabeledImages], own_seconds: float) -> StepAction:
+        return self._wishes.get((trainer.progress.epoch, trainer.progress.step), StepAction.NOTHING)
 
-    def stepped(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None: ...
+    def on_log(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None: ...
 
-    def completed(self, trainer: Trainer, row: dict[str, Any]) -> None: ...
+    def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None: ...
 
     def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
         place = (trainer.progress.epoch, trainer.progress.step)
@@ -77,7 +79,7 @@ class Stops:
         if self._worker.world > 1:
             distributed.barrier()
 
-    def warned(self, trainer: Trainer, warning: str) -> None: ...
+    def on_warning(self, trainer: Trainer, warning: str) -> None: ...
 
 
 def train(shards: Path, folder: Path, recipe: Recipe, worker: Worker, wishes: dict, start: Path | None) -> None:
@@ -85,7 +87,7 @@ def train(shards: Path, folder: Path, recipe: Recipe, worker: Worker, wishes: di
     for scramble in (random.seed, np.random.seed, torch.manual_seed):
         scramble(len(wishes) + 77)
     data = WorkerData(shards, recipe, worker, micro_batch=BATCH, threads=1)
-    identity = Identity.of(recipe, data.info)
+    identity = RunFingerprint.of(recipe, data.info)
     trainer = Trainer(make_network(identity).to(memory_format=torch.channels_last), recipe, worker, log_every=4)
     if start is not None:
         checkpoint.restore(start, trainer, identity)
@@ -97,11 +99,11 @@ def stretch_and_stops(rank: int, world: int, shards: Path, folder: Path, places:
     torch.set_num_threads(1)
     worker = Worker(rank, world, CPU)
     recipe = dataclasses.replace(RECIPES["default"], batch_size=BATCH, epochs=EPOCHS)
-    train(shards, folder / "stretch", recipe, worker, dict.fromkeys(places, Due.CHECKPOINT), None)
+    train(shards, folder / "stretch", recipe, worker, dict.fromkeys(places, StepAction.CHECKPOINT), None)
     start = None
     for place in places:
         with pytest.raises(StoppedError):
-            train(shards, folder / "stopped", recipe, worker, {place: Due.STOP}, start)
+            train(shards, folder / "stopped", recipe, worker, {place: StepAction.STOP}, start)
         start = checkpoint_at(folder / "stopped", place)
     train(shards, folder / "stopped", recipe, worker, {}, start)
 

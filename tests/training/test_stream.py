@@ -24,7 +24,7 @@ from model.recipe import Recipe
 from model.training import Worker
 from pipeline.dataset.info import read_dataset
 from pipeline.loading.loader import Batch
-from pipeline.loading.plan import Plan, PlannedBatch, colour_matrix
+from pipeline.loading.plan import Plan, PlannedBatch, color_matrix
 from pipeline.loading.reader_process import ReaderProcess
 
 TRAIN, VAL = 45, 15  # Images in the set.
@@ -81,9 +81,9 @@ def whole(shard_set: Path) -> Steps:
 @pytest.mark.parametrize("epoch", [0, 3])
 @pytest.mark.parametrize("world", [1, 3])
 def test_pixels_and_labels_are_the_references(shard_set: Path, epoch: int, world: int) -> None:
-    """Decode, cut, mirror, shift: within a grey level everywhere, and labels exactly."""
+    """Decode, cut, mirror, shift: within a gray level everywhere, and labels exactly."""
     images, labels = stored(shard_set, "train")
-    plan = Plan(TRAIN, 13, SEED, colour_matrix(read_dataset(shard_set).rgb))
+    plan = Plan(TRAIN, 13, SEED, color_matrix(read_dataset(shard_set).rgb))
     steps = [data.training(epoch, 0) for data in workers(shard_set, 13, world, 4, 2)]
     for planned, parts in zip(plan.epoch(epoch), zip(*steps, strict=True), strict=True):
         drawn = planned.draw(planned.samples)
@@ -142,7 +142,7 @@ def test_the_next_epoch_is_read_while_the_network_validates(
 
     monkeypatch.setattr(ReaderProcess, "submit", noted)
     assert len(list(data.training(2, 0))) == 3
-    plan = Plan(TRAIN, 13, SEED, colour_matrix(read_dataset(shard_set).rgb))
+    plan = Plan(TRAIN, 13, SEED, color_matrix(read_dataset(shard_set).rgb))
     following = [planned.samples.tobytes() for planned in plan.epoch(3)]
     assert set(following) <= set(read)
     assert sum(len(batch) for batch in data.validation()) == VAL
@@ -171,7 +171,7 @@ def test_an_epoch_has_each_sample_once_but_for_its_tail(shard_set: Path, batch_s
 
 
 @pytest.mark.parametrize(("world", "micro_batch"), [(1, 15), (1, 4), (2, 64), (3, 2), (4, 3), (7, 1), (16, 5)])
-def test_validation_has_each_image_once_and_its_centre(shard_set: Path, world: int, micro_batch: int) -> None:
+def test_validation_has_each_image_once_and_its_center(shard_set: Path, world: int, micro_batch: int) -> None:
     """For 16 workers too, one of which has no image."""
     images, labels = stored(shard_set, "val")
     seen = []
