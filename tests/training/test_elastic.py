@@ -29,7 +29,7 @@ from model.recipe import RECIPES, Recipe
 from model.training import StepAction, StoppedError, Trainer, Worker
 from tests.observer import assert_trained_once
 from tests.processes import below
-from tests.runs import BATCH, ROOT, STEPS, Run, plan
+from tests.runs import BATCH, ROOT, STEPS, Run, last, plan
 
 MOST_EPOCHS = 99
 NODE = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
@@ -211,6 +211,9 @@ def test_a_run_grows_and_shrinks_with_its_cluster_and_learns_the_same(
         run.wait_for(", with 3 worker(s)")
         grown = int(re.findall(r"continuing after epoch (\d+), step 0, with 3", run.lines[-1])[0])
         run.wait_for(f"epoch {grown + 2}/{MOST_EPOCHS} step 1/{STEPS}")
+        # Else two workers would do again what the three did.
+        while last(str(tmp_path / "run")) <= (grown, 0):
+            run.wait_for(" step ")
         lose(third)
         run.wait_for(", with 2 worker(s)")
         assert run.text.count("failure 1 of at most 4: rank ") == 1
