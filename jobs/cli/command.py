@@ -22,7 +22,7 @@ def choose_gpus(gpus: Switch = False, no_gpus: Switch = False) -> bool | None:
 
     Args:
         gpus: Train on GPUs.
-        no_gpus: Train on CPU, though there be GPUs.
+        no_gpus: Use CPUs even if GPUs are available.
     """
     if gpus and no_gpus:
         raise ValueError("--gpus and --no-gpus exclude each other: give one")
@@ -36,7 +36,7 @@ def run(config: type[Config], main: Callable[[Config], None]) -> NoReturn:
     """Parses the command line into `config`, calls `main` with it and exits.
 
     Exit status 0 when done, 1 with one line on stderr that names the cause and the cure, 2 on wrong usage (tyro's).
-    ValueError and OSError are failures that a user can mend; anything else is a bug and keeps its traceback.
+    ValueError and OSError are failures that a user can repair; anything else is a bug and keeps its traceback.
     """
     try:
         parsed = tyro.cli(config, description=sys.modules[main.__module__].__doc__)

@@ -77,7 +77,7 @@ class NodeCheck:
 
 
 def judge(name: str, answers: Mapping[Any, Any], cure: str, alike: bool = False) -> Finding:
-    """Failed if a node or a rank did not answer, or one answers otherwise than the others where all must be alike."""
+    """Failed if a node or a rank did not answer, or answers differ where all must be equal."""
     wrong = [f"{who}: {answer.why}" for who, answer in answers.items() if isinstance(answer, NoAnswer)]
     if alike and not wrong:
         parts = {who: answer.split(", ") for who, answer in answers.items()}

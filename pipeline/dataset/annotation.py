@@ -23,7 +23,7 @@ class Reject:
     wnid: str
     reason: str
     repaired: bool = False
-    """Whether the set holds it all the same, mended."""
+    """Whether the set holds it all the same, repaired."""
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -148,7 +148,7 @@ class DatasetInfo:
         for name, split in self.splits.items():
             rows = split.shards
             if min((number for row in rows for number in (row.samples, row.bytes)), default=0) < 0:
-                raise ValueError(f"a shard of {name} has less than nothing")
+                raise ValueError(f"negative sample or byte count in a shard of {name}")
             if len({row.name for row in rows}) < len(rows):
                 raise ValueError(f"two shards of {name} have one name")
 

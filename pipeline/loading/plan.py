@@ -31,7 +31,7 @@ TEN_CROPS = tuple(
 COLOR_STD = 0.1  # section 4.1: alpha ~ N(0, 0.1)
 
 # The last word of the generator's counter keeps the streams of one (seed, epoch, sample) apart.
-_ORDER, _WINDOW, _COLOR = 0, 1, 2
+_ORDER, _CROP, _COLOR = 0, 1, 2
 _WORDS = 2.0**32
 _PIECE = 2**15
 
@@ -145,15 +145,15 @@ class Plan:
 
     def augmentation(self, epoch: int, samples: NDArray[np.int64]) -> Augmentation:
         """The crop, flip and color jitter of each of some samples (int64 [n]) in one epoch."""
-        window = philox(samples, (0, epoch, _WINDOW), self.seed)
+        words = philox(samples, (0, epoch, _CROP), self.seed)
         # Scaling a 32-bit word to 30 positions is uneven by less than 1e-8.
-        crops = (window[:2] * np.uint64(CROP_OFFSETS)) >> np.uint64(32)
+        crops = (words[:2] * np.uint64(CROP_OFFSETS)) >> np.uint64(32)
         alpha = COLOR_STD * _normal(philox(samples, (0, epoch, _COLOR), self.seed))[:3]
         # Written out: a matrix product rounds by the number of samples, which is no part of the plan.
         shifts = [row[0] * alpha[0] + row[1] * alpha[1] + row[2] * alpha[2] for row in self.color]
         return Augmentation(
             crops=crops.T.astype(np.int64),
-            flips=window[2] >= np.uint64(2**31),
+            flips=words[2] >= np.uint64(2**31),
             shifts=np.stack(shifts, axis=1).astype(np.float32),
         )
 

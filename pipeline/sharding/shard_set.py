@@ -59,7 +59,7 @@ class SetPlan:
 
 
 def find_finished(root: Path, plan: SetPlan) -> DatasetInfo | None:
-    """The set in ROOT if it is finished and is what `plan` would make; None if it is still to be made or to be mended.
+    """The set in ROOT if it is finished and is what `plan` would make; None if it is still to be made or repaired.
 
     Raises:
         ShardSetError: if ROOT holds another finished set.
@@ -121,7 +121,7 @@ def check_begun(root: Path, plan: SetPlan) -> None:
     marker = root / UNFINISHED_FILE
     try:
         begun = json.loads(marker.read_bytes())
-        # The same folder with a mended or added image goes on; another folder is more likely a slip than a wish.
+        # The same folder with a repaired or added image continues; another folder is more likely a mistake.
         same_source = begun["source_fingerprint"] == plan.listing.fingerprint or begun["roots"] == list(
             plan.listing.roots
         )
@@ -263,8 +263,8 @@ def _check_rejected(root: Path, rejected: Sequence[Reject], images: int, max_bad
     if len(rejected) / images > max_bad_fraction:
         raise ShardSetError(
             f"{len(rejected)} of {images} images are bad, more than --max-bad-fraction {max_bad_fraction} allows; "
-            f"the first is {rejected[0].path}: {rejected[0].reason}. {root / REJECTS_FILE} lists them: mend or remove "
-            f"them, or give --max-bad-fraction {math.ceil(len(rejected) / images * 100) / 100}, and run again"
+            f"the first is {rejected[0].path}: {rejected[0].reason}. {root / REJECTS_FILE} lists them: repair or "
+            f"remove them, or give --max-bad-fraction {math.ceil(len(rejected) / images * 100) / 100}, and run again"
         )
 
 

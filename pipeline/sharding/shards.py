@@ -170,7 +170,7 @@ def build_in_steps(
 
     Raises:
         BadImageError: for a bad image, unless it may be set aside.
-        ShardError: if this machine would encode otherwise than `image` says, an image or a tar of the source has
+        ShardError: if this machine would not encode as `image` says, an image or a tar of the source has
             changed since it was listed, or, being careful, decoding an image was ended from outside.
         SourceReadError: if the source's disk or network failed.
         OSError: if the shard cannot be written.
@@ -254,7 +254,7 @@ def _find_shard(root: Path, plan: ShardPlan, inputs: str, quality: int, converte
         return None
     if annotation.samples and index != index_of(io.BytesIO(tar)).encode():
         return None
-    # A file may have been mended without changing its size, as by giving leave to read it.
+    # A file may have been repaired without changing its size, as by allowing to read it.
     entries = {entry.where: entry for entry in plan.entries}
     for reject in annotation.rejected:
         if reject.path not in entries:

@@ -1,4 +1,4 @@
-"""Where images come from, listed in an order that no file system decides, and nothing unpacked.
+"""Where images come from, listed in a deterministic order, independent of the file system; nothing is unpacked.
 
 A source is a folder of class folders (for ImageNet, named by wnid), a tar of class tars, a folder of class tars, a
 WebDataset of images and labels, or a folder that holds any of these as train/ and val/, or ImageNet's own tars; each by

@@ -241,7 +241,7 @@ def _copy_tar(filesystem: fs.FileSystem, source: str, tar: Path, row: ShardRow, 
         said = f"it has more than {row.bytes} bytes"
     if found not in wrong:
         wrong.add(found)
-        raise SourceReadError(f"{source} arrived otherwise than it was sent, or is damaged: {said}")
+        raise SourceReadError(f"{source}: checksum mismatch, corrupt at the source or in transfer: {said}")
     raise DatasetError(f"{source} is not the shard that {DATASET_FILE} describes ({said}): copy it there again")
 
 

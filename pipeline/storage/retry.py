@@ -1,4 +1,4 @@
-"""Reading from afar, and writing there, again after it failed, waiting longer each time, never for ever, and saying so.
+"""Retries reads and writes of remote storage, with growing waits, a limit, and a line for each.
 
 pyarrow's S3 client repeats a request that was reset, refused with 503 or cut short by itself, for some six seconds (as
 measured with pyarrow 26): what comes here has outlived that, so the waits are of the length of an outage.

@@ -106,8 +106,14 @@ def test_two_shards_of_one_name_are_refused(hostile: Path) -> None:
 
 CONTENTS = {
     "infinite": (lambda value: first_row(value).update(samples=float("inf")), "OverflowError"),
-    "negative": (lambda value: first_row(value).update(samples=-1), "a shard of train has less than nothing"),
-    "negative-bytes": (lambda value: first_row(value).update(bytes=-(2**70)), "a shard of train has less than nothing"),
+    "negative": (
+        lambda value: first_row(value).update(samples=-1),
+        "negative sample or byte count in a shard of train",
+    ),
+    "negative-bytes": (
+        lambda value: first_row(value).update(bytes=-(2**70)),
+        "negative sample or byte count in a shard of train",
+    ),
     "mean": (lambda value: value["rgb"].update(mean=[0.5, float("nan"), 0.5]), "not finite numbers"),
     "eigenvalue": (lambda value: value["rgb"].update(eigenvalues=[float("inf"), 0, 0]), "not finite numbers"),
     "class": (lambda value: value["classes"][0].update(index=10**9), "not numbered from 0 on"),

@@ -210,7 +210,7 @@ def test_failures_on_the_way_from_s3_change_nothing(shard_set: Path, tmp_path: P
         # Only what the client cannot see is left to us.
         (said,) = retries(lines)
         assert "train-000004.tar" in said
-        assert "arrived otherwise" in said
+        assert "checksum mismatch" in said
         proxy.gets.clear()
         again, lines = stage_quietly(s3_location(proxy.address), tmp_path)
         assert (again, lines) == (staged, [])
