@@ -68,7 +68,8 @@ def test_every_test_that_the_readme_names_exists_and_is_marked() -> None:
     table = (ROOT / "README.md").read_text("utf-8").split("## The paper, claim by claim")[1].split("\n## ")[0]
     named = set(re.findall(r"`(test_\w+)\.py::(test_\w+)`", table))
     assert len(named) >= 12
-    files = [str(path) for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.paper" in path.read_text("utf-8")]
+    tests = (ROOT / "tests").rglob("test_*.py")
+    files = [str(path) for path in tests if "pytest.mark.paper" in path.read_text("utf-8")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "paper", "--collect-only", "-q", "-p", "no:cacheprovider", *files],
         cwd=ROOT,

@@ -47,7 +47,8 @@ with limited(1.0):
 
 
 @pytest.mark.parametrize(
-    ("program", "place"), [(HANGING_READ, r'pipeline/loading/reader_process\.py", line \d+ in result'), (HELD_LOCK, "in match")]
+    ("program", "place"),
+    [(HANGING_READ, r'pipeline/loading/reader_process\.py", line \d+ in result'), (HELD_LOCK, "in match")],
 )
 def test_a_hang_ends_the_process_and_shows_its_place(shard_set: Path, program: str, place: str) -> None:
     done = subprocess.run(
