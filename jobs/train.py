@@ -27,6 +27,7 @@ from ray.train import (
 from jobs.cli.command import run
 from jobs.cluster.connection import connected, on_cluster
 from jobs.cluster.nodes import Node, alive_nodes, check_shared
+from jobs.diagnostics.checks import remove_file, write_file
 from jobs.training import checkpoint
 from jobs.training.backend import NodeTorchConfig, NodeTrainer
 from jobs.training.checkpoint import RunFingerprint
@@ -103,13 +104,10 @@ def check_storage(storage: str, name: str) -> None:
     Raises:
         ValueError: if that fails.
     """
-    filesystem, path = open_location(storage)
-    probe = f"{path}/{name}/.writable"
+    run = join(storage, name)
     try:
-        filesystem.create_dir(f"{path}/{name}", recursive=True)
-        with filesystem.open_output_stream(probe) as stream:
-            stream.write(b"ok")
-        filesystem.delete_file(probe)
+        write_file(run, ".writable")
+        remove_file(run, ".writable")
     except OSError as error:
         raise ValueError(f"the storage {storage} cannot be written ({error}): give another --storage") from error
 

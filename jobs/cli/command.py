@@ -40,7 +40,7 @@ def run(config: type[Config], main: Callable[[Config], None]) -> NoReturn:
     """
     try:
         parsed = tyro.cli(config, description=sys.modules[main.__module__].__doc__)
-        _refuse_urls(parsed)
+        _check_urls(parsed)
         main(parsed)
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
@@ -51,7 +51,7 @@ def run(config: type[Config], main: Callable[[Config], None]) -> NoReturn:
     sys.exit(0)
 
 
-def _refuse_urls(config: object) -> None:
+def _check_urls(config: object) -> None:
     """Raises ValueError for a URL where only a path will do: as a path it would name a folder "s3:" right here."""
     assert dataclasses.is_dataclass(config)
     for field in dataclasses.fields(config):

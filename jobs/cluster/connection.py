@@ -45,7 +45,7 @@ def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
     options = {"logging_level": logging.WARNING, **options}
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        _refuse_unreachable(address)
+        _check_unreachable(address)
     try:
         _start(address, cpus, options)
     # Ray raises what the failing part of its start leads it to, plain Exception among it.
@@ -75,7 +75,7 @@ def _start(address: str | None, cpus: int | None, options: dict[str, Any]) -> No
         ray.init("local", num_cpus=cpus, include_dashboard=False, **options)
 
 
-def _refuse_unreachable(address: str) -> None:
+def _check_unreachable(address: str) -> None:
     """Ray itself would try for minutes, and may abort the process.
 
     Raises:

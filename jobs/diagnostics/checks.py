@@ -67,19 +67,19 @@ class NodeCheck:
     cure: str
     needs: tuple[str, ...] = ()
     """Fields of `Given` without which it is skipped."""
-    alike: bool = False
+    must_match: bool = False
     """Whether all nodes must return the same."""
 
     def run(self, nodes: Iterable[Node], given: Given) -> Finding:
         if missing := [f"--{name}" for name in self.needs if getattr(given, name) is None]:
             return Finding(self.name, "skipped", f"give {' and '.join(missing)} to check it")
-        return judge(self.name, on_each(nodes, self.function, given, seconds=STEP_SECONDS), self.cure, self.alike)
+        return judge(self.name, on_each(nodes, self.function, given, seconds=STEP_SECONDS), self.cure, self.must_match)
 
 
-def judge(name: str, answers: Mapping[Any, Any], cure: str, alike: bool = False) -> Finding:
+def judge(name: str, answers: Mapping[Any, Any], cure: str, must_match: bool = False) -> Finding:
     """Failed if a node or a rank did not answer, or answers differ where all must be equal."""
     wrong = [f"{who}: {answer.why}" for who, answer in answers.items() if isinstance(answer, NoAnswer)]
-    if alike and not wrong:
+    if must_match and not wrong:
         parts = {who: answer.split(", ") for who, answer in answers.items()}
         common = set.intersection(*map(set, parts.values()))
         odd = {who: [part for part in own if part not in common] for who, own in parts.items()}
@@ -181,7 +181,7 @@ NODE_CHECKS = (
         "versions",
         versions,
         "install requirements.lock with the same Python on each node; `ray job submit --working-dir .` brings the code",
-        alike=True,
+        must_match=True,
     ),
     NodeCheck("open files", open_files, "`ulimit -n 65536` before `ray start` (a container: --ulimit nofile=65536)"),
     NodeCheck("/dev/shm", shared_memory, "`docker run --shm-size`, an emptyDir of medium Memory in Kubernetes"),
@@ -196,7 +196,7 @@ NODE_CHECKS = (
         data,
         "give a finished set on a mount that every node has; or one in an object store, with --stage",
         needs=("data",),
-        alike=True,
+        must_match=True,
     ),
     NodeCheck(
         "disk",

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 
 import ray.train
 import torch
+from pyarrow import fs
 from torch import distributed
 
 from jobs.cluster.ray_private import preemption_info
@@ -28,7 +29,6 @@ EXCHANGE_SECONDS = 1.0  # Between exchanges; a step that takes longer has one ea
 AGAIN_SECONDS = 1.0  # A person who insists takes longer than timeout(1), which signals the process and its group.
 SLOW = 2.0  # Times the other workers' median
 SLOW_EXCHANGES = 3  # In a row, before it is said: any machine stumbles.
-_STOP_FILE = "STOP"
 
 
 def clear_stop_request(run: str) -> None:
@@ -38,14 +38,18 @@ def clear_stop_request(run: str) -> None:
 
 def request_stop(run: str, reason: str) -> None:
     """Stops the run in a folder, a path or URL; a person may do so by `echo WHY > STORAGE/NAME/STOP`."""
-    filesystem, path = open_location(join(run, _STOP_FILE))
+    filesystem, path = stop_file(run)
     with filesystem.open_output_stream(path) as stream:
         stream.write(reason.encode())
 
 
-def stop_requested(run: str) -> str | None:
-    """Why the run shall stop, or None."""
-    filesystem, path = open_location(join(run, _STOP_FILE))
+def stop_file(run: str) -> tuple[fs.FileSystem, str]:
+    """Where a run's stop request is written and looked for."""
+    return open_location(join(run, "STOP"))
+
+
+def stop_requested(filesystem: fs.FileSystem, path: str) -> str | None:
+    """Why the run with this stop file shall stop, or None."""
     # A storage that fails now may answer the next time.
     with contextlib.suppress(OSError), filesystem.open_input_stream(path) as stream:
         return stream.read().decode("utf-8", "replace").strip() or None
@@ -213,7 +217,8 @@ class StopRequestPoller:
     """Rank 0's thread that looks for a stop request once a second."""
 
     def __init__(self, run: str) -> None:
-        self._run = run
+        # Once: opening an object store takes requests of its own.
+        self._file = stop_file(run)
         self._stop: str | None = None
         threading.Thread(target=self._poll, daemon=True).start()
 
@@ -223,5 +228,5 @@ class StopRequestPoller:
 
     def _poll(self) -> None:
         while self._stop is None:
-            self._stop = stop_requested(self._run)
+            self._stop = stop_requested(*self._file)
             time.sleep(POLL_SECONDS)

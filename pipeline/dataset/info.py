@@ -135,13 +135,13 @@ class DatasetInfo:
                 source_fingerprint=str(value["source_fingerprint"]),
                 set_aside=int(value["set_aside"]),
             )
-            info._refuse_contradictions()
+            info._check_contradictions()
         # int() of Infinity, which Python's JSON knows, is an OverflowError.
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise DatasetError(f"a field is missing or of the wrong kind ({type(error).__name__}: {error})") from error
         return info
 
-    def _refuse_contradictions(self) -> None:
+    def _check_contradictions(self) -> None:
         """Raises ValueError for what can be of no set."""
         if [label.index for label in self.classes] != list(range(len(self.classes))):
             raise ValueError("the classes are not numbered from 0 on, in order")

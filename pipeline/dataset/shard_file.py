@@ -58,13 +58,13 @@ class ShardFile:
         except (OSError, OverflowError) as error:
             raise DamagedError(f"cannot be read: {error}") from error
         if read < len(room):
-            self._refuse_change()
+            self._check_change()
             raise DamagedError(f"ends after {read} of {len(room)} bytes")
         if crc32 is not None and zlib.crc32(room) != crc32:
-            self._refuse_change()
+            self._check_change()
             raise DamagedError("is not what was written: its bytes have another CRC-32 than the sample index says")
 
-    def _refuse_change(self) -> None:
+    def _check_change(self) -> None:
         status = os.fstat(self.descriptor)
         if status.st_size != self.size:
             raise ChangedError(f"had {self.size} bytes when it was opened and has {status.st_size} now")

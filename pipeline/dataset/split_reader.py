@@ -31,7 +31,7 @@ def _plain_memory(shape: tuple[int, int]) -> NDArray[np.uint8]:
 class SplitReader:
     """One split's images, its shards open.
 
-    `index` is the sample index, `labels` int32 [samples] of it. `pixels` tells whether images come decoded. `row_bytes`
+    `index` is the sample index. `pixels` tells whether images come decoded. `row_bytes`
     is the most that `read` returns of an image.
 
     Args:
@@ -50,13 +50,12 @@ class SplitReader:
         self._root = root
         self._info = info.splits[split]
         self._classes = len(info.classes)
-        self._rows = self._info.shards
         self._open_index()
         longest = min(int(self.index.sizes.max(initial=0)), MAX_JPEG_BYTES)
         self.row_bytes = IMAGE_BYTES if self.pixels else longest + len(END_OF_IMAGE)
-        allow_open_files(len(self._rows))
+        allow_open_files(len(self._info.shards))
         self._files = []
-        for row in self._rows:
+        for row in self._info.shards:
             path = f"{root}/{split}/{row.name}{'.rgb' if self.pixels else '.tar'}"
             try:
                 file = ShardFile(path)
@@ -74,11 +73,16 @@ class SplitReader:
 
     def __getstate__(self) -> dict[str, Any]:
         """For a process that inherits `descriptors`: it reads the files that were opened here."""
-        return {name: value for name, value in vars(self).items() if name not in ("index", "labels")}
+        return {name: value for name, value in vars(self).items() if name != "index"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._open_index()
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """[samples]"""
+        return self.index.labels
 
     @property
     def descriptors(self) -> list[int]:
@@ -87,7 +91,6 @@ class SplitReader:
 
     def _open_index(self) -> None:
         self.index = open_index(self._root, self.split, self._info, self._classes)
-        self.labels = self.index.labels
 
     def read(self, samples: NDArray[np.int64], allocate: Allocate = _plain_memory) -> NDArray[np.uint8]:
         """The images of some samples, each checked against the index.
@@ -162,7 +165,7 @@ class SplitReader:
 
     def describe(self, sample: int, what: str) -> str:
         """One line on what is wrong with a sample (a clause), where it is, and what to do."""
-        shard = self._rows[self.index.shards[sample]].name
+        shard = self._info.shards[self.index.shards[sample]].name
         return f"{self.split} image {self.key(sample)} of {shard}: {what}; {self._advice(shard)}"
 
     def _advice(self, shard: str) -> str:

@@ -277,7 +277,7 @@ def write_folder(
     settings = {"classes": classes, "train_per_class": train_per_class, "val_per_class": val_per_class, "seed": seed}
     partial = output.with_name(output.name + ".partial")
     for folder in (output, partial):
-        _refuse_foreign(folder)
+        _check_foreign(folder)
     if (output / MARKER).exists():
         made = json.loads((output / MARKER).read_text())
         if made != settings:
@@ -300,7 +300,7 @@ def write_folder(
     partial.rename(output)
 
 
-def _refuse_foreign(folder: Path) -> None:
+def _check_foreign(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).exists():

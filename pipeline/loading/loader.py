@@ -110,6 +110,8 @@ class Loader:
         pinned = self._on_gpu and reader.pixels
         if pinned:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(*memory.extent, 0))
+        # At once, not when Python next looks: whoever drops a loader, or fails to build one, counts on their end.
+        weakref.finalize(self, _close, readers, memory, pinned)
         this = weakref.ref(self)
 
         def source() -> Any:
@@ -129,8 +131,6 @@ class Loader:
             gpu_decoder=gpu_decoder,
         )
         self._pipeline.build()
-        # At once, not when Python next looks: whoever drops a loader counts on the end of its threads and processes.
-        weakref.finalize(self, _close, readers, memory, pinned)
 
     def run(self, planned: Iterable[PlannedBatch]) -> Iterator[Batch]:
         """Yields each planned batch, in order; starting again, even before the end, drops what was under way.
@@ -149,7 +149,7 @@ class Loader:
                 self._rewind()
                 return
             except RuntimeError as error:
-                self._refuse_damage(error)
+                self._check_damage(error)
                 raise
             yield self._hand_over(outputs[0].as_tensor())
 
@@ -228,7 +228,7 @@ class Loader:
         self._in_dali.clear()
         self._running = False
 
-    def _refuse_damage(self, error: RuntimeError) -> None:
+    def _check_damage(self, error: RuntimeError) -> None:
         """Raises LoaderError, naming the sample, if an image that DALI has is not one of a set; returns otherwise."""
         if self._reader.pixels:
             return

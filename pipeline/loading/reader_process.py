@@ -2,7 +2,7 @@
 
 Not in a thread: between two images a reader asks for the interpreter's lock, and so does the thread that trains between
 two operators. On a GPU, where a step is hundreds of them, the two then wait for each other at every image. Measured
-beside a loop of small operators, batches of 128: 26 us an image of that loop's time, and 6 with processes.
+beside a loop of small operators, batches of 128: 26 us an image of that loop's time, and 8 with processes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from pipeline.dataset.split_reader import Allocate
 from pipeline.loading.plan import LAST, PlannedBatch
 
+NUMBERS = 6  # Of a sample, as `pipeline.loading.graph.define` takes them.
+
 
 class ReaderProcessError(RuntimeError):
     """A process that reads images ended by itself, as where memory is short."""
@@ -32,9 +34,11 @@ class Reader(Protocol):
     Pickled, it is the same in a process that inherits its descriptors.
     """
 
-    labels: NDArray[np.int32]
     pixels: bool
     row_bytes: int
+
+    @property
+    def labels(self) -> NDArray[np.int32]: ...
 
     @property
     def descriptors(self) -> list[int]: ...
@@ -49,7 +53,7 @@ class Slot:
     """The arrays of one batch, in shared memory; a batch of fewer images fills the first of each."""
 
     numbers: NDArray[np.float32]
-    """[n, 6], as `pipeline.loading.graph.define` takes them."""
+    """[n, NUMBERS]"""
     labels: NDArray[np.int64]
     """[n]"""
     images: NDArray[np.uint8]
@@ -67,31 +71,30 @@ class SharedMemory:
     """
 
     def __init__(self, slots: int, batch_size: int, row_bytes: int, descriptor: int | None = None) -> None:
-        kinds = {"numbers": "(6,)f4", "labels": "i8", "images": f"({row_bytes},)u1"}
-        sizes = [np.dtype(kind).itemsize * batch_size for kind in kinds.values()]
-        starts = np.cumsum([0, *(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes)]).tolist()
         self.shape: tuple[int, int, int] = slots, batch_size, row_bytes
+        labels_at = batch_size * NUMBERS * np.dtype(np.float32).itemsize
+        images_at = labels_at + batch_size * np.dtype(np.int64).itemsize
+        slot_bytes = -(-(images_at + batch_size * row_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
         if descriptor is None:
-            self.descriptor = os.memfd_create("batches")
+            descriptor = os.memfd_create("batches")
             # A file with holes: only what is written takes memory.
-            os.ftruncate(self.descriptor, slots * starts[-1])
-        else:
-            self.descriptor = descriptor
-        everything = np.frombuffer(mmap.mmap(self.descriptor, slots * starts[-1]), np.uint8)
-        self.extent = everything.ctypes.data, everything.nbytes
+            os.ftruncate(descriptor, slots * slot_bytes)
+        self.descriptor = descriptor
+        memory = mmap.mmap(descriptor, slots * slot_bytes)
+        self.slots = [
+            Slot(
+                numbers=np.ndarray((batch_size, NUMBERS), np.float32, memory, start),
+                labels=np.ndarray(batch_size, np.int64, memory, start + labels_at),
+                images=np.ndarray(batch_size * row_bytes, np.uint8, memory, start + images_at),
+            )
+            for start in range(0, slots * slot_bytes, slot_bytes)
+        ]
+        self.extent = self.slots[0].numbers.ctypes.data, len(memory)
         """Address and bytes of the whole."""
-        self.slots = []
-        for part in everything.reshape(slots, -1):
-            parts = {
-                name: part[start : start + size].view(np.dtype(kind).base).reshape(-1, *np.dtype(kind).shape)
-                for (name, kind), start, size in zip(kinds.items(), starts, sizes, strict=False)
-            }
-            self.slots.append(Slot(**{**parts, "images": parts["images"].reshape(-1)}))
 
     def close(self) -> None:
-        """Lets go of the memory; arrays in it stay good until the last of them is dropped."""
+        """Closes the file; the memory stays until the last array in it is dropped."""
         os.close(self.descriptor)
-        self.slots.clear()
 
 
 class ReaderProcess:

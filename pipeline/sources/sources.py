@@ -102,7 +102,7 @@ def read_source(
             f"{place} holds one class, {classes[0]!r}, at least 2 are needed: "
             "give --source the folder above all classes"
         )
-    _refuse_unprintable(place, classes)
+    _check_unprintable(place, classes)
     roots = [place]
     if val_root is None:
         if val_labels is not None:
@@ -163,7 +163,7 @@ def _look(place: Location, flag: str) -> _Root:
     )
 
 
-def _refuse_unprintable(place: str, classes: Sequence[str]) -> None:
+def _check_unprintable(place: str, classes: Sequence[str]) -> None:
     """Raises SourceError for a class name that is no text: no program could show or store it."""
     for name in classes:
         try:

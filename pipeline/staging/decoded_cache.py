@@ -40,7 +40,7 @@ from pipeline.dataset.sample_index import (
     record_batch,
 )
 from pipeline.images.decode import IMAGE_BYTES, IMAGE_SHAPE, ImageError, decode_stored
-from pipeline.staging.staging import alone_at, chunks, copy_index, read_remote_dataset
+from pipeline.staging.staging import alone_at, chunks, copy_index, make_folders, read_remote_dataset
 from pipeline.storage.locations import open_location, shown
 from pipeline.storage.retry import Retry
 
@@ -78,14 +78,8 @@ def _decode_set(location: str, info: DatasetInfo, target: Path, report: Callable
         if all(index_is_whole(target, split, part) for split, part in there.splits.items()):
             return
     need = sum(info.splits[split].shards[number].samples for split, number in missing) * IMAGE_BYTES
-    for split in info.splits:
-        (target / split).mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target).free
-    if need > free:
-        raise DatasetError(
-            f"the pixels of {shown(location)} need {need / 1e9:.1f} GB in {target}, which has {free / 1e9:.1f} GB "
-            "free: free some, give a larger disk with --stage, or stage the JPEGs with --stage-as jpeg"
-        )
+    otherwise = "give a larger disk with --stage, or stage the JPEGs with --stage-as jpeg"
+    make_folders(target, info, need, f"the pixels of {shown(location)} need", otherwise)
     write_json(target / STAGED_FILE, {"from": shown(location)})
     write_json(target / DECODED_FILE, {"fingerprint": info.fingerprint, "image": list(IMAGE_SHAPE), "dtype": "uint8"})
     report(f"decoding {need / 1e9:.2f} GB of pixels, {len(missing)} of {len(work)} shards, into {target}")

@@ -152,7 +152,7 @@ class _Copy:
 
     def run(self) -> Published:
         dataset = part_of(self._root, DATASET_FILE, AGAIN)
-        self._refuse_another()
+        self._check_another()
         shards = [(split, row) for split, part in self._info.splits.items() for row in part.shards]
         size = sum(row.bytes for _, row in shards)
         self._report(
@@ -169,7 +169,7 @@ class _Copy:
         self._bring(dataset)
         return Published(self._files, len(self._sent), sum(self._sent.values()))
 
-    def _refuse_another(self) -> None:
+    def _check_another(self) -> None:
         """Raises DatasetError if a set with other shards or classes lies there, or one that cannot be told."""
         advice = "give --copy-to another URL, or delete what is there first"
         read = functools.partial(read_remote_text, self._filesystem, f"{self._path}/{DATASET_FILE}")

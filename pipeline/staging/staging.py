@@ -104,6 +104,26 @@ def alone_at(target: Path, report: Report, task: str) -> Iterator[None]:
         lock.release()
 
 
+def make_folders(target: Path, info: DatasetInfo, need: int, what: str, otherwise: str) -> None:
+    """Makes a folder for each split.
+
+    Args:
+        need: bytes that are to be written there.
+        what: the beginning of the error where they have no room.
+        otherwise: what else may be done then than freeing some.
+
+    Raises:
+        DatasetError: if the disk has less room.
+    """
+    for split in info.splits:
+        (target / split).mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target).free
+    if need > free:
+        raise DatasetError(
+            f"{what} {need / 1e9:.1f} GB in {target}, which has {free / 1e9:.1f} GB free: free some, {otherwise}"
+        )
+
+
 def _copy(location: str, info: DatasetInfo, target: Path, report: Report) -> None:
     filesystem, path = open_location(location)
     work = [(split, row) for split, part in info.splits.items() for row in part.shards]
@@ -112,14 +132,7 @@ def _copy(location: str, info: DatasetInfo, target: Path, report: Report) -> Non
     if not missing and indexed and (target / DATASET_FILE).exists():
         return
     need = sum(row.bytes for _, row in missing)
-    for split in info.splits:
-        (target / split).mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target).free
-    if need > free:
-        raise DatasetError(
-            f"staging {shown(location)} needs {need / 1e9:.1f} GB in {target}, which has {free / 1e9:.1f} GB free: "
-            "free some, or give a larger disk with --stage"
-        )
+    make_folders(target, info, need, f"staging {shown(location)} needs", "or give a larger disk with --stage")
     retry = Retry(report)
     report(f"staging {need / 1e9:.2f} GB in {len(missing)} of {len(work)} shards from {shown(location)} to {target}")
     for split in info.splits:

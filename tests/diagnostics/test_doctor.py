@@ -32,9 +32,9 @@ def test_a_row_fails_with_who_did_not_answer_and_why() -> None:
 
 
 def test_where_all_must_be_alike_what_differs_is_named() -> None:
-    alike = judge("versions", {1: "python 3.11, ray 2.60", 2: "python 3.11, ray 2.60"}, "cure", alike=True)
-    assert alike.status == "ok"
-    other = judge("versions", {1: "python 3.11, ray 2.60", 2: "python 3.11, ray 2.61"}, "cure", alike=True)
+    must_match = judge("versions", {1: "python 3.11, ray 2.60", 2: "python 3.11, ray 2.60"}, "cure", must_match=True)
+    assert must_match.status == "ok"
+    other = judge("versions", {1: "python 3.11, ray 2.60", 2: "python 3.11, ray 2.61"}, "cure", must_match=True)
     assert (other.status, other.found) == ("failed", "1 has ray 2.60; 2 has ray 2.61")
 
 

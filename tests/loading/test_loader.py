@@ -29,6 +29,7 @@ from pipeline.loading.plan import TEN_CROPS, Augmentation, Plan, PlannedBatch, c
 from pipeline.loading.reader_process import ReaderProcessError
 from pipeline.staging.decoded_cache import stage_pixels
 from tests.damage import OtherImages
+from tests.processes import below
 
 CPU = torch.device("cpu")
 
@@ -172,7 +173,7 @@ def threads_and_memory() -> tuple[int, int]:
 def test_a_dropped_loader_leaves_no_thread_no_process_and_no_memory(shard_set: Path, reader: SplitReader) -> None:
     rgb = read_dataset(shard_set).rgb
     before, _ = threads_and_memory()
-    processes, files = children(), len(os.listdir("/proc/self/fd"))
+    processes, files = below(os.getpid()), len(os.listdir("/proc/self/fd"))
 
     def build_and_drop(runs: int) -> None:
         loader = Loader(reader, rgb, 20, CPU, 2)
@@ -196,7 +197,7 @@ def test_a_dropped_loader_leaves_no_thread_no_process_and_no_memory(shard_set: P
     assert threads <= before
     # Had each that ran left a batch behind, it would be 161 MB; blocks that malloc keeps are allowed.
     assert grown - memory < 100e6
-    assert children() == processes
+    assert below(os.getpid()) == processes
     assert len(os.listdir("/proc/self/fd")) == files
 
 
@@ -255,17 +256,12 @@ def test_a_batch_is_read_and_drawn_in_another_process(shard_set: Path, reader: S
         assert str(found.value) != f"process {os.getpid()}"
 
 
-def children() -> set[int]:
-    """This process's."""
-    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
-
-
 def test_a_reader_process_that_is_killed_is_no_damage_of_data(shard_set: Path, reader: SplitReader) -> None:
-    before = children()
+    before = below(os.getpid())
     loader = Loader(reader, read_dataset(shard_set).rgb, 5, CPU, 1)
     batches = loader.run(itertools.repeat(center_crops(np.arange(5))))
     next(batches)
-    for child in children() - before:
+    for child in below(os.getpid()).keys() - before:
         os.kill(child, signal.SIGKILL)
     with pytest.raises(ReaderProcessError, match="killed by signal 9"):
         list(itertools.islice(batches, PREFETCH + AHEAD + 1))
@@ -296,22 +292,14 @@ def test_readers_end_with_a_process_that_is_killed(shard_set: Path) -> None:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, **pipes) as script:  # type: ignore[call-overload]
         assert script.stdout.readline() == b"ready\n"
-        readers = Path(f"/proc/{script.pid}/task/{script.pid}/children").read_text().split()
+        readers = below(script.pid)
         assert len(readers) == READERS
         script.kill()
     deadline = time.monotonic() + 30.0
-    while any(Path(f"/proc/{pid}/fd").exists() for pid in readers) and time.monotonic() < deadline:
+    # Orphans are the first process's.
+    while (running := readers.keys() & below(1)) and time.monotonic() < deadline:
         time.sleep(0.01)
-    # Whoever waits for orphans may be slow; a dead one has no files.
-    assert not [pid for pid in readers if Path(f"/proc/{pid}").exists() and state(pid) != "Z"]
-
-
-def state(pid: str) -> str:
-    """A process's, as in ps: Z of one that has ended and that nobody has waited for."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return "Z"
+    assert not running
 
 
 def test_no_more_is_read_ahead_than_is_said(shard_set: Path, reader: SplitReader) -> None:

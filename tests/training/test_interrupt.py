@@ -12,7 +12,7 @@ from ray.train import ControllerError
 
 from jobs.training.checkpoint import RUN_FILE
 from jobs.training.run_storage import FailureReporter, StorageError, repair_checkpoint_list, storage_error
-from jobs.training.stop_signals import StopConsensus, clear_stop_request, request_stop, stop_requested
+from jobs.training.stop_signals import StopConsensus, clear_stop_request, request_stop, stop_file, stop_requested
 from model.training import StepAction, Worker
 from tests.ranks import run_ranks
 
@@ -101,11 +101,11 @@ def test_all_workers_find_the_same_due_and_the_slow_one_says_so(tmp_path: Path) 
 
 def test_a_stop_request_is_cleared_made_and_read(tmp_path: Path) -> None:
     run = str(tmp_path)
-    assert stop_requested(run) is None
+    assert stop_requested(*stop_file(run)) is None
     request_stop(run, "SIGTERM to the driver")
-    assert stop_requested(run) == "SIGTERM to the driver"
+    assert stop_requested(*stop_file(run)) == "SIGTERM to the driver"
     clear_stop_request(run)
-    assert stop_requested(run) is None
+    assert stop_requested(*stop_file(run)) is None
 
 
 def test_a_half_written_list_of_checkpoints_is_mended(tmp_path: Path) -> None:
