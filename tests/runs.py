@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -20,7 +19,7 @@ from pipeline.dataset.info import read_dataset
 from pipeline.loading.plan import Plan, color_matrix
 from pipeline.storage.locations import open_location
 from tests.observer import assert_trained_once
-from tests.processes import outside_clusters
+from tests.processes import below, outside_clusters
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 9
@@ -109,22 +108,7 @@ class Run(Followed):
 
     def worker(self) -> int:
         """The process id of one of the run's workers."""
-        return next(
-            pid
-            for pid in descendants(self.process.pid)
-            if Path(f"/proc/{pid}/cmdline").read_text().startswith("ray::RayTrainWorker")
-        )
-
-
-def descendants(root: int) -> list[int]:
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    found = [root]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return found
+        return next(pid for pid, line in below(self.process.pid).items() if line.startswith("ray::RayTrainWorker"))
 
 
 def undisturbed(shards: Path, folder: Path, workers: int, epochs: int) -> Path:
