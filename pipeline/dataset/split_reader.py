@@ -31,8 +31,7 @@ def _plain_memory(shape: tuple[int, int]) -> NDArray[np.uint8]:
 class SplitReader:
     """One split's images, its shards open.
 
-    `index` is the sample index. `pixels` tells whether images come decoded. `row_bytes`
-    is the most that `read` returns of an image.
+    `index` is the sample index. `pixels` tells whether images come decoded.
 
     Args:
         root: a shard set on a disk, or a decoded cache of one.
@@ -51,8 +50,6 @@ class SplitReader:
         self._info = info.splits[split]
         self._classes = len(info.classes)
         self._open_index()
-        longest = min(int(self.index.sizes.max(initial=0)), MAX_JPEG_BYTES)
-        self.row_bytes = IMAGE_BYTES if self.pixels else longest + len(END_OF_IMAGE)
         allow_open_files(len(self._info.shards))
         self._files = []
         for row in self._info.shards:
@@ -83,6 +80,13 @@ class SplitReader:
     def labels(self) -> NDArray[np.int32]:
         """[samples]"""
         return self.index.labels
+
+    @property
+    def row_bytes(self) -> int:
+        """The most that `read` returns of an image. Not known before it is asked for: it takes a look at all sizes."""
+        if self.pixels:
+            return IMAGE_BYTES
+        return min(int(self.index.sizes.max(initial=0)), MAX_JPEG_BYTES) + len(END_OF_IMAGE)
 
     @property
     def descriptors(self) -> list[int]:

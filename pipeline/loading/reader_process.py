@@ -35,10 +35,12 @@ class Reader(Protocol):
     """
 
     pixels: bool
-    row_bytes: int
 
     @property
     def labels(self) -> NDArray[np.int32]: ...
+
+    @property
+    def row_bytes(self) -> int: ...
 
     @property
     def descriptors(self) -> list[int]: ...
