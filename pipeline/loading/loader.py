@@ -1,7 +1,7 @@
 """Executes a plan with DALI: bytes and the plan's numbers in, batches on the device out (`pipeline.loading.graph`).
 
-Reader processes prepare whole batches ahead: they draw the plan's numbers, read the images into shared memory and check
-them. The thread that trains hands DALI two arrays a batch and takes the result; it touches no image.
+Reader processes prepare images ahead: they draw the plan's numbers, read the images into shared memory and check them.
+The thread that trains hands DALI two arrays a group of batches and takes the result; it touches no image.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia.dali.plugin.pytorch import feed_ndarray
 from nvidia.dali.tensors import TensorListCPU
 from torch import Tensor
 
@@ -26,12 +25,16 @@ from pipeline.dataset.info import DatasetError
 from pipeline.images.decode import ImageError, decode_stored
 from pipeline.images.rgb_stats import MAX_LEVEL, RgbStatistics
 from pipeline.loading.graph import PREFETCH, GpuDecoder, define
-from pipeline.loading.plan import TEN_CROPS, PlannedBatch
+from pipeline.loading.plan import TEN_CROPS, PlannedBatch, merged
 from pipeline.loading.reader_process import Reader, ReaderProcess, SharedMemory
 
 READERS = 2  # Processes that read.
-AHEAD = 2 * READERS  # Batches that are being read or wait for DALI.
+AHEAD = 2 * READERS  # Groups that are being read or wait for DALI.
 SLOTS = AHEAD + PREFETCH + 2
+# Rows that DALI makes at once, where batches are smaller. What it takes of the thread that trains, some 350 us, is the
+# same for 16 images, an eighth of the paper's batch, as for 256. More takes memory: a row is 618 KB.
+GROUP = 256
+ALIGNMENT = 64  # Bytes. torch's own memory has it, and a kernel may be chosen by it.
 
 
 class LoaderError(DatasetError):
@@ -56,9 +59,11 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
-    """A batch that was read, and waits for DALI or is with it."""
+    """A group of batches that was read, and waits for DALI or is with it."""
 
     samples: NDArray[np.int64]
+    lengths: list[int]
+    """Of its batches."""
     slot: int
     """Where it lies. DALI reads the arrays where they are."""
     images: NDArray[np.uint8]
@@ -91,18 +96,15 @@ class Loader:
         self._device = device
         self._on_gpu = device.type == "cuda"
         self._ten_crop = ten_crop
-        self._planned: Iterator[PlannedBatch] = iter(())
-        self._ahead: collections.deque[tuple[ReaderProcess, int, PlannedBatch]] = collections.deque()
+        self._planned: Iterator[tuple[PlannedBatch, list[int]]] = iter(())
+        self._ahead: collections.deque[tuple[ReaderProcess, int, PlannedBatch, list[int]]] = collections.deque()
         self._in_dali: collections.deque[_Prepared] = collections.deque()
         self._copying: collections.deque[tuple[torch.cuda.Event, int]] = collections.deque()
         self._running = False
-        memory = SharedMemory(SLOTS, batch_size, reader.row_bytes)
+        self._group = max(batch_size, GROUP // (len(TEN_CROPS) if ten_crop else 1))
+        memory = SharedMemory(SLOTS, self._group, reader.row_bytes)
         self._slots = memory.slots
         self._free = list(range(SLOTS))
-        # Of a whole batch, wrapped once: that takes longer than to feed it.
-        self._numbers = [TensorListCPU(slot.numbers) for slot in self._slots]
-        self._labels = [torch.from_numpy(slot.labels) for slot in self._slots]
-        self._batch_size = batch_size
         mean = np.array(rgb.mean) * MAX_LEVEL
         readers = [ReaderProcess(reader, mean, memory) for _ in range(READERS)]
         self._next_reader = itertools.cycle(readers)
@@ -122,7 +124,7 @@ class Loader:
 
         self._pipeline = define(
             source,
-            batch_size,
+            self._group,
             threads,
             "gpu" if self._on_gpu else "cpu",
             (device.index or 0) if self._on_gpu else None,
@@ -140,7 +142,7 @@ class Loader:
             RuntimeError: if DALI or CUDA fails for another reason, as where memory is short.
         """
         self._drain()
-        self._planned = iter(planned)
+        self._planned = merged(planned, self._group)
         self._running = True
         while True:
             try:
@@ -151,27 +153,25 @@ class Loader:
             except RuntimeError as error:
                 self._check_damage(error)
                 raise
-            yield self._hand_over(outputs[0].as_tensor())
+            yield from self._hand_over(outputs[0].as_tensor())
 
-    def _next(self) -> tuple[TensorListCPU, ...]:
-        """The next batch for DALI, which calls this in the thread that asks for a batch."""
-        while len(self._ahead) < AHEAD and (planned := next(self._planned, None)) is not None:
+    def _next(self) -> tuple[TensorListCPU, TensorListCPU]:
+        """The next group for DALI, which calls this in the thread that asks for a batch."""
+        while len(self._ahead) < AHEAD and (group := next(self._planned, None)) is not None:
             slot, process = self._take_slot(), next(self._next_reader)
-            process.submit(slot, planned)
-            self._ahead.append((process, slot, planned))
+            process.submit(slot, group[0])
+            self._ahead.append((process, slot, *group))
         if not self._ahead:
             raise StopIteration
-        process, slot, planned = self._ahead.popleft()
+        process, slot, planned, lengths = self._ahead.popleft()
         try:
             shape = process.result()
         except BaseException:
             self._free.append(slot)
             raise
         images = self._slots[slot].images[: math.prod(shape)].reshape(shape)
-        self._in_dali.append(_Prepared(planned.samples, slot, images))
-        n = len(planned)
-        whole = n == self._batch_size
-        return TensorListCPU(images), self._numbers[slot] if whole else TensorListCPU(self._slots[slot].numbers[:n])
+        self._in_dali.append(_Prepared(planned.samples, lengths, slot, images))
+        return TensorListCPU(images), TensorListCPU(self._slots[slot].numbers[: len(planned)])
 
     def _take_slot(self) -> int:
         """A slot that nobody reads."""
@@ -182,36 +182,45 @@ class Loader:
             self._free.append(slot)
         return self._free.pop()
 
-    def _hand_over(self, output: Any) -> Batch:
+    def _hand_over(self, output: Any) -> Iterator[Batch]:
         """Makes DALI's output torch's; on a GPU in the order of the current stream, so that the host never waits.
 
-        On a CPU the tensor is DALI's own memory (DLPack), which goes back with its last reference. On a GPU it is a
-        copy in torch's memory, 2 x 618 KB an image at the memory's speed: DALI takes a DLPack tensor back only after a
-        synchronization of the whole device, so that its memory would not be bounded by the batches in use.
+        On a CPU a batch is part of DALI's own memory (DLPack), which goes back with its last reference. On a GPU it is
+        a copy in torch's memory, 2 x 618 KB an image at the memory's speed: DALI takes a DLPack tensor back only after
+        a synchronization of the whole device, so that its memory would not be bounded by the batches in use.
         """
         prepared = self._in_dali.popleft()
-        labels = self._labels[prepared.slot][: len(prepared.samples)]
+        labels = torch.from_numpy(self._slots[prepared.slot].labels[: len(prepared.samples)])
         if self._on_gpu:
-            stream = torch.cuda.current_stream(self._device)
-            images = torch.empty(output.shape(), dtype=torch.float32, device=self._device)
-            feed_ndarray(output, images, cuda_stream=stream)
+            # A view, valid until DALI runs again: what is queued on this stream by then is done before.
+            images = torch.as_tensor(output, device=self._device)
             labels = labels.to(self._device, non_blocking=True)
-            # Until the stream is here, the GPU may still be reading the batch's host memory.
-            self._copying.append((stream.record_event(), prepared.slot))
+            # Until the stream is here, the GPU may still be reading the group's host memory.
+            self._copying.append((torch.cuda.current_stream(self._device).record_event(), prepared.slot))
             while self._copying and self._copying[0][0].query():
                 self._free.append(self._copying.popleft()[1])
         else:
             images, labels = torch.from_dlpack(output), labels.clone()
             self._free.append(prepared.slot)
+        start = 0
+        for length in prepared.lengths:
+            batch = slice(start, start + length)
+            yield self._batch(images[batch], labels[batch], prepared.samples[batch])
+            start += length
+
+    def _batch(self, images: Tensor, labels: Tensor, samples: NDArray[np.int64]) -> Batch:
+        """A batch of its own, from its part of a group."""
+        if self._on_gpu or images.data_ptr() % ALIGNMENT:
+            images = images.clone()
         if self._ten_crop:
             images, labels = images.flatten(0, 1), labels.repeat_interleave(len(TEN_CROPS))
-        return Batch(images.permute(0, 3, 1, 2), labels, prepared.samples)
+        return Batch(images.permute(0, 3, 1, 2), labels, samples)
 
     def _drain(self) -> None:
         """Lets DALI finish what an earlier `run`, not read to its end, had already handed to it."""
         self._planned = iter(())
         while self._ahead:
-            process, slot, _ = self._ahead.popleft()
+            process, slot, *_ = self._ahead.popleft()
             self._free.append(slot)
             with contextlib.suppress(DatasetError):
                 process.result()

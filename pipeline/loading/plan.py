@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +68,31 @@ class PlannedBatch:
         """The samples in order, `size` at a time; the last chunk may be shorter."""
         for start in range(0, len(self), size):
             yield PlannedBatch(self.samples[start : start + size], self.draw)
+
+
+def merged(planned: Iterable[PlannedBatch], limit: int) -> Iterator[tuple[PlannedBatch, list[int]]]:
+    """Joins batches that follow one another and draw alike, as those of an epoch do.
+
+    Args:
+        limit: the most samples of a joined batch; a longer one stays as it is.
+
+    Yields:
+        A joined batch, and the lengths of those it holds.
+    """
+    batches: list[PlannedBatch] = []
+    for batch in planned:
+        full = sum(map(len, batches)) + len(batch) > limit
+        if batches and (full or batch.draw is not batches[0].draw):
+            yield _joined(batches)
+            batches = []
+        batches.append(batch)
+    if batches:
+        yield _joined(batches)
+
+
+def _joined(batches: list[PlannedBatch]) -> tuple[PlannedBatch, list[int]]:
+    samples = np.concatenate([batch.samples for batch in batches])
+    return PlannedBatch(samples, batches[0].draw), [len(batch) for batch in batches]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -197,25 +197,31 @@ def test_one_decoder_takes_every_image(name: Literal["cuda", "hardware"], load: 
 
 @pytest.mark.parametrize("ten_crop", [False, True])
 def test_a_batch_is_what_the_graph_gave(shard_set: Path, monkeypatch: pytest.MonkeyPatch, ten_crop: bool) -> None:
-    """To the bit, and in the same memory: whatever torch did to pixels would show."""
+    """To the bit, and in the same memory where torch would have put it: whatever torch did to pixels would show."""
     info = read_dataset(shard_set)
     reader = SplitReader(shard_set, info, "train")
+    monkeypatch.setattr("pipeline.loading.loader.GROUP", 200 if ten_crop else 20)
     loader = Loader(reader, info.rgb, 9, torch.device("cpu"), 1, ten_crop=ten_crop)
     run = loader._pipeline.run
-    given: list[tuple[int, bytes]] = []
+    groups: list[tuple[int, bytes]] = []
 
     def noted(stream: object = None) -> Any:
         outputs = run(stream)
         tensor = outputs[0].as_tensor()
-        given.append((tensor.data_ptr(), np.array(tensor).tobytes()))
+        groups.append((tensor.data_ptr(), np.array(tensor).tobytes()))
         return outputs
 
     monkeypatch.setattr(loader._pipeline, "run", noted)
-    for batch in loader.run(Plan(45, 9, 3, color_matrix(info.rgb)).epoch(1)):
-        pointer, contents = given[-1]
-        assert batch.images.data_ptr() == pointer
-        assert batch.images.permute(0, 2, 3, 1).numpy().tobytes() == contents
-    assert len(given) == 5
+    for number, batch in enumerate(loader.run(Plan(45, 9, 3, color_matrix(info.rgb)).epoch(1))):
+        assert len(groups) == number // 2 + 1, "two batches make a group"
+        pointer, contents = groups[-1]
+        size = batch.images.nbytes
+        start = number % 2 * size
+        assert batch.images.permute(0, 2, 3, 1).numpy().tobytes() == contents[start : start + size]
+        # 9 images of 618,348 bytes are no multiple of 64.
+        assert (batch.images.data_ptr() == pointer + start) == (start == 0)
+        assert batch.images.data_ptr() % 64 == 0
+    assert len(groups) == 3
 
 
 @pytest.mark.parametrize("far_behind", [False, True])
@@ -244,24 +250,28 @@ def test_a_batchs_host_memory_is_kept_until_the_gpu_has_read_it(
             self.events.append(Event())
             return self.events[-1]
 
-    def copied(output: Any, images: torch.Tensor, cuda_stream: object) -> None:
-        assert cuda_stream is stream
-        images.copy_(torch.from_dlpack(output))
+    def viewed(output: Any, device: object) -> torch.Tensor:
+        views.append(torch.from_dlpack(output))
+        return views[-1]
 
     info = read_dataset(shard_set)
     reader = SplitReader(shard_set, info, "train")
     planned = list(Plan(45, 5, 3, color_matrix(info.rgb)).epoch(0))
     expected = list(Loader(reader, info.rgb, 5, torch.device("cpu"), 1).run(planned))
+    monkeypatch.setattr("pipeline.loading.loader.GROUP", 5)
+    views: list[torch.Tensor] = []
     loader, stream = Loader(reader, info.rgb, 5, torch.device("cpu"), 1), Stream()
     run = loader._pipeline.run
     monkeypatch.setattr(loader, "_on_gpu", True)
     monkeypatch.setattr(loader._pipeline, "run", lambda stream=None: run())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr("pipeline.loading.loader.feed_ndarray", copied)
+    monkeypatch.setattr(torch, "as_tensor", viewed)
     used: list[int] = []
     for number, (batch, right) in enumerate(zip(loader.run(planned), expected, strict=True)):
         assert torch.equal(batch.images, right.images)
         assert torch.equal(batch.labels, right.labels)
+        # DALI's memory is another group's once DALI runs again.
+        assert batch.images.data_ptr() != views[-1].data_ptr()
         used.append(loader._copying[-1][1])
         # The first two events are done late, and then each before the next batch.
         kept = [slot for _, slot in loader._copying]

@@ -24,7 +24,7 @@ from PIL import ExifTags, Image
 from pipeline.dataset.info import DatasetError, read_dataset
 from pipeline.dataset.split_reader import Allocate, SplitReader
 from pipeline.loading.graph import PREFETCH
-from pipeline.loading.loader import AHEAD, READERS, Loader, LoaderError
+from pipeline.loading.loader import AHEAD, GROUP, READERS, Loader, LoaderError
 from pipeline.loading.plan import TEN_CROPS, Augmentation, Plan, PlannedBatch, center_crops, color_matrix
 from pipeline.loading.reader_process import ReaderProcessError
 from pipeline.staging.decoded_cache import stage_pixels
@@ -129,6 +129,24 @@ def test_a_shorter_last_batch_and_an_abandoned_run(reader: SplitReader, loader: 
     assert [len(batch) for batch in loader.run(center_crops(samples).chunks(9))] == [9] * 5
 
 
+def test_a_group_holds_batches_of_one_epoch_and_any_length(
+    shard_set: Path, reader: SplitReader, loader: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether batches are decoded together changes none of them, nor does a run that ends within a group."""
+    plan = Plan(len(reader), 14, 3, color_matrix(read_dataset(shard_set).rgb))
+    planned = [part for epoch in range(3) for whole in plan.epoch(epoch) for part in whole.chunks(6)]
+    together = list(loader.run(planned))
+    monkeypatch.setattr("pipeline.loading.loader.GROUP", 1)
+    alone = list(Loader(reader, read_dataset(shard_set).rgb, 6, CPU, 1).run(planned))
+    assert [len(batch) for batch in alone] == [6, 6, 2] * 9
+    next(loader.run(planned))
+    for batches in (together, loader.run(planned)):
+        for one, two in zip(batches, alone, strict=True):
+            np.testing.assert_array_equal(one.samples, two.samples)
+            assert torch.equal(one.images, two.images)
+            assert torch.equal(one.labels, two.labels)
+
+
 def test_decoder_threads_do_not_change_the_stream(shard_set: Path, reader: SplitReader, loader: Loader) -> None:
     alone = Loader(reader, read_dataset(shard_set).rgb, 40, CPU, 1)
     views = Plan(len(reader), 15, 2, np.eye(3)).epoch(0)
@@ -226,7 +244,6 @@ def test_another_failure_of_dali_is_not_called_damage(
     """Such as a lack of memory: every image decodes, so that a new worker may fare better."""
     loader = Loader(reader, read_dataset(shard_set).rgb, 5, CPU, 1)
     batches = loader.run(center_crops(np.arange(20)).chunks(5))
-    next(batches)
 
     def fails(stream: object = None) -> object:
         raise RuntimeError("CUDA runtime API error cudaErrorMemoryAllocation (2): out of memory")
@@ -264,7 +281,7 @@ def test_a_reader_process_that_is_killed_is_no_damage_of_data(shard_set: Path, r
     for child in below(os.getpid()).keys() - before:
         os.kill(child, signal.SIGKILL)
     with pytest.raises(ReaderProcessError, match="killed by signal 9"):
-        list(itertools.islice(batches, PREFETCH + AHEAD + 1))
+        list(itertools.islice(batches, GROUP // 5 * (PREFETCH + AHEAD + 1)))
     assert not issubclass(ReaderProcessError, ValueError)
 
 
@@ -302,7 +319,9 @@ def test_readers_end_with_a_process_that_is_killed(shard_set: Path) -> None:
     assert not running
 
 
-def test_no_more_is_read_ahead_than_is_said(shard_set: Path, reader: SplitReader) -> None:
+def test_no_more_is_read_ahead_than_is_said(
+    shard_set: Path, reader: SplitReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Batches are planned when they are read, so an endless plan takes no memory."""
     planned: list[int] = []
 
@@ -311,6 +330,8 @@ def test_no_more_is_read_ahead_than_is_said(shard_set: Path, reader: SplitReader
             planned.append(number)
             yield center_crops(np.arange(5))
 
+    monkeypatch.setattr("pipeline.loading.loader.GROUP", 10)
     loader = Loader(reader, read_dataset(shard_set).rgb, 5, CPU, 1)
-    for number, _ in enumerate(itertools.islice(loader.run(endless()), 20), start=1):
-        assert len(planned) <= number + PREFETCH + AHEAD
+    for number, _ in enumerate(itertools.islice(loader.run(endless()), 40), start=1):
+        # Of the group that comes next, one batch is known: it did not fit any more.
+        assert len(planned) <= 2 * (-(-number // 2) + PREFETCH + AHEAD) + 1

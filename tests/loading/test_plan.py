@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.images.rgb_stats import RgbMoments, RgbStatistics
 from pipeline.loading.philox import philox
-from pipeline.loading.plan import TEN_CROPS, Plan, PlannedBatch, center_crops, color_matrix, rank_slice
+from pipeline.loading.plan import TEN_CROPS, Plan, PlannedBatch, center_crops, color_matrix, merged, rank_slice
 from tests.photographs import photograph
 
 SAMPLES = 1000
@@ -167,6 +167,22 @@ def test_a_batch_in_chunks_is_the_batch(rgb: RgbStatistics) -> None:
     assert [len(part) for part in parts] == [13, 13, 13, 11]
     for one, two in zip(joined([whole]), joined(parts), strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+def test_batches_that_draw_alike_are_joined_up_to_a_limit(rgb: RgbStatistics) -> None:
+    plan = Plan(50, 20, 1, color_matrix(rgb))
+    planned = [part for epoch in range(2) for batch in plan.epoch(epoch) for part in batch.chunks(8)]
+    assert [len(batch) for batch in planned] == [8, 8, 4] * 4
+    joined = list(merged(planned, 16))
+    # An epoch's batches in a row, never those of two epochs.
+    assert [lengths for _, lengths in joined] == [[8, 8], [4, 8], [8, 4]] * 2
+    assert [lengths for _, lengths in merged(planned, 5)] == [[8], [8], [4]] * 4
+    parts = [part for batch, lengths in joined for part in np.split(batch.samples, np.cumsum(lengths)[:-1])]
+    for part, batch in zip(parts, planned, strict=True):
+        np.testing.assert_array_equal(part, batch.samples)
+    for number, (batch, _) in enumerate(joined):
+        drawn = plan.augmentation(number // 3, batch.samples)
+        np.testing.assert_array_equal(batch.draw(batch.samples).shifts, drawn.shifts)
 
 
 def test_a_set_smaller_than_a_batch_is_refused() -> None:
