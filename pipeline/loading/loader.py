@@ -32,8 +32,8 @@ READERS = 2  # Processes that read.
 AHEAD = 2 * READERS  # Groups that are being read or wait for DALI.
 SLOTS = AHEAD + PREFETCH + 2
 # Rows that DALI makes at once, where batches are smaller. What it takes of the thread that trains, some 350 us, is the
-# same for 16 images, an eighth of the paper's batch, as for 256. More takes memory: a row is 618 KB.
-GROUP = 256
+# same for 16 images, an eighth of the paper's batch, as for 512. More takes memory: a row is 618 KB.
+GROUP = 512
 ALIGNMENT = 64  # Bytes. torch's own memory has it, and a kernel may be chosen by it.
 
 
