@@ -18,27 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
 from jobs.cli.command import GpuChoice, run
-from jobs.cluster.connection import connected
-from jobs.cluster.nodes import NoAnswer, alive_nodes, collect, on_each
-from jobs.diagnostics.checks import (
-    NODE_CHECKS,
-    STEP_SECONDS,
-    Finding,
-    Given,
-    check_all_reduce,
-    check_gpus,
-    judge,
-    remove_file,
-    write_file,
-)
-from jobs.diagnostics.probe import Rank
-from pipeline.dataset.info import write_json
-from pipeline.storage.locations import is_url
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +47,30 @@ class DoctorConfig:
             raise ValueError(f"--wait is {self.wait}; it must be at least 1 second")
 
 
+if __name__ == "__main__":
+    run(DoctorConfig, "jobs.doctor")  # Before the imports below, which take seconds.
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from jobs.cluster.connection import connected, on_cluster
+from jobs.cluster.nodes import NoAnswer, alive_nodes, collect, on_each
+from jobs.diagnostics.checks import (
+    NODE_CHECKS,
+    STEP_SECONDS,
+    Finding,
+    check_all_reduce,
+    check_gpus,
+    judge,
+    remove_file,
+    write_file,
+)
+from jobs.diagnostics.probe import Rank
+from pipeline.dataset.info import write_json
+from pipeline.storage.locations import is_url
+
+
 def main(config: DoctorConfig) -> None:
     """Examines the cluster and prints what it found.
 
@@ -92,6 +96,8 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
     resources = ray.cluster_resources()
     gpus = config.gpus if config.gpus is not None else resources.get("GPU", 0) > 0
     present = int(resources.get("GPU", 0)) if gpus else sum(node.cpus > 0 for node in alive_nodes())
+    if gpus and not present and not on_cluster():
+        raise ValueError("--gpus was given, and Ray sees no GPU on this machine: leave it out, or look at `nvidia-smi`")
     world = config.workers or max(present, 1)
     bundle = {"CPU": 1, "GPU": 1} if gpus else {"CPU": 1}
     # Asked for first: with an autoscaler this brings up the nodes that are to be examined, and keeps them.
@@ -101,12 +107,13 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
     cure = "look at /tmp/ray/session_latest/logs on that node; end its Ray and start it again"
     yield judge("nodes answer", answers, cure)
     nodes = [node for node, answer in answers.items() if not isinstance(answer, NoAnswer)]
-    given = Given(_absolute(config.data), _absolute(config.storage), config.stage, f".doctor-{secrets.token_hex(8)}")
+    storage, marker = _absolute(config.storage), f".doctor-{secrets.token_hex(8)}"
+    given = {"data": _absolute(config.data), "storage": storage, "stage": config.stage, "marker": marker}
     # What the first node writes, each node must read. If it cannot write, its own row says why.
-    writer = nodes[:1] if config.storage else []
-    on_each(writer, write_file, given.storage, given.marker, seconds=STEP_SECONDS)
+    writer = nodes[:1] if storage else []
+    on_each(writer, write_file, storage, marker, seconds=STEP_SECONDS)
     yield from (check.run(nodes, given) for check in NODE_CHECKS if nodes)
-    on_each(writer, remove_file, given.storage, given.marker, seconds=STEP_SECONDS)
+    on_each(writer, remove_file, storage, marker, seconds=STEP_SECONDS)
     if placed:
         ranks = start_ranks(places, bundle, world)
         if gpus:
@@ -144,7 +151,3 @@ def start_ranks(places: PlacementGroup, bundle: dict[str, int], world: int) -> d
 
 def _absolute(location: str | None) -> str | None:
     return location if location is None or is_url(location) else os.path.abspath(location)
-
-
-if __name__ == "__main__":
-    run(DoctorConfig, main)

@@ -2,6 +2,8 @@
 
 Either file says what it holds: the input's mean, the classes, the recipe. An ONNX file is written only if ONNX Runtime
 gives the same logits as this program.
+
+    python jobs/export.py --checkpoint RUNS/first --output alexnet.onnx
 """
 
 from __future__ import annotations
@@ -10,19 +12,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-import torch
-from safetensors.torch import save
-from torch import nn
-from torch.onnx import ONNXProgram
-
 from jobs.cli.command import run
-from jobs.training import checkpoint
-from jobs.training.checkpoint import State
-from jobs.training.run_storage import local_checkpoint
-from jobs.training.worker import make_network
-from model.alexnet import INPUT_SIZE
-from pipeline.dataset.info import write_atomically
-from pipeline.images.rgb_stats import MAX_LEVEL
 
 PARITY = 1e-4  # Of the largest logit: float32 sums of 9,216 products in another order differ by less.
 IMAGES = 8  # Of the parity check.
@@ -43,6 +33,24 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if self.output.suffix not in SUFFIXES:
             raise ValueError(f"--output is {self.output}; its name must end in {' or '.join(SUFFIXES)}")
+
+
+if __name__ == "__main__":
+    run(ExportConfig, "jobs.export")  # Before the imports below, which take seconds.
+
+import torch
+from safetensors.torch import save
+from torch import nn
+from torch.onnx import ONNXProgram
+
+from jobs.training import checkpoint
+from jobs.training.checkpoint import State
+from jobs.training.run_storage import local_checkpoint
+from jobs.training.worker import make_network
+from model.alexnet import INPUT_SIZE
+from pipeline.dataset.info import write_atomically
+from pipeline.images.rgb_stats import MAX_LEVEL
+from pipeline.storage.locations import shown
 
 
 def metadata(state: State) -> dict[str, str]:
@@ -101,7 +109,7 @@ def main(config: ExportConfig) -> None:
     if config.output.suffix == ".safetensors":
         tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
         write_atomically(config.output, save(tensors, about))
-        print(f"{location} is in {config.output}")
+        print(f"{shown(location)} is in {config.output}")
         return
     program = to_onnx(network, about)
     difference = parity(program, network)
@@ -112,10 +120,6 @@ def main(config: ExportConfig) -> None:
         )
     write_atomically(config.output, program.model_proto.SerializeToString())
     print(
-        f"{location} is in {config.output}; on {IMAGES} random images ONNX Runtime's logits differ from torch's by at "
-        f"most {difference:.1e} of the largest"
+        f"{shown(location)} is in {config.output}; on {IMAGES} random images ONNX Runtime's logits differ from torch's "
+        f"by at most {difference:.1e} of the largest"
     )
-
-
-if __name__ == "__main__":
-    run(ExportConfig, main)
