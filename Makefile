@@ -30,8 +30,9 @@ gpu: .venv/.installed
 		"'make gpu DATA=SHARDS'" >&2; exit 1; }
 	$(BIN)/python jobs/benchmark.py --data $(DATA) --check-gpu --json gpu.json
 
+# Much of the time is waiting for Ray. A file's tests share runs and Rays, so they stay in one process.
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # Without Ray and without training, for while one works.
 test-fast: .venv/.installed

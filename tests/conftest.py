@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 from moto.server import ThreadedMotoServer
 
-from tests.photographs import build_shard_set, write_source
+from tests.photographs import write_source
+from tests.shard_sets import make, planned
 
 
 @pytest.fixture(scope="session")
 def shard_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes, 45 training and 15 validation images, ten to a shard."""
     root = tmp_path_factory.mktemp("shard_set")
-    return build_shard_set(write_source(root / "images", images=20), root / "shards")
+    return make(root / "shards", planned(write_source(root / "images", images=20), per_shard=10, val_fraction=0.25))
 
 
 @pytest.fixture

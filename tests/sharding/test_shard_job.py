@@ -1,14 +1,11 @@
-"""The sharding command as a user runs it: on Ray, killed, continued, and given wrong things."""
+"""The sharding command as a user runs it: on Ray, and given wrong things. `test_shard_kills` kills it."""
 
 from __future__ import annotations
 
 import io
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from jobs.shard_imagenet import ShardConfig, main
 from pipeline.dataset.info import read_dataset
 from tests.photographs import write_source
 from tests.processes import outside_clusters, run_here
+from tests.shard_sets import contents
 
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "shard_imagenet.py"
 DEADLINE_S = 120
@@ -45,10 +43,6 @@ def shard(source: Path, output: Path, *more: str) -> subprocess.CompletedProcess
     )
 
 
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
-
-
 def failure(done: subprocess.CompletedProcess[str]) -> str:
     """The one line a failed command left on stderr, progress aside."""
     assert done.returncode == 1, done.stderr
@@ -72,37 +66,6 @@ def uninterrupted(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     assert "images set aside: 0" in done.stdout
     assert "RGB PCA eigenvalues" in done.stdout
     return output
-
-
-@pytest.mark.slow
-def test_a_killed_job_goes_on_and_gives_the_bytes_of_an_uninterrupted_one(
-    images: Path, uninterrupted: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "out"
-    job = subprocess.Popen(
-        command(images, output, "--workers", "1", "--samples-per-shard", "2"),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + DEADLINE_S
-        while len(list(output.glob("train/*.json"))) < 2:
-            assert job.poll() is None, "the job ended before it could be killed"
-            assert time.monotonic() < deadline, "no shard was written"
-            time.sleep(0.005)
-    finally:
-        os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
-    assert not (output / "dataset.json").exists()
-    kept = {path: path.stat().st_mtime_ns for path in output.glob("train/*.tar") if path.with_suffix(".json").exists()}
-    assert 2 <= len(kept) < 27
-    # One worker here, two there: the bytes must not know.
-    done = shard(images, output, "--workers", "1", "--samples-per-shard", "2")
-    assert done.returncode == 0, done.stderr
-    assert contents(output) == contents(uninterrupted)
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
 @pytest.mark.slow

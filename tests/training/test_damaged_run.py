@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -22,8 +23,8 @@ from pipeline.dataset.info import DatasetError, read_dataset
 from pipeline.loading.plan import Plan, color_matrix
 from tests.damage import Place, flip_in_the_middle, own_copy, places
 from tests.observer import assert_trained_once
-from tests.runs import STEPS, Run, plan
-from tests.training.test_train_job import ROOT, command, environment
+from tests.processes import outside_clusters
+from tests.runs import ROOT, STEPS, Run, plan
 
 BATCH = 4
 AT = 22  # In the first epoch's order: the last rank's first image of the sixth of eleven steps.
@@ -47,7 +48,12 @@ def train(root: Path, storage: Path, *flags: str) -> tuple[int, list[tuple[float
     errors = storage.with_suffix(".stderr")
     with errors.open("w") as stderr:
         process = subprocess.Popen(
-            command("train", *arguments), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=stderr, text=True
+            [sys.executable, "jobs/train.py", *map(str, arguments)],
+            cwd=ROOT,
+            env=outside_clusters(),
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
         )
         assert process.stdout is not None
         lines = [(time.monotonic(), line.rstrip("\n")) for line in process.stdout]
