@@ -32,7 +32,7 @@ from tests.shard_sets import contents, make, planned
 
 ROOT = Path(__file__).resolve().parents[2]
 PER_SHARD = 2
-DEADLINE_S = 120
+DEADLINE_S = 300
 KILLS = 4  # In the suite.
 
 
