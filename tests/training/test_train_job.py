@@ -37,11 +37,15 @@ def test_a_run_can_be_followed_and_leaves_what_is_needed(pair: Path, shard_set: 
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_an_epoch_ends_with_the_same_weights_and_listens_on_loopback_only(
+def test_a_run_that_fails_and_is_killed_ends_with_the_same_weights_and_listens_on_loopback_only(
     pair: Path, shard_set: Path, tmp_path: Path
 ) -> None:
     notes = tmp_path / "notes"
+    (tmp_path / "notes.fault").touch()
     killed = Run(shard_set, str(tmp_path), 2, 2, notes=notes)
+    # A failure that is no damage costs the steps since the last checkpoint, and one of --max-failures.
+    killed.wait_for("failure 1 of at most 4: rank 1: ")
+    assert "out of memory" in killed.lines[-1]
     # Past the checkpoint at the second epoch's second step.
     killed.wait_for("epoch 2/2 step 3/5")
     # The kernel's own table of a Ray that a command starts for itself, and of training in it.
