@@ -30,12 +30,13 @@ gpu: .venv/.installed
 		"'make gpu DATA=SHARDS'" >&2; exit 1; }
 	$(BIN)/python jobs/benchmark.py --data $(DATA) --check-gpu --json gpu.json
 
+# As many processes as cores, at most four, of which one starts Ray and trains.
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # Without Ray and without training, for while one works.
 test-fast: .venv/.installed
-	$(BIN)/python -m pytest -m "not long and not slow"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not long and not slow"
 
 # Faults and resizes in the midst of whole training runs: twenty minutes more.
 test-long: .venv/.installed

@@ -1,4 +1,4 @@
-"""A small shard set that many tests read and none changes, and servers of the object stores."""
+"""A small shard set that many tests read and none changes, servers of the object stores, and who runs what."""
 
 from __future__ import annotations
 
@@ -10,18 +10,37 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from moto.server import ThreadedMotoServer
+from xdist.scheduler import LoadFileScheduling
 
-from tests.photographs import build_shard_set, write_source
+from tests.photographs import write_source
+from tests.shard_sets import make, planned
+
+
+class OneRayAtATime(LoadFileScheduling):
+    """A file's tests share fixtures, so they stay in one process of `pytest -n N --dist loadfile`.
+
+    The files with slow tests all stay in one, while the others run the rest: who trains takes up to 6 GB and all cores.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return "slow" if "pytest.mark.slow" in (self.config.rootpath / file).read_text() else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    return OneRayAtATime(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")
 def shard_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes, 45 training and 15 validation images, ten to a shard."""
     root = tmp_path_factory.mktemp("shard_set")
-    return build_shard_set(write_source(root / "images", images=20), root / "shards")
+    return make(root / "shards", planned(write_source(root / "images", images=20), per_shard=10, val_fraction=0.25))
 
 
 @pytest.fixture

@@ -2,17 +2,23 @@
 
     python tests/observer.py NOTES --data SHARDS ...
 
-All workers append to the file NOTES: a line for each of their steps, and one for each checkpoint.
+All workers append to the file NOTES: a line for each of their steps, and one for each checkpoint. If there is a file
+NOTES.fault, rank 1 removes it and has its DALI fail once, as where memory is short, for what it decodes third.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
+
+from nvidia import dali
+from ray.train import get_context
 
 from jobs import train
 from jobs.cli.command import run
@@ -49,7 +55,18 @@ def observed(notes: str) -> Callable[[WorkerConfig], dict[str, Any]]:
             note(trainer)
             write(self, trainer, row)
 
-        with mock.patch.multiple(Reporter, on_step_end=note_step, checkpoint=note_checkpoint):
+        decode, calls = dali.Pipeline.run, itertools.count(1)
+
+        def fail_once(self: dali.Pipeline, *arguments: object) -> object:
+            if next(calls) == 3 and get_context().get_world_rank() == 1 and os.path.exists(f"{notes}.fault"):
+                os.remove(f"{notes}.fault")
+                raise RuntimeError("CUDA runtime API error cudaErrorMemoryAllocation (2): out of memory")
+            return decode(self, *arguments)
+
+        with (
+            mock.patch.multiple(Reporter, on_step_end=note_step, checkpoint=note_checkpoint),
+            mock.patch.object(dali.Pipeline, "run", fail_once),
+        ):
             return train_worker(config)
 
     return train_observed

@@ -9,11 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.images.resize import encoder_settings
-from pipeline.sharding.shard_set import SetPlan, claim_folder, finish
-from pipeline.sharding.shards import build_shard, plan_shards
-from pipeline.sources.sources import read_source
-
 
 def photograph(seed: int, width: int, height: int) -> NDArray[np.uint8]:
     """A [height, width, 3] image: colored noise at two scales over a gradient."""
@@ -45,13 +40,3 @@ def write_source(root: Path, images: int, classes: int = 3, longest: int = 420, 
             image = photograph(first_seed + 1000 * number + i, width, height)
             (folder / f"n{number}_{i}.JPEG").write_bytes(encoded(image, quality=92))
     return root
-
-
-def build_shard_set(source: Path, output: Path) -> Path:
-    """Shards a folder of class folders, ten images to a shard, a quarter of them to validate with; gives `output`."""
-    listing = read_source(source, None, val_fraction=0.25, seed=0)
-    image = encoder_settings(90)
-    plan = SetPlan(listing, image, 0, 10, tuple(plan_shards(listing, 0, 10)))
-    claim_folder(output, plan)
-    finish(output, plan, [build_shard(output, shard, image, set_aside=True) for shard in plan.shards], 0.0)
-    return output

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from unittest import mock
 import pytest
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
+LISTEN = "0A"  # The state in /proc/net/tcp.
 BUILDING = "ray::build_shard"  # What Ray calls a worker while it builds a shard.
 
 
@@ -45,6 +47,24 @@ def below(pid: int) -> dict[int, str]:
 def builders(pid: int) -> list[int]:
     """The workers below a process that build a shard now, in the order of their numbers."""
     return sorted(child for child, line in below(pid).items() if line.startswith(BUILDING))
+
+
+def listening(session: int) -> list[str]:
+    """The local addresses, in the kernel's hex, at which the processes of a session listen."""
+    inodes = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getsid(int(process.name)) == session:
+                inodes |= set(re.findall(r"socket:\[(\d+)\]", " ".join(os.readlink(f) for f in process.glob("fd/*"))))
+        except (ProcessLookupError, FileNotFoundError):
+            continue  # It ended while we looked.
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == LISTEN and fields[9] in inodes:
+                found.append(fields[1].partition(":")[0])
+    return found
 
 
 def outside_clusters() -> dict[str, str]:

@@ -12,8 +12,10 @@ from pipeline.sources.sources import read_source
 PER_SHARD = 4
 
 
-def planned(source: Path, quality: int = 90, seed: int = 0, per_shard: int = PER_SHARD) -> SetPlan:
-    listing = read_source(source, None, 0.1, seed)
+def planned(
+    source: Path, quality: int = 90, seed: int = 0, per_shard: int = PER_SHARD, val_fraction: float = 0.1
+) -> SetPlan:
+    listing = read_source(source, None, val_fraction, seed)
     shards = tuple(plan_shards(listing, seed, per_shard))
     return SetPlan(listing, encoder_settings(quality), seed, per_shard, shards)
 

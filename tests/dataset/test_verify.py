@@ -22,14 +22,12 @@ from pipeline.dataset.info import DatasetError, read_dataset, write_json
 from pipeline.dataset.sample_index import describe_index, pack_index, record_batch, shard_rows
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.dataset.verify import ShardReport, check_set, check_shard
-from pipeline.images.resize import encoder_settings
 from pipeline.images.rgb_stats import RgbMoments
-from pipeline.sharding.shard_set import SetPlan, claim_folder, find_finished, finish
-from pipeline.sharding.shards import build_shard, pack, plan_shards
-from pipeline.sources.sources import read_source
+from pipeline.sharding.shard_set import find_finished
+from pipeline.sharding.shards import pack
 from pipeline.staging.staging import stage
 from tests.photographs import encoded, photograph, write_source
-from tests.shard_sets import read_index
+from tests.shard_sets import contents, make, planned, read_index
 
 NAME = "train-000001"
 
@@ -37,18 +35,6 @@ NAME = "train-000001"
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_source(tmp_path_factory.mktemp("source") / "images", images=6, longest=280)
-
-
-def planned(source: Path, quality: int = 90, per_shard: int = 4) -> SetPlan:
-    listing = read_source(source, None, 0.1, 0)
-    return SetPlan(listing, encoder_settings(quality), 0, per_shard, tuple(plan_shards(listing, 0, per_shard)))
-
-
-def make(output: Path, plan: SetPlan) -> Path:
-    claim_folder(output, plan)
-    built = [build_shard(output, shard, plan.image, set_aside=True) for shard in plan.shards]
-    finish(output, plan, built, 1.0)
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +46,6 @@ def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def damaged(whole: Path, tmp_path: Path) -> Path:
     """A copy to spoil: 15 training images, four to a shard, and 3 to validate on."""
     return Path(shutil.copytree(whole, tmp_path / "out"))
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 def reports(root: Path, decode: bool) -> list[ShardReport]:
@@ -135,7 +117,7 @@ def test_a_whole_set_with_bad_images_has_no_fault(images: Path, tmp_path: Path) 
     source = Path(shutil.copytree(images, tmp_path / "images"))
     for entry in [*planned(source).shards[1].entries, planned(source).shards[2].entries[0]]:
         Path(entry.path).write_bytes(b"")
-    output = make(tmp_path / "out", planned(source))
+    output = make(tmp_path / "out", planned(source), max_bad_fraction=1.0)
     assert not (output / "train" / f"{NAME}.tar").exists()
     assert read_dataset(output).set_aside == 5
     assert faults(output, decode=True) == []

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 
 from jobs.benchmark import BenchmarkConfig, Rates, main, row
 from jobs.diagnostics.gpu_check import Agreement, GpuCheck
+from tests.processes import run_here
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,15 +81,8 @@ def test_checking_a_gpu_where_there_is_none_is_refused(shard_set: Path) -> None:
 @pytest.mark.slow
 def test_the_benchmark_writes_its_rates(shard_set: Path, tmp_path: Path) -> None:
     out = tmp_path / "rates.json"
-    arguments = ["--data", str(shard_set), "--batch-size", "8", "--steps", "2", "--rounds", "1", "--no-gpu"]
-    done = subprocess.run(
-        [sys.executable, "jobs/benchmark.py", *arguments, "--json", str(out)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    arguments = ["--data", shard_set, "--batch-size", 8, "--steps", 2, "--rounds", 1, "--no-gpu"]
+    done = run_here("benchmark", *arguments, "--json", out)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     # On a CPU, nothing feeds or is fed faster than its parts.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.images.synthetic import ASPECT, CLASSES, MARKER, SHORTER_SIDE, draw, encode, write_folder
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import run_here
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -122,13 +119,7 @@ def test_what_is_left_of_a_killed_run_of_other_settings_does_not_get_in(tmp_path
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.tex").write_text("years of work")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "jobs" / "generate_images.py"), "--output", str(tmp_path / "images")],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_here("generate_images", "--output", tmp_path / "images")
     assert (done.returncode, done.stdout) == (1, "")
     assert f"{tmp_path / name} is not empty" in done.stderr
     assert len(done.stderr.splitlines()) == 1

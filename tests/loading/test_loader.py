@@ -147,13 +147,6 @@ def test_a_group_holds_batches_of_one_epoch_and_any_length(
             assert torch.equal(one.labels, two.labels)
 
 
-def test_decoder_threads_do_not_change_the_stream(shard_set: Path, reader: SplitReader, loader: Loader) -> None:
-    alone = Loader(reader, read_dataset(shard_set).rgb, 40, CPU, 1)
-    views = Plan(len(reader), 15, 2, np.eye(3)).epoch(0)
-    for one, two in zip(alone.run(views), loader.run(Plan(len(reader), 15, 2, np.eye(3)).epoch(0)), strict=True):
-        assert torch.equal(one.images, two.images)
-
-
 class TurnedReader:
     """The same images, each with an EXIF orientation, 1 to 8 in turn."""
 

@@ -54,13 +54,6 @@ def test_an_epoch_visits_each_sample_once_but_for_its_tail() -> None:
     assert tails[0] != tails[1] != tails[2]
 
 
-def test_an_order_is_a_shuffle() -> None:
-    order = Plan(100_000, 1, 0, np.eye(3)).order(0)
-    np.testing.assert_array_equal(np.sort(order), np.arange(100_000))
-    # Of two independent orders, the correlation has standard deviation 1 / sqrt(n) = 0.0032.
-    assert abs(np.corrcoef(order, np.arange(100_000))[0, 1]) < 0.013
-
-
 @pytest.mark.parametrize("world", [2, 3, 4, 7, 50])
 def test_any_number_of_workers_shares_the_same_stream(world: int) -> None:
     plan = Plan(SAMPLES, 50, 5, np.eye(3))

@@ -77,7 +77,6 @@ def test_rates_of_the_schedules() -> None:
 def test_the_named_recipes_differ_in_one_number() -> None:
     paper, default = (dataclasses.asdict(RECIPES[name]) for name in ("paper", "default"))
     assert {name for name in paper if paper[name] != default[name]} == {"hidden_bias"}
-    assert (paper["batch_size"], paper["epochs"], paper["lr"], paper["hidden_bias"]) == (128, 90, 0.01, 1.0)
 
 
 def metrics(seed: int, count: int) -> list[float]:
@@ -85,38 +84,24 @@ def metrics(seed: int, count: int) -> list[float]:
     return (0.4 + 0.5 * np.exp(-np.arange(count) / 4) + 0.02 * generator.normal(size=count)).tolist()
 
 
-@pytest.mark.parametrize("seed", range(40))
-@pytest.mark.parametrize("patience", [1, 2, 3, 5])
-def test_the_schedule_agrees_with_torchs_and_survives_a_checkpoint_at_any_epoch(seed: int, patience: int) -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.01)
-    theirs = ReduceLROnPlateau(optimizer, factor=0.1, patience=patience - 1, threshold=0.0)
-    ours = Plateau(0.01)
-    # Rounded, so that equal metrics occur.
-    for epoch, metric in enumerate(np.round(metrics(seed, 300), 2).tolist(), start=1):
-        ours = Plateau(**json.loads(json.dumps(ours.after(epoch, metric, patience).to_json())))
-        if ours.stopped:
-            break
-        theirs.step(metric)
-        assert ours.lr == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
-    assert ours.stopped
-    assert ours.reductions == 3
-
-
 @pytest.mark.paper
-@pytest.mark.parametrize("seed", range(5))
-def test_the_schedule_agrees_with_torchs(seed: int) -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.01)
-    theirs = ReduceLROnPlateau(optimizer, factor=0.1, patience=2, threshold=0.0)
-    ours = Plateau(0.01)
-    for epoch, metric in enumerate(metrics(seed, 60), start=1):
-        ours = ours.after(epoch, metric, patience=3)
-        if ours.stopped:
-            break
-        theirs.step(metric)
-        assert ours.lr == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
-    assert ours.stopped
-    assert ours.reductions == 3
-    assert ours.lr == pytest.approx(1e-5)
+@pytest.mark.parametrize("patience", [1, 2, 3, 5])
+def test_the_schedule_agrees_with_torchs(patience: int) -> None:
+    """And survives a checkpoint at any epoch."""
+    for seed in range(40):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.01)
+        theirs = ReduceLROnPlateau(optimizer, factor=0.1, patience=patience - 1, threshold=0.0)
+        ours = Plateau(0.01)
+        # Rounded, so that equal metrics occur.
+        for epoch, metric in enumerate(np.round(metrics(seed, 300), 2).tolist(), start=1):
+            ours = Plateau(**json.loads(json.dumps(ours.after(epoch, metric, patience).to_json())))
+            if ours.stopped:
+                break
+            theirs.step(metric)
+            assert ours.lr == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        assert ours.stopped
+        assert ours.reductions == 3
+        assert ours.lr == pytest.approx(1e-5)
 
 
 def test_it_says_why() -> None:

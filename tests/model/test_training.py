@@ -202,7 +202,6 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, stop_after: in
     for a, b in zip(weights(whole), weights(resumed), strict=True):
         assert torch.equal(a, b)
     assert stopped.rows + rest.rows == record.rows
-    assert resumed.progress.history == resumed.progress.history
 
 
 @pytest.mark.parametrize(("epoch", "step"), [(0, 1), (1, 3), (2, 5)])
@@ -303,9 +302,8 @@ def test_a_dead_network_is_said_once(tmp_path: Path) -> None:
     assert not alive.warnings
 
 
-@pytest.mark.parametrize("patience", [2])
-def test_a_plateau_run_resumed_within_a_patience_count_ends_alike(tmp_path: Path, patience: int) -> None:
-    recipe = dataclasses.replace(RECIPE, epochs=500, patience=patience)
+def test_a_plateau_run_resumed_within_a_patience_count_ends_alike(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, epochs=500, patience=2)
     identity = dataclasses.replace(IDENTITY, recipe=recipe)
     whole, record = make_trainer(recipe), Recorder(tmp_path / "whole", identity=identity)
     whole.fit(SmallData(), record)

@@ -39,7 +39,7 @@ STYLES = {
     "wild": "font.size: 30\naxes.facecolor: red\nsavefig.bbox: tight\nsavefig.dpi: 40\nfont.family: serif\n"
     "lines.antialiased: False\naxes.grid: True\naxes.prop_cycle: cycler('color', ['r'])\n",
 }
-DEADLINE_S = 120
+DEADLINE_S = 300
 
 
 def decoded(data: bytes) -> NDArray[np.uint8]:

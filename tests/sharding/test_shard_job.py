@@ -1,14 +1,13 @@
-"""The sharding command as a user runs it: on Ray, killed, continued, and given wrong things."""
+"""The sharding command as a user runs it: on Ray, and given wrong things. `test_shard_kills` kills it."""
 
 from __future__ import annotations
 
 import io
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,35 +17,23 @@ from jobs.cli.progress import Progress
 from jobs.shard_imagenet import ShardConfig, main
 from pipeline.dataset.info import read_dataset
 from tests.photographs import write_source
-from tests.processes import outside_clusters, run_here
+from tests.processes import run_here
+from tests.raylets import raylets
+from tests.shard_sets import contents
 
-JOB = Path(__file__).resolve().parents[2] / "jobs" / "shard_imagenet.py"
-DEADLINE_S = 120
-
-
-def command(source: Path, output: Path, *more: str) -> list[str]:
-    return [sys.executable, str(JOB), "--source", str(source), "--output", str(output), *more]
+JOBS = Path(__file__).resolve().parents[2] / "jobs"
+DEADLINE_S = 300
 
 
-def environment() -> dict[str, str]:
-    """Ours, less what would send the job to a cluster."""
-    kept = outside_clusters()
-    return {**kept, "PYTHONPATH": str(JOB.parents[1])}
+def call(job: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs jobs/JOB.py, in the cluster that RAY_ADDRESS names or in a Ray of its own."""
+    command = [sys.executable, str(JOBS / f"{job}.py"), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(JOBS.parent)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
 
 
-def shard(source: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(source, output, *more),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        check=False,
-    )
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+def shard(source: Path, output: Path, *more: object) -> subprocess.CompletedProcess[str]:
+    return call("shard_imagenet", "--source", source, "--output", output, *more)
 
 
 def failure(done: subprocess.CompletedProcess[str]) -> str:
@@ -66,7 +53,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def uninterrupted(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The set as two workers make it in one go, a shard for each two images."""
     output = tmp_path_factory.mktemp("job") / "uninterrupted"
-    done = shard(images, output, "--workers", "2", "--samples-per-shard", "2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        done = shard(images, output, "--workers", "2", "--samples-per-shard", "2")
     assert done.returncode == 0, done.stderr
     assert "train: 54 images, 27 shards" in done.stdout
     assert "images set aside: 0" in done.stdout
@@ -74,35 +63,11 @@ def uninterrupted(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return output
 
 
-@pytest.mark.slow
-def test_a_killed_job_goes_on_and_gives_the_bytes_of_an_uninterrupted_one(
-    images: Path, uninterrupted: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "out"
-    job = subprocess.Popen(
-        command(images, output, "--workers", "1", "--samples-per-shard", "2"),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + DEADLINE_S
-        while len(list(output.glob("train/*.json"))) < 2:
-            assert job.poll() is None, "the job ended before it could be killed"
-            assert time.monotonic() < deadline, "no shard was written"
-            time.sleep(0.005)
-    finally:
-        os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
-    assert not (output / "dataset.json").exists()
-    kept = {path: path.stat().st_mtime_ns for path in output.glob("train/*.tar") if path.with_suffix(".json").exists()}
-    assert 2 <= len(kept) < 27
-    # One worker here, two there: the bytes must not know.
-    done = shard(images, output, "--workers", "1", "--samples-per-shard", "2")
-    assert done.returncode == 0, done.stderr
-    assert contents(output) == contents(uninterrupted)
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+@pytest.fixture(scope="module")
+def joined() -> Iterator[None]:
+    """A Ray that commands join. Starting one of their own is most of their time."""
+    with raylets(1, cpus=2):
+        yield
 
 
 @pytest.mark.slow
@@ -118,24 +83,11 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(images: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("joined")
 def test_verify_names_a_damaged_shard_and_only_mends_it(images: Path, uninterrupted: Path, tmp_path: Path) -> None:
     output = Path(shutil.copytree(uninterrupted, tmp_path / "out"))
-    verify = [
-        sys.executable,
-        str(JOB.with_name("verify_shards.py")),
-        "--data",
-        str(output),
-        "--decode",
-        "--workers",
-        "1",
-    ]
-
-    def verified() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            verify, env=environment(), capture_output=True, text=True, timeout=DEADLINE_S, check=False
-        )
-
-    right = verified()
+    verify = ["verify_shards", "--data", output, "--decode", "--workers", 1]
+    right = call(*verify)
     assert right.returncode == 0, right.stderr
     assert right.stdout.splitlines() == [
         "OK train: 54 images in 27 shards, 18 to 18 of each of 3 classes, all decoded",
@@ -145,7 +97,7 @@ def test_verify_names_a_damaged_shard_and_only_mends_it(images: Path, uninterrup
     data = bytearray(tar.read_bytes())
     data[9000] ^= 1
     tar.write_bytes(data)
-    wrong = verified()
+    wrong = call(*verify)
     assert failure(wrong).startswith(f"error: {output} has ")
     assert "OK val" in wrong.stdout
     assert "OK train" not in wrong.stdout
@@ -155,17 +107,16 @@ def test_verify_names_a_damaged_shard_and_only_mends_it(images: Path, uninterrup
     assert len(cures) == 1
     # The commands as they are printed, with the user's images for IMAGES.
     command = "rm " + cures[0].partition(": rm ")[2].replace("IMAGES", str(images))
-    command = command.replace("python jobs/shard_imagenet.py", f"{sys.executable} {JOB}")
+    command = command.replace("python jobs/", f"{sys.executable} {JOBS}/")
     kept = {path: path.stat().st_mtime_ns for path in output.rglob("*.tar") if path != tar}
-    mended = subprocess.run(
-        command, shell=True, env=environment(), capture_output=True, text=True, check=False, timeout=600
-    )
+    mended = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=600)
     assert mended.returncode == 0, mended.stderr
     assert contents(output) == contents(uninterrupted)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("joined")
 def test_bad_images_fail_or_are_set_aside_as_asked(tmp_path: Path) -> None:
     source = write_source(tmp_path / "images", images=3, longest=280)
     (source / "n1" / "n1_0.JPEG").write_bytes(b"no image")

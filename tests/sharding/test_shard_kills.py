@@ -32,7 +32,7 @@ from tests.shard_sets import contents, make, planned
 
 ROOT = Path(__file__).resolve().parents[2]
 PER_SHARD = 2
-DEADLINE_S = 120
+DEADLINE_S = 300
 KILLS = 4  # In the suite.
 
 
@@ -143,10 +143,14 @@ def kill_at(
 
 
 def make_killed(source: Path, output: Path, kills: int, seed: int) -> list[Kill]:
-    """Makes a set with so many kills, of a worker and of the driver in turn; the last one falls on `dataset.json`."""
+    """Makes a set with so many kills, of a worker and of the driver in turn; the last one falls on `dataset.json`.
+
+    What is done when a driver is killed is kept as it is.
+    """
     output.mkdir()
     chance = random.Random(seed)
     made: list[Kill] = []
+    kept: dict[Path, int] = {}
     while len(made) < kills:
         job = start(source, output)
         try:
@@ -161,8 +165,12 @@ def make_killed(source: Path, output: Path, kills: int, seed: int) -> list[Kill]
             job.kill()
             job.wait()
         print(*made[-2:], sep="\n", flush=True)
+        done = (path.with_suffix(".tar") for path in output.glob("*/*-*.json"))
+        kept |= {path: path.stat().st_mtime_ns for path in done}
     job = start(source, output)
     assert job.wait(DEADLINE_S) == 0, log(output).read_text()
+    assert kept, "no shard was done when a driver was killed"
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
     return made
 
 

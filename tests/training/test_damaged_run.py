@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,9 +21,8 @@ from model.training import Progress
 from pipeline.dataset.info import DatasetError, read_dataset
 from pipeline.loading.plan import Plan, color_matrix
 from tests.damage import Place, flip_in_the_middle, own_copy, places
-from tests.observer import assert_trained_once
-from tests.runs import STEPS, Run, plan
-from tests.training.test_train_job import ROOT, command, environment
+from tests.processes import outside_clusters
+from tests.runs import ROOT
 
 BATCH = 4
 AT = 22  # In the first epoch's order: the last rank's first image of the sixth of eleven steps.
@@ -47,7 +46,12 @@ def train(root: Path, storage: Path, *flags: str) -> tuple[int, list[tuple[float
     errors = storage.with_suffix(".stderr")
     with errors.open("w") as stderr:
         process = subprocess.Popen(
-            command("train", *arguments), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=stderr, text=True
+            [sys.executable, "jobs/train.py", *map(str, arguments)],
+            cwd=ROOT,
+            env=outside_clusters(),
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
         )
         assert process.stdout is not None
         lines = [(time.monotonic(), line.rstrip("\n")) for line in process.stdout]
@@ -79,45 +83,6 @@ def test_a_corrupt_image_ends_the_run_with_one_line(damaged: tuple[Path, Place],
     # The last step was before the fault, so this is at least the time from the fault to the end.
     print(f"the run ended {steps[-1][0]:.1f} s after its last step")
     assert steps[-1][0] < PROMPT_S
-
-
-# Put before all else on PYTHONPATH: the sixth batch that rank 1 asks DALI for fails as where memory is short, once.
-SHORT_OF_MEMORY = """
-import itertools, os
-from nvidia import dali
-
-run, calls = dali.Pipeline.run, itertools.count(1)
-
-def failing(self, *arguments):
-    try:
-        import ray.train
-        if ray.train.get_context().get_world_rank() == 1 and next(calls) == 6:
-            os.rename("ARMED", "FAILED")
-            raise RuntimeError("CUDA runtime API error cudaErrorMemoryAllocation (2): out of memory")
-    except OSError:
-        pass
-    return run(self, *arguments)
-
-dali.Pipeline.run = failing
-"""
-
-
-@pytest.mark.slow
-def test_a_failure_that_is_no_damage_is_survived(shard_set: Path, tmp_path: Path) -> None:
-    """It costs the steps since the last checkpoint, and one of --max-failures."""
-    armed, failed = tmp_path / "armed", tmp_path / "failed"
-    patch = tmp_path / "patch"
-    patch.mkdir()
-    text = SHORT_OF_MEMORY.replace("ARMED", str(armed)).replace("FAILED", str(failed))
-    (patch / "sitecustomize.py").write_text(text)
-    armed.touch()
-    notes = tmp_path / "notes"
-    run = Run(shard_set, str(tmp_path / "runs"), 2, 1, notes=notes, PYTHONPATH=f"{patch}{os.pathsep}{ROOT}")
-    assert run.end() == 0, run.text
-    assert failed.exists()
-    assert "out of memory" in run.text
-    assert run.text.count("failure ") == 1, run.text
-    assert_trained_once(notes, plan(shard_set), STEPS)
 
 
 def test_evaluation_names_a_corrupt_image(shard_set: Path, tmp_path: Path) -> None:

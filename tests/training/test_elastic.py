@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import re
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from ray.cluster_utils import Cluster
 
-from jobs.cluster.connection import LOOPBACK_SWITCH
 from jobs.cluster.nodes import Node
 from jobs.train import Resources, check_shortage
 from jobs.training.checkpoint import RunFingerprint, committed
@@ -28,11 +24,10 @@ from model.metrics import LabeledImages, Score
 from model.recipe import RECIPES, Recipe
 from model.training import StepAction, StoppedError, Trainer, Worker
 from tests.observer import assert_trained_once
-from tests.processes import below
-from tests.runs import BATCH, ROOT, STEPS, Run, last, plan
+from tests.raylets import NODE, lose, raylets
+from tests.runs import BATCH, STEPS, Run, last, plan
 
 MOST_EPOCHS = 99
-NODE = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
 
 
 @pytest.mark.parametrize(
@@ -175,39 +170,16 @@ def alone(shards: Path, recipe: Recipe, steps: int, micro_batch: int) -> NDArray
     return np.array(losses.losses)
 
 
-@contextlib.contextmanager
-def nodes(count: int) -> Iterator[Cluster]:
-    """A cluster of so many raylets with a CPU each on loopback, of which the first is the head."""
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
-    try:
-        for _ in range(count - 1):
-            cluster.add_node(**NODE)
-        yield cluster
-    finally:
-        cluster.shutdown()
-
-
-def lose(node: Any) -> None:
-    raylet = node.all_processes["raylet"][0].process.pid
-    for pid in (raylet, *below(raylet)):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
 @pytest.mark.long
-def test_a_run_grows_and_shrinks_with_its_cluster_and_learns_the_same(
-    shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in {**LOOPBACK_SWITCH, "PYTHONPATH": str(ROOT)}.items():
-        monkeypatch.setenv(name, value)
+def test_a_run_grows_and_shrinks_with_its_cluster_and_learns_the_same(shard_set: Path, tmp_path: Path) -> None:
     more = ["--dropout", 0, "--lr", 0.001, "--cpus-per-worker", 1, "--resize-seconds", 10]
-    with nodes(2) as cluster:
+    with raylets(2) as cluster:
         address = {"RAY_ADDRESS": cluster.address}
         notes = tmp_path / "notes"
         run = Run(shard_set, str(tmp_path), "2:3", MOST_EPOCHS, *more, checkpoint_every=0, notes=notes, **address)
         run.wait_for("2 to 3 workers on CPU with 1 core(s) each")
         run.wait_for(f"epoch 1/{MOST_EPOCHS} step 1/{STEPS}")
-        third = cluster.add_node(**NODE)
+        third = cluster.add_node(**NODE, num_cpus=1)
         run.wait_for(", with 3 worker(s)")
         grown = int(re.findall(r"continuing after epoch (\d+), step 0, with 3", run.lines[-1])[0])
         run.wait_for(f"epoch {grown + 2}/{MOST_EPOCHS} step 1/{STEPS}")

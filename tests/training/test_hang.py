@@ -19,7 +19,7 @@ from jobs.training.config import TrainConfig
 from jobs.training.watchdog import LimitedData
 from model.metrics import LabeledImages
 from tests.processes import below
-from tests.runs import ROOT, Run, assert_alike, undisturbed
+from tests.runs import ROOT, Run, assert_alike
 
 LIMIT_S = 5.0
 SLACK_S = 30.0  # For Ray to bring a line to the driver, on a busy machine.
@@ -92,11 +92,10 @@ def test_a_limit_that_cannot_pass_is_refused(seconds: float) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_rank_that_hangs_in_a_live_process_costs_the_steps_since_the_last_checkpoint(
-    shard_set: Path, tmp_path: Path
+    pair: Path, shard_set: Path, tmp_path: Path
 ) -> None:
-    whole, notes = undisturbed(shard_set, tmp_path / "whole", 2, 2), tmp_path / "notes"
+    notes = tmp_path / "notes"
     run = Run(
         shard_set,
         str(tmp_path / "runs"),
@@ -130,4 +129,4 @@ def test_a_rank_that_hangs_in_a_live_process_costs_the_steps_since_the_last_chec
         for pid in readers:
             os.kill(pid, signal.SIGKILL)
     assert run.text.count("failure ") == 1, run.text
-    assert_alike(whole, str(tmp_path / "runs" / "run"), shard_set, 2, 2, notes)
+    assert_alike(pair, str(tmp_path / "runs" / "run"), shard_set, 2, 2, notes)

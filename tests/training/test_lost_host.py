@@ -17,7 +17,7 @@ from jobs.training import checkpoint
 from tests import hosts
 from tests.hosts import Host
 from tests.processes import below
-from tests.runs import ROOT, Followed, assert_alike, command, last, undisturbed
+from tests.runs import ROOT, Followed, assert_alike, command, last
 
 NOT_POSSIBLE = hosts.missing()
 pytestmark = [
@@ -56,12 +56,6 @@ def inside_an_epoch(run: str) -> bool:
     return any(kept.progress.step for kept in checkpoint.committed(run).values())
 
 
-@pytest.fixture(scope="module")
-def whole(shard_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two workers on one machine, never disturbed."""
-    return undisturbed(shard_set, tmp_path_factory.mktemp("whole"), 2, EPOCHS)
-
-
 @contextlib.contextmanager
 def training(shards: Path, folder: Path, checkpoint_every: int = 2) -> Iterator[tuple[list[Host], Followed, str]]:
     """Three hosts of one core each, of which two train, a job submitted from a fourth, and its run's folder.
@@ -76,17 +70,17 @@ def training(shards: Path, folder: Path, checkpoint_every: int = 2) -> Iterator[
         yield four[:3], job, str(folder / "runs" / "run")
 
 
-def test_a_lost_host_costs_the_steps_since_the_last_checkpoint(whole: Path, shard_set: Path, tmp_path: Path) -> None:
+def test_a_lost_host_costs_the_steps_since_the_last_checkpoint(pair: Path, shard_set: Path, tmp_path: Path) -> None:
     with training(shard_set, tmp_path) as (three, job, run):
         kept = step_past(job, run, (0, 0))
         next(host for host in three[1:] if trains(host)).kill()
         assert continued(job) >= kept
         assert job.text.count("failure ") == 1, job.text
         assert job.end() == 0, job.text
-        assert_alike(whole, run, shard_set, EPOCHS, 2, tmp_path / "notes")
+        assert_alike(pair, run, shard_set, EPOCHS, 2, tmp_path / "notes")
 
 
-def test_a_host_that_is_taken_back_with_notice_costs_nothing(whole: Path, shard_set: Path, tmp_path: Path) -> None:
+def test_a_host_that_is_taken_back_with_notice_costs_nothing(pair: Path, shard_set: Path, tmp_path: Path) -> None:
     with training(shard_set, tmp_path, checkpoint_every=0) as (three, job, run):
         job.wait_for("epoch 1/2 step 1/5")
         taken = next(host for host in three[1:] if trains(host))
@@ -102,11 +96,11 @@ def test_a_host_that_is_taken_back_with_notice_costs_nothing(whole: Path, shard_
         taken.kill()
         assert continued(job) >= kept
         assert job.end() == 0, job.text
-        assert_alike(whole, run, shard_set, EPOCHS, 2, tmp_path / "notes")
+        assert_alike(pair, run, shard_set, EPOCHS, 2, tmp_path / "notes")
 
 
 def test_a_cut_cable_costs_time_or_the_steps_since_the_last_checkpoint(
-    whole: Path, shard_set: Path, tmp_path: Path
+    pair: Path, shard_set: Path, tmp_path: Path
 ) -> None:
     with training(shard_set, tmp_path) as (three, job, run):
         kept = step_past(job, run, (0, 0))
@@ -125,4 +119,4 @@ def test_a_cut_cable_costs_time_or_the_steps_since_the_last_checkpoint(
         cut.link("up")
         cut.process.wait(120)
         assert job.end() == 0, job.text
-        assert_alike(whole, run, shard_set, EPOCHS, 2, tmp_path / "notes")
+        assert_alike(pair, run, shard_set, EPOCHS, 2, tmp_path / "notes")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -13,44 +12,29 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 
-from jobs.cluster.connection import LOOPBACK_SWITCH, LostError, connected, stream
+from jobs.cluster.connection import LostError, connected, stream
 from tests.photographs import write_source
-from tests.processes import below, builders
+from tests.processes import builders
+from tests.raylets import lose, raylet_of, raylets
 from tests.shard_sets import contents, make, planned
 
 ROOT = Path(__file__).resolve().parents[2]
 PER_SHARD = 2
-DEADLINE_S = 120
+DEADLINE_S = 300
 CPUS = 2
 
 
-@contextlib.contextmanager
-def two_nodes() -> Iterator[tuple[Cluster, int]]:
-    """A cluster of two raylets with a CPU each on loopback, and the process of the one that is not the head."""
-    quiet = {"num_cpus": 1, "node_ip_address": "127.0.0.1"}
-    cluster = Cluster(initialize_head=True, head_node_args={**quiet, "include_dashboard": False})
-    try:
-        node = cluster.add_node(**quiet)
-        yield cluster, node.all_processes["raylet"][0].process.pid
-    finally:
-        cluster.shutdown()
-
-
 @pytest.mark.slow
-def test_a_lost_node_costs_time_and_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_node_costs_time_and_no_byte(tmp_path: Path) -> None:
     source = write_source(tmp_path / "images", images=16, longest=700)
     uninterrupted = make(tmp_path / "uninterrupted", planned(source, per_shard=PER_SHARD))
     output = tmp_path / "out"
-    # The cluster's own processes must find the project, as on a node where it is installed, and stay on loopback.
-    for name, value in {**LOOPBACK_SWITCH, "PYTHONPATH": str(ROOT)}.items():
-        monkeypatch.setenv(name, value)
-    with two_nodes() as (cluster, raylet):
+    with raylets(2) as cluster:
+        _, other = cluster.list_all_nodes()
         job = [sys.executable, str(ROOT / "jobs" / "shard_imagenet.py"), "--source", str(source)]
         process = subprocess.Popen(
             [*job, "--output", str(output), "--samples-per-shard", str(PER_SHARD)],
-            env={**os.environ, "RAY_ADDRESS": cluster.address},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -58,13 +42,11 @@ def test_a_lost_node_costs_time_and_no_byte(tmp_path: Path, monkeypatch: pytest.
         try:
             deadline = time.monotonic() + DEADLINE_S
             # Both nodes are at work: some shards are done, and the node to be lost is in the midst of one.
-            while not (len(list(output.glob("train/*.json"))) >= 2 and builders(raylet)):
+            while not (len(list(output.glob("train/*.json"))) >= 2 and builders(raylet_of(other))):
                 assert process.poll() is None, f"the job ended before its node was lost: {process.communicate()[1]}"
                 assert time.monotonic() < deadline, "the node built no shard"
                 time.sleep(0.002)
-            for pid in (raylet, *below(raylet)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            lose(other)
             assert len(list(output.glob("*/*.json"))) < len(list(uninterrupted.glob("*/*.json")))
             _, said = process.communicate(timeout=DEADLINE_S)
         finally:

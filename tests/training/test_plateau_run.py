@@ -25,11 +25,8 @@ from model.recipe import RECIPES
 from model.schedule import PAPER_REDUCTIONS
 from model.training import Progress, Trainer, Worker
 from pipeline.dataset.info import read_dataset
-from pipeline.images.resize import encoder_settings
-from pipeline.sharding.shard_set import SetPlan, claim_folder, finish
-from pipeline.sharding.shards import build_shard, plan_shards
-from pipeline.sources.sources import read_source
 from tests.photographs import write_source
+from tests.shard_sets import make, planned
 
 PATIENCE = 2
 RECIPE = dataclasses.replace(RECIPES["default"], batch_size=4, lr=1e-4, patience=PATIENCE)
@@ -69,13 +66,8 @@ class Keeper(Reporter):
 def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes, eight training and eight validation images."""
     root = tmp_path_factory.mktemp("tiny")
-    listing = read_source(write_source(root / "images", images=8, classes=2), None, val_fraction=0.5, seed=0)
-    image = encoder_settings(90)
-    plan = SetPlan(listing, image, 0, 8, tuple(plan_shards(listing, 0, 8)))
-    claim_folder(root / "shards", plan)
-    built = [build_shard(root / "shards", shard, image, set_aside=True) for shard in plan.shards]
-    finish(root / "shards", plan, built, max_bad_fraction=0.0)
-    return root / "shards"
+    source = write_source(root / "images", images=8, classes=2)
+    return make(root / "shards", planned(source, per_shard=8, val_fraction=0.5))
 
 
 def train(data: Path, folder: Path, die_in: int | None = None) -> Trainer:

@@ -28,12 +28,6 @@ def alone(shard_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return undisturbed(shard_set, tmp_path_factory.mktemp("alone"), 1, 1)
 
 
-@pytest.fixture(scope="module")
-def pair(shard_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two workers, two epochs, never disturbed."""
-    return undisturbed(shard_set, tmp_path_factory.mktemp("pair"), 2, 2)
-
-
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
     folder.mkdir()
@@ -77,7 +71,7 @@ def test_a_killed_worker_a_stopped_driver_and_a_hanging_worker_change_nothing(
     assert_alike(pair, str(tmp_path / "run"), shard_set, 2, 2, notes)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_is_one_line_and_changes_nothing(alone: Path, shard_set: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", str(int(1.5 * CHECKPOINT_BYTES))) as disk:
         first = Run(shard_set, str(disk), 1, 1, notes=tmp_path / "notes")

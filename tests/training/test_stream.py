@@ -78,8 +78,7 @@ def whole(shard_set: Path) -> Steps:
     return stream(workers(shard_set, 13, 1, 13), 3)
 
 
-@pytest.mark.parametrize("epoch", [0, 3])
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize(("epoch", "world"), [(0, 1), (3, 3)])
 def test_pixels_and_labels_are_the_references(shard_set: Path, epoch: int, world: int) -> None:
     """Decode, cut, mirror, shift: within a gray level everywhere, and labels exactly."""
     images, labels = stored(shard_set, "train")
@@ -99,7 +98,7 @@ def test_pixels_and_labels_are_the_references(shard_set: Path, epoch: int, world
 
 @pytest.mark.parametrize(
     ("world", "micro_batch", "threads"),
-    [(1, 1, 1), (1, 5, 2), (1, 64, 2), (2, 7, 1), (2, 3, 2), (3, 13, 1), (4, 2, 2), (7, 1, 1), (7, 64, 2)],
+    [(1, 5, 2), (2, 3, 2), (3, 13, 1), (7, 1, 2)],
 )
 def test_the_stream_is_the_same_for_any_workers_micro_batches_and_threads(
     shard_set: Path, whole: Steps, world: int, micro_batch: int, threads: int
@@ -108,7 +107,7 @@ def test_the_stream_is_the_same_for_any_workers_micro_batches_and_threads(
     assert [len(step) for step in whole] == [13, 13, 13]
 
 
-@pytest.mark.parametrize("stopped", [0, 1, 2, 3])
+@pytest.mark.parametrize("stopped", [1, 3])
 def test_a_run_stopped_at_any_step_and_resumed_by_others_goes_on_in_the_same_stream(
     shard_set: Path, whole: Steps, stopped: int
 ) -> None:
@@ -157,7 +156,7 @@ def test_nothing_is_read_beyond_the_last_epoch(shard_set: Path) -> None:
     assert next(data._batches, None) is None
 
 
-@pytest.mark.parametrize(("batch_size", "world"), [(45, 1), (15, 2), (9, 4), (13, 7), (22, 4), (8, 3)])
+@pytest.mark.parametrize(("batch_size", "world"), [(45, 1), (22, 4)])
 def test_an_epoch_has_each_sample_once_but_for_its_tail(shard_set: Path, batch_size: int, world: int) -> None:
     ranks = workers(shard_set, batch_size, world, 4)
     tails = []
@@ -170,7 +169,7 @@ def test_an_epoch_has_each_sample_once_but_for_its_tail(shard_set: Path, batch_s
     assert tails[0] != tails[1] or not tails[0]
 
 
-@pytest.mark.parametrize(("world", "micro_batch"), [(1, 15), (1, 4), (2, 64), (3, 2), (4, 3), (7, 1), (16, 5)])
+@pytest.mark.parametrize(("world", "micro_batch"), [(1, 4), (3, 2), (16, 5)])
 def test_validation_has_each_image_once_and_its_center(shard_set: Path, world: int, micro_batch: int) -> None:
     """For 16 workers too, one of which has no image."""
     images, labels = stored(shard_set, "val")

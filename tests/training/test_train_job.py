@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from jobs.training import checkpoint
-from tests.processes import outside_clusters, run_here
-
-ROOT = Path(__file__).resolve().parents[2]
-TRAIN = ["--workers", "2", "--batch-size", "15", "--log-every", "1", "--no-gpus"]
-
-
-def command(job: str, *arguments: object) -> list[str]:
-    return [sys.executable, f"jobs/{job}.py", *map(str, arguments)]
-
-
-def environment() -> dict[str, str]:
-    return outside_clusters()
-
-
-def call(job: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(job, *arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=600
-    )
+from tests.processes import listening, run_here
+from tests.runs import Run, assert_alike, command, last
 
 
 def refusal(job: str, *arguments: object) -> str:
@@ -44,95 +26,76 @@ def refusal(job: str, *arguments: object) -> str:
     return line
 
 
-@pytest.fixture(scope="module")
-def run(shard_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two workers and three epochs, never disturbed."""
-    storage = tmp_path_factory.mktemp("runs")
-    done = call("train", "--data", shard_set, "--storage", storage, "--name", "whole", "--epochs", "3", *TRAIN)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return storage / "whole"
+@pytest.mark.slow
+def test_a_run_can_be_followed_and_leaves_what_is_needed(pair: Path, shard_set: Path) -> None:
+    progress = list(checkpoint.committed(str(pair)).values())[-1].progress
+    assert progress.finished
+    assert [row["epoch"] for row in progress.history] == [1, 2]
+    assert {row["images"] for row in progress.history} == {45}
+    assert {row["val_images"] for row in progress.history} == {15}
+    assert list((pair / "tensorboard").glob("events.*"))
 
 
 @pytest.mark.slow
-def test_a_run_can_be_followed_and_leaves_what_is_needed(run: Path, shard_set: Path) -> None:
-    states = checkpoint.committed(str(run))
-    last = list(states.values())[-1].progress
-    assert last.finished
-    assert [row["epoch"] for row in last.history] == [1, 2, 3]
-    assert {row["images"] for row in last.history} == {45}
-    assert {row["val_images"] for row in last.history} == {15}
-    assert list((run / "tensorboard").glob("events.*"))
-
-
-@pytest.mark.slow
-def test_a_run_killed_in_an_epoch_ends_with_the_same_weights(run: Path, shard_set: Path, tmp_path: Path) -> None:
-    arguments = ["--data", shard_set, "--storage", tmp_path, "--name", "whole", "--epochs", "3", *TRAIN]
-    arguments += ["--checkpoint-every", "2"]
-    process = subprocess.Popen(
-        command("train", *arguments),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        # The second epoch's third step: past the checkpoint at its second.
-        if "epoch 2/3 step 3/3" in line:
-            break
-    else:
-        pytest.fail("".join(seen))
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    before = list(checkpoint.committed(str(tmp_path / "whole")))
-    assert before
-    assert not list(checkpoint.committed(str(tmp_path / "whole")).values())[-1].progress.finished
+def test_a_run_that_fails_and_is_killed_ends_with_the_same_weights_and_listens_on_loopback_only(
+    pair: Path, shard_set: Path, tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes"
+    (tmp_path / "notes.fault").touch()
+    killed = Run(shard_set, str(tmp_path), 2, 2, notes=notes)
+    # A failure that is no damage costs the steps since the last checkpoint, and one of --max-failures.
+    killed.wait_for("failure 1 of at most 4: rank 1: ")
+    assert "out of memory" in killed.lines[-1]
+    # Past the checkpoint at the second epoch's second step.
+    killed.wait_for("epoch 2/2 step 3/5")
+    # The kernel's own table of a Ray that a command starts for itself, and of training in it.
+    addresses = listening(killed.process.pid)
+    os.killpg(killed.process.pid, signal.SIGKILL)
+    killed.end()
+    # The GCS, the raylet's two, the controller, the two ranks' and their Gloo's, and the store's.
+    assert len(addresses) >= 9
+    # 127.x.y.z, little-endian; as IPv4, or mapped into IPv6.
+    assert [a for a in addresses if not re.fullmatch(r"(0{16}FFFF0000)?[0-9A-F]{6}7F", a)] == []
+    assert (1, 0) <= last(str(tmp_path / "run")) < (2, 0)
 
     # From decoded pixels now: what a stage holds must not matter.
-    done = call("train", *arguments, "--stage", tmp_path / "disk", "--stage-as", "pixels")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "continuing" in done.stdout
-    assert "of pixels" in done.stdout
+    resumed = Run(shard_set, str(tmp_path), 2, 2, "--stage", tmp_path / "disk", "--stage-as", "pixels", notes=notes)
+    assert resumed.end() == 0, resumed.text
+    assert "continuing after epoch 1" in resumed.text
+    assert "of pixels" in resumed.text
     # Ray Train's actors that look after clusters would complain, for want of a dashboard or of their own accord.
-    assert "PlacementGroupCleaner" not in done.stdout + done.stderr
-    assert "PreemptionWatcher" not in done.stdout + done.stderr
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        whole = load_file(run / "checkpoint_0003_000000" / name)
-        resumed = load_file(tmp_path / "whole" / "checkpoint_0003_000000" / name)
-        assert whole.keys() == resumed.keys()
-        assert all(whole[key].equal(resumed[key]) for key in whole)
+    assert "PlacementGroupCleaner" not in resumed.text
+    assert "PreemptionWatcher" not in resumed.text
+    assert_alike(pair, str(tmp_path / "run"), shard_set, 2, 2, notes)
 
 
 @pytest.mark.slow
-def test_evaluation_agrees_with_training_and_counts_each_image_once(run: Path, shard_set: Path, tmp_path: Path) -> None:
-    last = list(checkpoint.committed(str(run)).values())[-1].progress.history[-1]
+def test_evaluation_agrees_with_training_and_counts_each_image_once(
+    pair: Path, shard_set: Path, tmp_path: Path
+) -> None:
+    trained = list(checkpoint.committed(str(pair)).values())[-1].progress.history[-1]
     one, ten = tmp_path / "one.json", tmp_path / "ten.json"
-    newest = run / "checkpoint_0003_000000"
+    newest = pair / "checkpoint_0002_000000"
     for extra in (["--json", one, "--batch-size", 4], ["--json", ten, "--ten-crop"]):
         done = run_here("evaluate", "--data", shard_set, "--checkpoint", newest, *extra)
         assert done.returncode == 0, done.stderr
     found = json.loads(one.read_text())
     assert (found["images"], found["crops"]) == (15, 1)
-    assert found["top1_error"] == last["top1_error"]
-    assert found["loss"] == pytest.approx(last["val_loss"], rel=1e-4)
+    assert found["top1_error"] == trained["top1_error"]
+    assert found["loss"] == pytest.approx(trained["val_loss"], rel=1e-4)
     found = json.loads(ten.read_text())
     assert (found["images"], found["crops"]) == (15, 10)
 
 
 @pytest.mark.slow
-def test_a_runs_folder_stands_for_its_best_checkpoint(run: Path, shard_set: Path, tmp_path: Path) -> None:
-    states = checkpoint.committed(str(run))
+def test_a_runs_folder_stands_for_its_best_checkpoint(pair: Path, shard_set: Path, tmp_path: Path) -> None:
+    states = checkpoint.committed(str(pair))
     history = list(states.values())[-1].progress.history
-    done = call("evaluate", "--data", shard_set, "--checkpoint", run, "--json", tmp_path / "best.json")
+    done = run_here("evaluate", "--data", shard_set, "--checkpoint", pair, "--json", tmp_path / "best.json")
     assert done.returncode == 0, done.stderr
     lowest = min(row["top1_error"] for row in history)
     assert json.loads((tmp_path / "best.json").read_text())["top1_error"] == lowest
-    done = call("report", "--storage", run.parent, "--name", run.name, "--output", tmp_path / "report.html")
+    done = run_here("report", "--storage", pair.parent, "--name", pair.name, "--output", tmp_path / "report.html")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 3 + 1
@@ -140,8 +103,8 @@ def test_a_runs_folder_stands_for_its_best_checkpoint(run: Path, shard_set: Path
 
 
 @pytest.mark.slow
-def test_a_finished_runs_name_says_so_and_another_configuration_is_refused(run: Path, shard_set: Path) -> None:
-    arguments = ["--data", shard_set, "--storage", run.parent, "--name", run.name, "--epochs", "3", *TRAIN]
+def test_a_finished_runs_name_says_so_and_another_configuration_is_refused(pair: Path, shard_set: Path) -> None:
+    _, *arguments = command(shard_set, str(pair.parent), 2, 2)
     done = run_here("train", *arguments)
     assert done.returncode == 0
     assert "finished already" in done.stdout
@@ -172,13 +135,13 @@ def test_a_batch_larger_than_the_set_is_refused(shard_set: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_other_classes_is_refused(run: Path, shard_set: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_classes_is_refused(pair: Path, shard_set: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(shard_set, other)
     description = json.loads((other / "dataset.json").read_text())
     description["classes"].append({"index": 3, "wnid": "n3", "name": "n3"})
     (other / "dataset.json").write_text(json.dumps(description))
-    line = refusal("evaluate", "--data", other, "--checkpoint", run)
+    line = refusal("evaluate", "--data", other, "--checkpoint", pair)
     assert "3 classes" in line
     assert "4 (n0" in line
 
