@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from jobs.cli.command import run
 from jobs.training import checkpoint
-from jobs.training.checkpoint import RunFingerprint, State
+from jobs.training.run_state import RunFingerprint, State
 from jobs.training.worker import make_network
 from model.recipe import Recipe
 from model.schedule import Plateau
@@ -47,7 +48,10 @@ def read_source(path: Path) -> Imported:
         if path.suffix == ".caffemodel":
             return from_caffe(read_caffemodel(path.read_bytes(), str(path)))
         if path.name.endswith((".pth.tar", ".pth", ".pt")):
-            return from_jiecaoyu(torch.load(path, map_location="cpu", weights_only=True))
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(state, Mapping):
+                raise InterchangeError(f"it holds a {type(state).__name__}, and no mapping of names to tensors")
+            return from_jiecaoyu(state)
     except InterchangeError as error:
         raise InterchangeError(f"{path} cannot be imported: {error}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:

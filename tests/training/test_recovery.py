@@ -8,15 +8,18 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import stat
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import pytest
-from ray.train import Checkpoint
 
-from jobs.training.run_storage import CheckpointUploader, StorageError, check_run_folder
+from jobs.training import checkpoint, run_storage
+from jobs.training.run_storage import CheckpointUploader, LocalDiskError, StorageError, check_run_folder
+from tests.model.test_training import IDENTITY, make_trainer
 from tests.runs import Run, assert_alike, last, undisturbed
 
 CHECKPOINT_BYTES = 470 * 2**20  # A network of three classes and its momentum
@@ -129,19 +132,18 @@ def test_a_node_that_does_not_see_the_runs_folder_says_so(tmp_path: Path) -> Non
         check_run_folder(str(tmp_path / "run"))
 
 
-def send(uploader: CheckpointUploader, folder: Path) -> Checkpoint:
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(bytes(2**21))
-    return uploader._upload(Checkpoint.from_directory(str(folder)), "checkpoint_0001_000000")
+def send(uploader: CheckpointUploader) -> None:
+    uploader.save(make_trainer(), IDENTITY)
+    uploader.wait()
 
 
 def test_a_storage_that_vanishes_is_not_made_anew_elsewhere(tmp_path: Path) -> None:
     run = tmp_path / "mount" / "run"
     run.mkdir(parents=True)
-    uploader = CheckpointUploader(str(run))
+    uploader = CheckpointUploader(str(run), 2)
     run.parent.rename(tmp_path / "gone")
     with pytest.raises(StorageError, match=r"run could not be written \(the run's folder has vanished\); the checkp"):
-        send(uploader, tmp_path / "checkpoint")
+        send(uploader)
     assert not run.exists()
 
 
@@ -152,9 +154,92 @@ def test_a_storage_that_cannot_be_written_is_named(tmp_path: Path, options: str,
     with small_disk(tmp_path / "disk", "4m") as disk:
         run = disk / "run"
         run.mkdir()
-        uploader = CheckpointUploader(str(run))
+        # All of the smaller disk but a page.
+        (disk / "other").write_bytes(bytes(2**20 - 4096))
+        uploader = CheckpointUploader(str(run), 2)
         subprocess.run(["mount", "-o", options, disk], check=True)
         with pytest.raises(StorageError, match=rf"{run} could not be written \(.*{reason}"):
-            send(uploader, tmp_path / "checkpoint")
+            send(uploader)
+        assert checkpoint.committed(str(run)) == {}
         subprocess.run(["mount", "-o", "remount,rw,size=8m", disk], check=True)
-        assert send(uploader, tmp_path / "again").path == f"{run}/checkpoint_0001_000000"
+        uploader = CheckpointUploader(str(run), 2)
+        send(uploader)
+        assert list(checkpoint.committed(str(run))) == ["checkpoint_0000_000000"]
+
+
+@pytest.mark.parametrize("options", ["remount,ro", "remount,size=1m"])
+def test_a_full_temporary_folder_is_named_and_the_storage_is_not(
+    tmp_path: Path, options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    with small_disk(tmp_path / "disk", "4m") as disk:
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))
+        (disk / "other").write_bytes(bytes(2**20 - 4096))
+        uploader = CheckpointUploader(str(tmp_path / "run"), 2)
+        subprocess.run(["mount", "-o", options, disk], check=True)
+        reason = "Read-only file system" if "ro" in options else "No space left on device"
+        cure = "free space there or set TMPDIR to a larger disk"
+        with pytest.raises(LocalDiskError, match=rf"{disk} on .*could not be written \(.*{reason}.*{cure}") as raised:
+            send(uploader)
+        assert str(tmp_path / "run") not in str(raised.value)
+        assert not any((tmp_path / "run").iterdir())
+
+
+def test_what_is_on_its_way_is_for_nobody_else_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    killed = CheckpointUploader(str(tmp_path / "run"), 2)
+    (tmp_path / "tmp" / "another").mkdir()
+    (first,) = set((tmp_path / "tmp").iterdir()) - {tmp_path / "tmp" / "another"}
+    assert stat.S_IMODE(first.stat().st_mode) == 0o700
+    uploader = CheckpointUploader(str(tmp_path / "run"), 2)
+    # Of the killed one nothing is left, and nobody knew the new name before.
+    assert not first.exists()
+    send(uploader)
+    (folder,) = set((tmp_path / "tmp").iterdir()) - {tmp_path / "tmp" / "another"}
+    assert list(folder.iterdir()) == []
+    uploader.close()
+    killed.close()
+    assert [path.name for path in (tmp_path / "tmp").iterdir()] == ["another"]
+
+
+def test_a_half_sent_checkpoint_is_none_and_is_sent_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that dies at the last moment, before the state is there."""
+    uploader = CheckpointUploader(str(tmp_path), 2)
+
+    def die(*_: object) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_storage, "put", die)
+        with pytest.raises(StorageError):
+            send(uploader)
+    folder = tmp_path / "checkpoint_0000_000000"
+    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "optimizer.safetensors"]
+    assert checkpoint.committed(str(tmp_path)) == {}
+    (folder / "half").touch()
+    send(CheckpointUploader(str(tmp_path), 2))
+    assert not (folder / "half").exists()
+    trainer = make_trainer()
+    checkpoint.restore(folder, trainer, IDENTITY)
+    assert list(checkpoint.committed(str(tmp_path))) == [folder.name]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_harms_nothing(
+    s3: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    boto3.client("s3", endpoint_url=f"http://{s3}").create_bucket(Bucket="runs")
+    run = f"s3://runs/here?region=us-east-1&scheme=http&endpoint_override={s3}"
+    uploader, trainer = CheckpointUploader(run, 1), make_trainer()
+    for step in range(1, 5):
+        trainer.progress.step = step
+        uploader.save(trainer, IDENTITY)
+    uploader.wait()
+    assert list(checkpoint.committed(run)) == ["checkpoint_0000_000003", "checkpoint_0000_000004"]
+    monkeypatch.setattr(run_storage, "superfluous", lambda *_: ["checkpoint_9999_000000"])
+    trainer.progress.step = 5
+    uploader.save(trainer, IDENTITY)
+    uploader.wait()
+    assert "checkpoint_0000_000005" in checkpoint.committed(run)
+    assert "warning: an old checkpoint could not be removed: " in capsys.readouterr().out
