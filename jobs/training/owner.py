@@ -143,15 +143,24 @@ class Claim:
         with contextlib.suppress(FileNotFoundError):
             self._filesystem.delete_file(file)
 
+    def _read(self, file: str) -> Owner | None:
+        """A claim, or None where it has been taken back."""
+        try:
+            with self._filesystem.open_input_stream(file) as stream:
+                return Owner(**json.loads(stream.read()))
+        except OSError:
+            if self._filesystem.get_file_info(file).type == arrow_fs.FileType.NotFound:
+                return None
+            raise
+
     def _others(self) -> dict[str, tuple[Owner, float]]:
         """Every other claim there, by file: whose, and for how long it has been silent."""
         now, found = None, {}
         for info in self._filesystem.get_file_info(arrow_fs.FileSelector(self._path)):
             if info.path == self._file:
                 now = info.mtime_ns
-            elif os.path.basename(info.path).startswith(PREFIX):
-                with contextlib.suppress(FileNotFoundError), self._filesystem.open_input_stream(info.path) as file:
-                    found[info.path] = Owner(**json.loads(file.read())), info.mtime_ns
+            elif os.path.basename(info.path).startswith(PREFIX) and (owner := self._read(info.path)) is not None:
+                found[info.path] = owner, info.mtime_ns
         # By the storage's clock alone: those of the hosts differ.
         return {file: (owner, ((now or written) - written) / 1e9) for file, (owner, written) in found.items()}
 
@@ -190,8 +199,8 @@ def owned(storage: str, run: str, here: Owner | None = None) -> Iterator[None]:
             claim.release()
 
 
-def _beat(claim: Claim, over: threading.Event, lost: Callable[[], None]) -> None:
-    while not over.wait(BEAT_SECONDS):
+def _beat(claim: Claim, over: threading.Event, lost: Callable[[], None], seconds: float = BEAT_SECONDS) -> None:
+    while not over.wait(seconds):
         # A storage that fails now may answer the next time; the next checkpoint says so if it does not.
         with contextlib.suppress(OSError):
             if not claim.renew():

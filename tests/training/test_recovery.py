@@ -19,7 +19,9 @@ import pytest
 
 from jobs.training import checkpoint, run_storage
 from jobs.training.run_storage import CheckpointUploader, LocalDiskError, StorageError, check_run_folder
+from tests.damage import flip_bit
 from tests.model.test_training import IDENTITY, make_trainer
+from tests.processes import below
 from tests.runs import Run, assert_alike, last, undisturbed
 
 CHECKPOINT_BYTES = 470 * 2**20  # A network of three classes and its momentum
@@ -95,6 +97,42 @@ def test_a_full_disk_is_one_line_and_changes_nothing(alone: Path, shard_set: Pat
         second.wait_for("continuing after epoch 0, step 2")
         assert second.end() == 0, second.text
         assert_alike(alone, str(disk / "run"), shard_set, 1, 1, tmp_path / "notes")
+
+
+@pytest.mark.slow
+def test_a_killed_controller_and_a_damaged_checkpoint_change_nothing(
+    alone: Path, shard_set: Path, tmp_path: Path
+) -> None:
+    """As the kernel ends it when memory is short; and the newest checkpoint then has a bit flipped."""
+    first = Run(shard_set, str(tmp_path), 1, 1, checkpoint_every=1, notes=tmp_path / "notes")
+    first.wait_for("step 4/5")
+    controllers = [pid for pid, line in below(first.process.pid).items() if "TrainController" in line]
+    os.kill(controllers[0], signal.SIGKILL)
+    assert first.end() == 1, first.text
+    assert first.lines[-1].startswith("error: Ray Train's controller died ("), first.text
+    assert first.lines[-1].endswith("; the same command continues from the last checkpoint\n")
+    assert "Traceback" not in first.text
+
+    names = list(checkpoint.committed(str(tmp_path / "run")))
+    assert len(names) == 2
+    newest = tmp_path / "run" / names[-1] / "model.safetensors"
+    flip_bit(newest, newest.stat().st_size // 2)
+    second = Run(shard_set, str(tmp_path), 1, 1, notes=tmp_path / "notes")
+    second.wait_for(f"warning: {newest} is damaged: its sha256 is not the one in state.json; taking the checkpoint")
+    second.wait_for(f"continuing after epoch 0, step {int(names[0][-6:])}, with")
+    assert second.end() == 0, second.text
+    assert_alike(alone, str(tmp_path / "run"), shard_set, 1, 1, tmp_path / "notes")
+
+
+@pytest.mark.slow
+def test_a_full_temporary_folder_ends_a_run_with_one_line(shard_set: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        run = Run(shard_set, str(tmp_path / "runs"), 1, 1, TMPDIR=str(disk), RAY_TMPDIR="/tmp")
+        assert run.end() == 1, run.text
+        assert run.lines[-1].startswith(f"error: {disk} on "), run.text
+        assert "No space left on device" in run.lines[-1]
+        assert "Traceback" not in run.text
+        assert not list((tmp_path / "runs" / "run").glob("checkpoint_*"))
 
 
 @pytest.mark.long
