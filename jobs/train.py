@@ -1,12 +1,13 @@
 """Trains AlexNet on a shard set, on any number of workers, as the paper did (or by a named deviation).
 
-Ctrl-C or SIGTERM writes a checkpoint and leaves; the same command continues any run that was stopped. Started plainly,
-it uses this machine; under `ray job submit --working-dir . -- python jobs/train.py ...` it uses the cluster. A setting
-whose default is None follows from the recipe or from the machine; the run begins by printing what came of it.
+Ctrl-C, SIGTERM or a hangup writes a checkpoint and leaves; the same command continues any run that was stopped. Started
+plainly, it uses this machine; under `ray job submit --working-dir . -- python jobs/train.py ...` it uses the cluster. A
+setting whose default is None follows from the recipe or from the machine; the run begins by printing what came of it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import socket
@@ -26,7 +27,7 @@ from jobs.training.config import TrainConfig, Workers
 from jobs.training.failures import PERMANENT, FailureReporter
 from jobs.training.owner import owned
 from jobs.training.resources import Resources, check_shortage
-from jobs.training.run_state import RunFingerprint
+from jobs.training.run_state import STATE_FILE, RunFingerprint
 from jobs.training.run_storage import local_checkpoint, storage_error
 from jobs.training.stop_signals import clear_stop_request, signals_stop
 from jobs.training.trackers import check_installed
@@ -44,7 +45,7 @@ ROOM_SECONDS = "20"
 def main(config: TrainConfig) -> None:
     config = config.with_whole_paths()
     recipe = config.make_recipe()
-    data, info = open_dataset(config)
+    info = open_dataset(config)
     plan = Plan(info.splits["train"].samples, recipe.batch_size, recipe.seed, color_matrix(info.rgb, recipe.color))
     check_installed(config.tracker)
     run_location = join(config.storage, config.name)
@@ -57,13 +58,14 @@ def main(config: TrainConfig) -> None:
         elif config.from_checkpoint is not None:
             with local_checkpoint(config.from_checkpoint) as (location, copy):
                 state = checkpoint.read_state(copy)
+            config = dataclasses.replace(config, from_checkpoint=location)
         if state is not None:
             # Whether there are GPUs, which decide decoder and precision, is known later.
             own = RunFingerprint.of(recipe, info, state.identity.decoder, state.identity.precision)
             checkpoint.check_other(state, own, str(location))
             if done and checkpoint.finished(state, recipe):
                 print(f"the run {config.name} is finished already; --epochs extends it, another --name starts anew")
-                print_result(data, run_location, state.progress.history)
+                print_result(config.data, run_location, state.progress.history)
                 return
         with connected():
             nodes = alive_nodes()
@@ -76,7 +78,7 @@ def main(config: TrainConfig) -> None:
             precision = config.precision
             if precision == "auto":
                 precision = "bfloat16" if resources.gpus else "float32"
-            pixels = config.stage_as == "pixels" or (config.stage is None and is_decoded(Path(data)))
+            pixels = config.stage_as == "pixels" or (config.stage is None and is_decoded(Path(config.data)))
             decoder = decoder_name(pixels, resources.gpus, config.gpu_decoder)
             if state is not None:
                 own = RunFingerprint.of(recipe, info, decoder, precision)
@@ -89,31 +91,30 @@ def main(config: TrainConfig) -> None:
                 f"JPEGs decoded by {decoder}",
                 flush=True,
             )
-            history = launch(config, recipe, data, resources, precision)
-        print_result(data, run_location, history)
+            history = launch(config, recipe, resources, precision)
+        print_result(config.data, run_location, history)
 
 
-def open_dataset(config: TrainConfig) -> tuple[str, DatasetInfo]:
-    """The shard set's location, as every node can use it, and its description.
+def open_dataset(config: TrainConfig) -> DatasetInfo:
+    """The shard set's description.
 
     Raises:
         DatasetError: if it cannot be trained on and validated with.
     """
     if is_url(config.data) and config.stage is None:
-        raise DatasetError(f"--data is {config.data}: give a folder on each node's own disk to copy it to with --stage")
-    location = config.data if is_url(config.data) else os.path.abspath(config.data)
-    info = read_remote_dataset(location) if is_url(location) else read_dataset(Path(location))
+        raise DatasetError(
+            f"--data is {shown(config.data)}: give a folder on each node's own disk to copy it to with --stage"
+        )
+    info = read_remote_dataset(config.data) if is_url(config.data) else read_dataset(Path(config.data))
     for split in ("train", "val"):
         if split not in info.splits or info.splits[split].samples == 0:
             raise DatasetError(
-                f"the set {shown(location)} has no {split} images; shard with --source-val or --val-fraction"
+                f"the set {shown(config.data)} has no {split} images; shard with --source-val or --val-fraction"
             )
-    return location, info
+    return info
 
 
-def launch(
-    config: TrainConfig, recipe: Recipe, data: str, resources: Resources, precision: str
-) -> list[dict[str, float]]:
+def launch(config: TrainConfig, recipe: Recipe, resources: Resources, precision: str) -> list[dict[str, float]]:
     """Runs the workers to the end; rank 0's history.
 
     Raises:
@@ -123,7 +124,7 @@ def launch(
     run_location = join(config.storage, config.name)
     workers = resources.workers
     assignment = WorkerConfig(
-        data=data,
+        data=config.data,
         stage=config.stage,
         stage_as=config.stage_as,
         run=run_location,
@@ -210,12 +211,13 @@ def check_local_paths(config: TrainConfig) -> None:
         return
     mount = "a folder of the same path on a mount that all nodes have"
     if not is_url(config.storage):
-        folder = os.path.abspath(os.path.join(config.storage, config.name))
-        check_shared("--storage", folder, f"give a URL (s3://, gs://) or {mount}")
+        check_shared("--storage", join(config.storage, config.name), f"give a URL (s3://, gs://) or {mount}")
     if not is_url(config.data):
         # --stage copies on each node from --data, which therefore must be seen there, too.
         cure = f"copy the set to an object store and give its URL and --stage, or give {mount}"
-        check_shared("--data", os.path.abspath(config.data), cure, marker=DATASET_FILE)
+        check_shared("--data", config.data, cure, marker=DATASET_FILE)
+    if config.from_checkpoint is not None and not is_url(config.from_checkpoint):
+        check_shared("--from-checkpoint", config.from_checkpoint, f"give a URL, or {mount}", marker=STATE_FILE)
 
 
 def check_shared(option: str, folder: str, cure: str, marker: str | None = None) -> None:

@@ -13,7 +13,7 @@ from torch import distributed
 from jobs.training import checkpoint
 from jobs.training.checkpoint import scan
 from jobs.training.run_state import CheckpointError, DamagedError, RunFingerprint
-from jobs.training.run_storage import local_checkpoint, set_aside
+from jobs.training.run_storage import local_checkpoint, local_copy, set_aside
 from model.training import Progress, Trainer
 from pipeline.storage.locations import join, shown
 
@@ -47,7 +47,7 @@ def _restore_newest(run: str, start: str | None, trainer: Trainer, identity: Run
     broken = []
     for name in reversed(states):
         try:
-            with local_checkpoint(join(run, name)) as (_, folder):
+            with local_copy(join(run, name)) as folder:
                 checkpoint.restore(folder, trainer, identity)
         except DamagedError as error:
             print(f"warning: {error}; taking the checkpoint before it", flush=True)

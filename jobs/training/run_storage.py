@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from jobs.cli.command import one_line
 from jobs.training import checkpoint
 from jobs.training.checkpoint import best, committed, scan, superfluous
-from jobs.training.run_state import STATE_FILE, CheckpointError, RunFingerprint, State
+from jobs.training.run_state import STATE_FILE, CheckpointError, DamagedError, RunFingerprint, State
 from model.training import Trainer
 from pipeline.dataset.info import write_atomically
 from pipeline.storage.locations import is_url, join, open_location, shown
@@ -167,6 +167,18 @@ def set_aside(run: str, name: str) -> None:
 
 
 @contextlib.contextmanager
+def local_copy(location: str) -> Iterator[Path]:
+    """A local folder with the files of the folder at a path or URL."""
+    filesystem, path = open_location(location)
+    if isinstance(filesystem, arrow_fs.LocalFileSystem):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        arrow_fs.copy_files(path, folder, source_filesystem=filesystem)
+        yield Path(folder)
+
+
+@contextlib.contextmanager
 def local_checkpoint(location: str) -> Iterator[tuple[str, Path]]:
     """The checkpoint at a path or URL, or the best one of the run there: its location, and a local folder of its files.
 
@@ -184,10 +196,9 @@ def local_checkpoint(location: str) -> Iterator[tuple[str, Path]]:
             raise CheckpointError(
                 f"{shown(location)} holds no finished epoch's checkpoint: train first, or give a checkpoint_* folder"
             )
-        location, path = join(location, chosen), f"{path}/{chosen}"
-    if isinstance(filesystem, arrow_fs.LocalFileSystem):
-        yield location, Path(path)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        arrow_fs.copy_files(path, folder, source_filesystem=filesystem)
-        yield location, Path(folder)
+        location = join(location, chosen)
+    with local_copy(location) as folder:
+        try:
+            yield location, folder
+        except DamagedError as error:
+            raise DamagedError(f"{error}: give another checkpoint_* folder of its run") from error
