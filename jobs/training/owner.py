@@ -144,10 +144,12 @@ class Claim:
             self._filesystem.delete_file(file)
 
     def _read(self, file: str) -> Owner | None:
-        """A claim, or None where it has been taken back."""
+        """A claim; None where it has been taken back, or is none of ours."""
         try:
             with self._filesystem.open_input_stream(file) as stream:
                 return Owner(**json.loads(stream.read()))
+        except (ValueError, TypeError):
+            return None
         except OSError:
             if self._filesystem.get_file_info(file).type == arrow_fs.FileType.NotFound:
                 return None
