@@ -31,6 +31,22 @@ class EvaluateConfig:
         if self.batch_size < 1 or self.threads < 1:
             raise ValueError(f"--batch-size is {self.batch_size} and --threads {self.threads}; both must be at least 1")
 
+    def with_whole_paths(self) -> EvaluateConfig:
+        """The same with absolute paths, ~ expanded.
+
+        Raises:
+            ValueError: for a relative path in the working directory of a submitted job, or a result without a folder.
+        """
+        json = self.json and Path(whole_path("--json", str(self.json)))
+        if json and not json.parent.is_dir():
+            raise ValueError(f"--json {json} cannot be written: there is no folder {json.parent}")
+        return dataclasses.replace(
+            self,
+            data=Path(whole_path("--data", str(self.data))),
+            checkpoint=whole_path("--checkpoint", self.checkpoint),
+            json=json,
+        )
+
 
 if __name__ == "__main__":
     run(EvaluateConfig, "jobs.evaluate")  # Before the imports below, which take seconds.
@@ -40,6 +56,7 @@ import torch
 
 from jobs.cli.device import choose_device
 from jobs.cli.progress import counted
+from jobs.cluster.paths import whole_path
 from jobs.training import checkpoint
 from jobs.training.run_storage import local_checkpoint
 from jobs.training.worker import make_network
@@ -51,6 +68,7 @@ from pipeline.loading.plan import TEN_CROPS, center_crops
 
 
 def main(config: EvaluateConfig) -> None:
+    config = config.with_whole_paths()
     info = read_dataset(config.data)
     device = choose_device(config.gpu)
     with local_checkpoint(config.checkpoint) as (location, folder):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 from jobs.cli.command import run
@@ -32,7 +33,7 @@ if __name__ == "__main__":
 import torch
 
 from jobs.training import checkpoint
-from jobs.training.checkpoint import RunFingerprint, State
+from jobs.training.run_state import RunFingerprint, State
 from jobs.training.worker import make_network
 from model.recipe import Recipe
 from model.schedule import Plateau
@@ -53,7 +54,10 @@ def read_source(path: Path) -> Imported:
         if path.suffix == ".caffemodel":
             return from_caffe(read_caffemodel(path.read_bytes(), str(path)))
         if path.name.endswith((".pth.tar", ".pth", ".pt")):
-            return from_jiecaoyu(torch.load(path, map_location="cpu", weights_only=True))
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(state, Mapping):
+                raise InterchangeError(f"it holds a {type(state).__name__}, and no mapping of names to tensors")
+            return from_jiecaoyu(state)
     except InterchangeError as error:
         raise InterchangeError(f"{path} cannot be imported: {error}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:

@@ -1,42 +1,38 @@
 """Trains AlexNet on a shard set, on any number of workers, as the paper did (or by a named deviation).
 
-Ctrl-C or SIGTERM writes a checkpoint and leaves; the same command continues any run that was stopped. Started plainly,
-it uses this machine; under `ray job submit --working-dir . -- python jobs/train.py ...` it uses the cluster. A setting
-whose default is None follows from the recipe or from the machine; the run begins by printing what came of it.
+Ctrl-C, SIGTERM or a hangup writes a checkpoint and leaves; the same command continues any run that was stopped. Started
+plainly, it uses this machine; under `ray job submit --working-dir . -- python jobs/train.py ...` it uses the cluster. A
+setting whose default is None follows from the recipe or from the machine; the run begins by printing what came of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
-from collections.abc import Sequence
+import socket
+import uuid
 from pathlib import Path
 from shlex import quote
 
-from jobs.cli.command import run
+from jobs.cli.command import one_line, run
 from jobs.training.config import TrainConfig, Workers, from_groups
 
 if __name__ == "__main__":
     run(from_groups, "jobs.train")  # Before the imports below, which take seconds.
 
-from ray.train import (
-    CheckpointConfig,
-    ControllerError,
-    FailureConfig,
-    LoggingConfig,
-    RunConfig,
-    ScalingConfig,
-    TrainingFailedError,
-    UserCallback,
-)
+from ray.exceptions import RayError
+from ray.train import ControllerError, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 
 from jobs.cluster.connection import connected, on_cluster
-from jobs.cluster.nodes import Node, alive_nodes, check_shared
-from jobs.diagnostics.checks import remove_file, write_file
+from jobs.cluster.nodes import alive_nodes, on_each
 from jobs.training import checkpoint
 from jobs.training.backend import NodeTorchConfig, NodeTrainer
-from jobs.training.checkpoint import RunFingerprint
-from jobs.training.run_storage import FailureReporter, StorageError, repair_checkpoint_list, storage_error
+from jobs.training.failures import PERMANENT, FailureReporter
+from jobs.training.owner import owned
+from jobs.training.resources import Resources, check_shortage
+from jobs.training.run_state import STATE_FILE, RunFingerprint
+from jobs.training.run_storage import local_checkpoint, storage_error
 from jobs.training.stop_signals import clear_stop_request, signals_stop
 from jobs.training.trackers import check_installed
 from jobs.training.worker import WorkerConfig, train_worker
@@ -48,150 +44,81 @@ from pipeline.staging.staging import read_remote_dataset
 from pipeline.storage.locations import is_url, join, on_disk, open_location, shown
 
 ROOM_SECONDS = "20"
-MOST_CORES = 12  # Of a GPU worker by default: decoding 256 x 256 JPEGs for one GPU's AlexNet gains little beyond.
-
-
-@dataclasses.dataclass(frozen=True)
-class Resources:
-    """What the run gets of the cluster."""
-
-    workers: Workers
-    gpus: bool
-    cpus_per_worker: int
-
-    @classmethod
-    def of(cls, config: TrainConfig, nodes: Sequence[Node]) -> Resources:
-        """Settles what the command line leaves open.
-
-        Args:
-            config: the command line.
-            nodes: those that are there now; others may come.
-
-        Raises:
-            ValueError: if the cores of a worker cannot be told, as no node with a GPU is there yet.
-        """
-        found = sum(node.gpus for node in nodes)
-        gpus = config.gpus if config.gpus is not None else found > 0
-        present = max(found, 1) if gpus else 1
-        workers = config.workers or Workers(present, present)
-        if config.cpus_per_worker:
-            return cls(workers, gpus, config.cpus_per_worker)
-        # Nodes that come later bring cores of their own.
-        share = _most_cores(nodes, min(max(present, workers.min_workers), workers.max_workers), gpus)
-        if not share and gpus:
-            if not found:
-                raise ValueError(
-                    "no node with a GPU is there yet, so that a worker's share of its cores cannot be told: give "
-                    f"--cpus-per-worker, as {MOST_CORES} for a node of 96 cores and 8 GPUs"
-                )
-            share = max(node.cpus // node.gpus for node in nodes if node.gpus)
-        return cls(workers, gpus, max(min(share, MOST_CORES) if gpus else share, 1))
-
-    def room(self, nodes: Sequence[Node]) -> int:
-        """How many of these workers the nodes have room for, each worker on one node."""
-        return _room(nodes, self.cpus_per_worker, self.gpus)
-
-
-def _room(nodes: Sequence[Node], cores: int, gpus: bool) -> int:
-    return sum(min(node.cpus // cores, node.gpus) if gpus else node.cpus // cores for node in nodes)
-
-
-def _most_cores(nodes: Sequence[Node], workers: int, gpus: bool) -> int:
-    """The most cores that each of so many workers can have, none spread over nodes; 0 if there is no room for all."""
-    most = max((node.cpus for node in nodes), default=0)
-    return next((cores for cores in range(most, 0, -1) if _room(nodes, cores, gpus) >= workers), 0)
-
-
-def check_storage(storage: str, name: str) -> None:
-    """Writes and removes a file in the run's folder, so that an hour of training is not lost to a missing permission.
-
-    Raises:
-        ValueError: if that fails.
-    """
-    run = join(storage, name)
-    try:
-        write_file(run, ".writable")
-        remove_file(run, ".writable")
-    except OSError as error:
-        raise ValueError(f"the storage {storage} cannot be written ({error}): give another --storage") from error
 
 
 def main(config: TrainConfig) -> None:
+    config = config.with_whole_paths()
     recipe = config.make_recipe()
-    data, info = open_dataset(config)
+    info = open_dataset(config)
     plan = Plan(info.splits["train"].samples, recipe.batch_size, recipe.seed, color_matrix(info.rgb, recipe.color))
     check_installed(config.tracker)
-    check_storage(config.storage, config.name)
     run_location = join(config.storage, config.name)
-    if repaired := repair_checkpoint_list(run_location):
-        print(repaired, flush=True)
-    done = checkpoint.committed(run_location)
-    if done:
-        folder, state = list(done.items())[-1]
-        # Whether there are GPUs, which decide decoder and precision, is known later.
-        own = RunFingerprint.of(recipe, info, state.identity.decoder, state.identity.precision)
-        checkpoint.check_other(state, own, join(run_location, folder))
-        if checkpoint.finished(state, recipe):
-            print(f"the run {config.name} is finished already; --epochs extends it, another --name starts anew")
-            print_result(data, run_location, state.progress.history)
-            return
-    with connected():
-        nodes = alive_nodes()
-        resources = Resources.of(config, nodes)
-        check_shortage(resources, nodes, recipe)
-        if recipe.normalization == "batch":
-            resources.workers.check_single_images(recipe.batch_size, config.micro_batch)
-        check_local_paths(config)
-        changed = "".join(f", {name} {value}" for name, value in config.changes().items())
-        precision = config.precision if config.precision != "auto" else ("bfloat16" if resources.gpus else "float32")
-        pixels = config.stage_as == "pixels" or (config.stage is None and is_decoded(Path(data)))
-        decoder = decoder_name(pixels, resources.gpus, config.gpu_decoder)
+    with owned(config.storage, run_location):
+        done = checkpoint.committed(run_location)
+        location, state = None, None
         if done:
-            own = RunFingerprint.of(recipe, info, decoder, precision)
-            checkpoint.check_other(state, own, join(run_location, folder))
-        print(
-            f"{'continuing' if done else 'starting'} run {config.name}: recipe {config.recipe}{changed}, "
-            f"{len(info.classes)} classes; an epoch is {plan.steps} steps of {recipe.batch_size} and leaves out "
-            f"{plan.dropped} of {plan.samples} images; {_counted(resources.workers)} on "
-            f"{'GPU' if resources.gpus else 'CPU'} with {resources.cpus_per_worker} core(s) each; {precision}; "
-            f"JPEGs decoded by {decoder}",
-            flush=True,
-        )
-        history = launch(config, recipe, data, resources, precision)
-    print_result(data, run_location, history)
+            folder, state = list(done.items())[-1]
+            location = join(run_location, folder)
+        elif config.from_checkpoint is not None:
+            with local_checkpoint(config.from_checkpoint) as (location, copy):
+                state = checkpoint.read_state(copy)
+            config = dataclasses.replace(config, from_checkpoint=location)
+        if state is not None:
+            # Whether there are GPUs, which decide decoder and precision, is known later.
+            own = RunFingerprint.of(recipe, info, state.identity.decoder, state.identity.precision)
+            checkpoint.check_other(state, own, str(location))
+            if done and checkpoint.finished(state, recipe):
+                print(f"the run {config.name} is finished already; --epochs extends it, another --name starts anew")
+                print_result(config.data, run_location, state.progress.history)
+                return
+        with connected():
+            nodes = alive_nodes()
+            resources = Resources.of(config, nodes)
+            check_shortage(resources, nodes, recipe)
+            if recipe.normalization == "batch":
+                resources.workers.check_single_images(recipe.batch_size, config.micro_batch)
+            check_local_paths(config)
+            changed = "".join(f", {name} {value}" for name, value in config.changes().items())
+            precision = config.precision
+            if precision == "auto":
+                precision = "bfloat16" if resources.gpus else "float32"
+            pixels = config.stage_as == "pixels" or (config.stage is None and is_decoded(Path(config.data)))
+            decoder = decoder_name(pixels, resources.gpus, config.gpu_decoder)
+            if state is not None:
+                own = RunFingerprint.of(recipe, info, decoder, precision)
+                checkpoint.check_other(state, own, str(location))
+            print(
+                f"{'starting' if state is None else 'continuing'} run {config.name}: recipe {config.recipe}{changed}, "
+                f"{len(info.classes)} classes; an epoch is {plan.steps} steps of {recipe.batch_size} and leaves out "
+                f"{plan.dropped} of {plan.samples} images; {_counted(resources.workers)} on "
+                f"{'GPU' if resources.gpus else 'CPU'} with {resources.cpus_per_worker} core(s) each; {precision}; "
+                f"JPEGs decoded by {decoder}",
+                flush=True,
+            )
+            history = launch(config, recipe, resources, precision)
+        print_result(config.data, run_location, history)
 
 
-def open_dataset(config: TrainConfig) -> tuple[str, DatasetInfo]:
-    """The shard set's location, as every node can use it, and its description.
+def open_dataset(config: TrainConfig) -> DatasetInfo:
+    """The shard set's description.
 
     Raises:
         DatasetError: if it cannot be trained on and validated with.
     """
     if is_url(config.data) and config.stage is None:
-        raise DatasetError(f"--data is {config.data}: give a folder on each node's own disk to copy it to with --stage")
-    location = config.data if is_url(config.data) else os.path.abspath(config.data)
-    info = read_remote_dataset(location) if is_url(location) else read_dataset(Path(location))
+        raise DatasetError(
+            f"--data is {shown(config.data)}: give a folder on each node's own disk to copy it to with --stage"
+        )
+    info = read_remote_dataset(config.data) if is_url(config.data) else read_dataset(Path(config.data))
     for split in ("train", "val"):
         if split not in info.splits or info.splits[split].samples == 0:
             raise DatasetError(
-                f"the set {shown(location)} has no {split} images; shard with --source-val or --val-fraction"
+                f"the set {shown(config.data)} has no {split} images; shard with --source-val or --val-fraction"
             )
-    return location, info
+    return info
 
 
-class StopOnDamage(UserCallback):
-    """Ends a run whose data are damaged, where Ray Train would start it again to meet the same damage."""
-
-    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
-        for error in worker_exceptions.values():
-            if isinstance(error, DatasetError):
-                # An error of the controller's is not retried; the workers that wait for the failed one are ended.
-                raise ControllerError(error)
-
-
-def launch(
-    config: TrainConfig, recipe: Recipe, data: str, resources: Resources, precision: str
-) -> list[dict[str, float]]:
+def launch(config: TrainConfig, recipe: Recipe, resources: Resources, precision: str) -> list[dict[str, float]]:
     """Runs the workers to the end; rank 0's history.
 
     Raises:
@@ -201,10 +128,12 @@ def launch(
     run_location = join(config.storage, config.name)
     workers = resources.workers
     assignment = WorkerConfig(
-        data=data,
+        data=config.data,
         stage=config.stage,
         stage_as=config.stage_as,
         run=run_location,
+        start=config.from_checkpoint,
+        keep=config.keep,
         tracker=config.tracker,
         recipe=recipe,
         micro_batch=min(config.micro_batch, -(-recipe.batch_size // workers.min_workers)),
@@ -240,12 +169,9 @@ def launch(
             name=config.name,
             storage_path=path,
             storage_filesystem=filesystem,
-            callbacks=[StopOnDamage(), FailureReporter(run_location, config.max_failures)],
+            callbacks=[FailureReporter(config.max_failures)],
             logging_config=LoggingConfig("WARNING"),  # at INFO, every report of every worker is a line
             failure_config=FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=config.keep, checkpoint_score_attribute="top1_error", checkpoint_score_order="min"
-            ),
         ),
     )
     clear_stop_request(run_location)
@@ -254,11 +180,17 @@ def launch(
             outcome = trainer.fit().return_value
     except TrainingFailedError as error:
         cause = error.controller_failure if isinstance(error, ControllerError) else None
-        if isinstance(cause, StorageError | DatasetError):
+        if isinstance(cause, PERMANENT):
             raise cause from None
         if isinstance(cause, OSError):
             raise storage_error(run_location, cause) from error
         raise ValueError(f"training failed: {error}; the same command continues from the last checkpoint") from error
+    except RayError as error:
+        # What the kernel or Ray ends when memory is short may be the controller, which nothing starts again.
+        raise ValueError(
+            f"Ray Train's controller died ({one_line(error)}): look for what ended it, as a lack of memory on this "
+            "machine would; the same command continues from the last checkpoint"
+        ) from error
     if outcome["stopped"]:
         raise ValueError(f"stopped {outcome['stopped']}, with a checkpoint: run the same command again to continue")
     if outcome["error"]:
@@ -267,20 +199,6 @@ def launch(
             f"{outcome['error']}; the last good checkpoint is {join(run_location, kept[-1]) if kept else 'none'}"
         )
     return list(outcome["history"])
-
-
-def check_shortage(resources: Resources, nodes: Sequence[Node], recipe: Recipe) -> None:
-    """Raises ValueError for what could never start: more workers than images in a batch, or than this machine holds."""
-    resources.workers.check_more_than(recipe.batch_size)
-    room, needed = resources.room(nodes), resources.workers.min_workers
-    if room >= needed:
-        return
-    each = f"{resources.cpus_per_worker} core(s){' and a GPU' if resources.gpus else ''} each"
-    there = ", ".join(f"{node.address} with {node.cpus} core(s) and {node.gpus} GPU(s)" for node in nodes[:5])
-    short = f"the run needs room for {needed} worker(s) of {each}, and there is room for {room} now ({there})"
-    if not on_cluster():
-        raise ValueError(f"{short}: use fewer --workers, --cpus-per-worker or --no-gpus")
-    print(f"waiting for the cluster to grow: {short}", flush=True)
 
 
 def _counted(workers: Workers) -> str:
@@ -297,12 +215,53 @@ def check_local_paths(config: TrainConfig) -> None:
         return
     mount = "a folder of the same path on a mount that all nodes have"
     if not is_url(config.storage):
-        folder = os.path.abspath(os.path.join(config.storage, config.name))
-        check_shared("--storage", folder, f"give a URL (s3://, gs://) or {mount}")
+        check_shared("--storage", join(config.storage, config.name), f"give a URL (s3://, gs://) or {mount}")
     if not is_url(config.data):
         # --stage copies on each node from --data, which therefore must be seen there, too.
         cure = f"copy the set to an object store and give its URL and --stage, or give {mount}"
-        check_shared("--data", os.path.abspath(config.data), cure, marker=DATASET_FILE)
+        check_shared("--data", config.data, cure, marker=DATASET_FILE)
+    if config.from_checkpoint is not None and not is_url(config.from_checkpoint):
+        check_shared("--from-checkpoint", config.from_checkpoint, f"give a URL, or {mount}", marker=STATE_FILE)
+
+
+def check_shared(option: str, folder: str, cure: str, marker: str | None = None) -> None:
+    """Refuses a local folder that some node does not see at the same path, as a shared mount would show it.
+
+    Args:
+        option: the command line's, as --storage.
+        folder: an absolute path.
+        cure: what to do instead, a clause.
+        marker: a file in the folder whose contents identify it; None to write one here for the check.
+
+    Raises:
+        ValueError: naming the nodes.
+        OSError: if the folder cannot be made, written or read here.
+    """
+    written = None
+    if marker is None:
+        marker = f".seen-by-all-{uuid.uuid4().hex}"
+        written = Path(folder) / marker
+        written.parent.mkdir(parents=True, exist_ok=True)
+        written.write_text(marker)
+    try:
+        path = os.path.join(folder, marker)
+        digest = _contents_digest(path)
+        blind = [node for node, seen in on_each(alive_nodes(), _contents_digest, path).items() if seen != digest]
+    finally:
+        if written is not None:
+            written.unlink(missing_ok=True)
+    if blind:
+        names = ", ".join(map(str, blind[:5])) + (f" and {len(blind) - 5} more" if len(blind) > 5 else "")
+        raise ValueError(
+            f"{option} {folder} is a folder of {socket.gethostname()} that {len(blind)} node(s) of the cluster do not "
+            f"see ({names}): {cure}"
+        )
+
+
+def _contents_digest(path: str) -> str:
+    # Listing first makes a network file system look anew; it may answer for one name from its cache.
+    os.listdir(os.path.dirname(path))
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def print_result(data: str, run: str, history: list[dict[str, float]]) -> None:

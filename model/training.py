@@ -26,6 +26,8 @@ from model.parallel import InFlightStepLimit, data_parallel, no_sync
 from model.recipe import Recipe
 from model.schedule import Plateau
 
+NO_CAUSE = 1e-6  # Below this learning rate a network does not diverge.
+
 
 class TrainingData(Protocol):
     """One worker's part of the data."""
@@ -295,9 +297,15 @@ class Trainer:
         return score, Window(steps, score.loss, gradient_norm, weight_norm, rate, self._classes)
 
     def _diverged(self, cause: str, first: int, last: int) -> DivergedError:
+        rate = self.progress.rate or 0.0
+        cure = "start again with a lower --lr"
+        if rate < NO_CAUSE:
+            cure = (
+                "so low a rate is not the cause; check the images (python jobs/verify_shards.py --data OUT --decode) "
+                "and the initial weights, and try --precision float32"
+            )
         return DivergedError(
-            f"{cause} in epoch {self.progress.epoch + 1}, steps {first} to {last}, at rate {self.progress.rate:g}: "
-            "start again with a lower --lr"
+            f"{cause} in epoch {self.progress.epoch + 1}, steps {first} to {last}, at rate {rate:g}: {cure}"
         )
 
     def _close_epoch(self, train: Score, score: Score) -> dict[str, Any]:

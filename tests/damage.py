@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import shutil
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +52,12 @@ def places(root: Path, split: str) -> list[Place]:
 def own_copy(shard_set: Path, folder: Path) -> Path:
     """A set that may be damaged."""
     return Path(shutil.copytree(shard_set, folder))
+
+
+def resealed(state: dict[str, Any]) -> str:
+    """A checkpoint's changed state with the sha256 that belongs to it."""
+    value = {name: part for name, part in state.items() if name != "sha256"}
+    return json.dumps(value | {"sha256": hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()})
 
 
 class OtherImages:

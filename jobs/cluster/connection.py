@@ -12,10 +12,11 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from jobs.cluster.ray_private import local_start
+from jobs.cluster.ray_private import auto_address, local_start
 
 RETRIES = 3
 CONNECT_SECONDS = 10
+MAX_TMPDIR = 38  # A socket's path has 107: /ray/session_DATE_TIME_MICROSECONDS_PID/sockets/plasma_store has the rest.
 
 # Ray's own switch: with it, every part of Ray listens on 127.0.0.1 only.
 LOOPBACK_SWITCH = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -54,7 +55,7 @@ def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
         cure = (
             "see `ray status` on that machine, and that both have the same versions of Ray and Python"
             if address
-            else "see the logs below RAY_TMPDIR (/tmp/ray by default), and the free space there and in /dev/shm"
+            else _start_cure(error)
         )
         raise ConnectionError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())}): {cure}") from error
     try:
@@ -75,22 +76,40 @@ def _start(address: str | None, cpus: int | None, options: dict[str, Any]) -> No
         ray.init("local", num_cpus=cpus, include_dashboard=False, **options)
 
 
+def _start_cure(error: Exception) -> str:
+    """What to do where Ray does not start on this machine."""
+    if "AF_UNIX path length" in str(error):
+        return f"set RAY_TMPDIR to a path of at most {MAX_TMPDIR} characters"
+    path = str(error.filename or "") if isinstance(error, OSError) else ""
+    if path.startswith(os.path.expanduser("~")):
+        return "set HOME to a folder that can be written, as Ray keeps its token there"
+    if path:
+        return "set RAY_TMPDIR to a folder that you can write"
+    return "see the logs below RAY_TMPDIR (/tmp/ray by default), and the free space there and in /dev/shm"
+
+
 def _check_unreachable(address: str) -> None:
     """Ray itself would try for minutes, and may abort the process.
 
     Raises:
         ConnectionError: if nothing listens at the address.
     """
-    if address == "auto":
-        return
     cure = "see `ray status` on the head; run this as a job: ray job submit --working-dir . -- python jobs/..."
-    host, _, port = address.rpartition(":")
-    if not port.isdigit() or "://" in address:
-        raise ConnectionError(f"RAY_ADDRESS is {address}, and a driver needs HOST:PORT of Ray itself: {cure}")
+    found = address
+    if address == "auto":
+        cure = "start one with `ray start --head`, or unset RAY_ADDRESS to use this machine alone"
+        try:
+            found = auto_address()
+        except ConnectionError as error:
+            raise ConnectionError(f"RAY_ADDRESS is auto, and no Ray runs on this machine: {cure}") from error
+    host, _, port = found.rpartition(":")
+    if not port.isdigit() or "://" in found:
+        raise ConnectionError(f"RAY_ADDRESS is {found}, and a driver needs HOST:PORT of Ray itself: {cure}")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
     except OSError as error:
-        raise ConnectionError(f"no Ray can be reached at RAY_ADDRESS {address} ({error}): {cure}") from error
+        where = address if found == address else f"{address}, which is {found},"
+        raise ConnectionError(f"no Ray can be reached at RAY_ADDRESS {where} ({error}): {cure}") from error
 
 
 def in_parallel(

@@ -97,7 +97,7 @@ def join(address: tuple[str, int], rank: int, world: int, backend: str, timeout:
         address: what `open_store` returned in rank 0's process.
         rank: this process's.
         world: how many there are.
-        backend: gloo or nccl.
+        backend: gloo, nccl, or one for each device as cpu:gloo,cuda:nccl.
         timeout: of this and of every collective operation.
     """
     use_node_interface()

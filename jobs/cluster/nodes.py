@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
-import socket
-import uuid
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -90,43 +85,3 @@ def collect(calls: Mapping[Any, ray.ObjectRef], seconds: float = ANSWER_SECONDS)
         except ray.exceptions.RayError as error:
             answers[key] = NoAnswer(f"{type(error).__name__}: {one_line(error)[:200]}")
     return answers
-
-
-def check_shared(option: str, folder: str, cure: str, marker: str | None = None) -> None:
-    """Refuses a local folder that some node does not see at the same path, as a shared mount would show it.
-
-    Args:
-        option: the command line's, as --storage.
-        folder: an absolute path.
-        cure: what to do instead, a clause.
-        marker: a file in the folder whose contents identify it; None to write one here for the check.
-
-    Raises:
-        ValueError: naming the nodes.
-        OSError: if the folder cannot be made, written or read here.
-    """
-    written = None
-    if marker is None:
-        marker = f".seen-by-all-{uuid.uuid4().hex}"
-        written = Path(folder) / marker
-        written.parent.mkdir(parents=True, exist_ok=True)
-        written.write_text(marker)
-    try:
-        path = os.path.join(folder, marker)
-        digest = _contents_digest(path)
-        blind = [node for node, seen in on_each(alive_nodes(), _contents_digest, path).items() if seen != digest]
-    finally:
-        if written is not None:
-            written.unlink(missing_ok=True)
-    if blind:
-        names = ", ".join(map(str, blind[:5])) + (f" and {len(blind) - 5} more" if len(blind) > 5 else "")
-        raise ValueError(
-            f"{option} {folder} is a folder of {socket.gethostname()} that {len(blind)} node(s) of the cluster do not "
-            f"see ({names}): {cure}"
-        )
-
-
-def _contents_digest(path: str) -> str:
-    # Listing first makes a network file system look anew; it may answer for one name from its cache.
-    os.listdir(os.path.dirname(path))
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -24,6 +24,18 @@ def preemption_info() -> Any:
     return get_train_context().preemption_context.preemption_info
 
 
+def auto_address() -> str:
+    """HOST:PORT of the Ray that RAY_ADDRESS=auto means: the last one that `ray start` started here.
+
+    ray.init would look for a dead one for minutes, and has no time limit.
+
+    Raises:
+        ConnectionError: if none was started.
+    """
+    found: str = services.get_ray_address_from_environment("auto", None)
+    return found
+
+
 @contextlib.contextmanager
 def local_start() -> Iterator[None]:
     """While it lasts, Ray starts on loopback only, and each of its processes in a process group of its own.

@@ -22,7 +22,8 @@ class NodeBackend(TorchBackend):
     # Not super().on_start(): the store that it opens listens on all addresses.
     def on_start(self, worker_group: Any, backend_config: NodeTorchConfig) -> None:
         gpus = worker_group.get_resources_per_worker().get("GPU", 0)
-        backend = backend_config.backend or ("nccl" if gpus else "gloo")
+        # What is on the CPU, as the word that a run shall stop, goes by Gloo and waits for no GPU.
+        backend = backend_config.backend or ("cpu:gloo,cuda:nccl" if gpus else "gloo")
         # By which a process that Ray or `jobs.training.watchdog` speaks of is told.
         places = [f"rank {rank} is {place}" for rank, place in enumerate(worker_group.execute(process_name))]
         print(f"workers: {', '.join(places)}", flush=True)

@@ -2,168 +2,81 @@
 
     model.safetensors       the network's parameters and running statistics by name
     optimizer.safetensors   each parameter's momentum by the same name
-    state.json              what was being trained on what, and how far it had come
+    state.json              what was being trained on what, how far it had come, and a sha256 of each file
 
-A run's folder lists its committed checkpoints in a file of Ray Train's; a folder that is not listed there may be half
-written and is never used.
+A run's checkpoints are the folders below its own that hold a state.json, which is written last: a folder without one is
+unfinished, and is never used.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import time
+import hashlib
+import math
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import torch
 from pyarrow import fs as arrow_fs
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import torch as safetensors
 from torch import nn
 
+from jobs.cli.command import log
+from jobs.training.run_state import STATE_FILE, CheckpointError, DamagedError, RunFingerprint, State
 from model.recipe import Recipe
-from model.training import Progress, Trainer
-from pipeline.dataset.info import DatasetInfo
-from pipeline.images.rgb_stats import RgbStatistics
-from pipeline.storage.locations import open_location, read_text
+from model.training import Trainer
+from pipeline.dataset.info import DatasetInfo, write_atomically
+from pipeline.storage.locations import join, open_location, shown
 
-SCHEMA_VERSION = 2
-STATE_FILE = "state.json"
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
-RUN_FILE = "checkpoint_manager_snapshot.json"  # Ray Train's list of committed checkpoints
-SPARE_FILE = f"{RUN_FILE}.spare"  # The list as it was after the last checkpoint that was wholly committed.
 CHECKPOINT_PREFIX = "checkpoint_"
-LIST_READS, LIST_WAIT_S = 20, 0.1  # Ray Train writes its list in place: whoever reads it just then finds a part of it.
-
-
-# What has a run's images decoded as before.
-DECODER_CURES = {
-    "libjpeg-turbo": "--no-gpus, or --stage DIR --stage-as pixels on GPUs",
-    "nvjpeg-cuda": "--gpus --gpu-decoder cuda --stage-as jpeg",
-    "nvjpeg-hardware": "--gpus --gpu-decoder hardware --stage-as jpeg",
-}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or belongs to another data set or configuration."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RunFingerprint:
-    """What a run trains, and on what: a run may only be continued with the same."""
-
-    recipe: Recipe
-    dataset: str
-    """The shard set's fingerprint."""
-    wnids: tuple[str, ...]
-    """The classes, by label."""
-    rgb: RgbStatistics
-    """Of the training set: evaluation must subtract the same mean."""
-    decoder: str = "libjpeg-turbo"
-    """What decided the images' pixels (`pipeline.loading.loader.decoder_name`)."""
-    precision: str = "float32"
-    """float32, or bfloat16 for autocast."""
-
-    @classmethod
-    def of(
-        cls, recipe: Recipe, info: DatasetInfo, decoder: str = "libjpeg-turbo", precision: str = "float32"
-    ) -> RunFingerprint:
-        wnids = tuple(label.wnid for label in info.classes)
-        return cls(recipe, info.fingerprint, wnids, info.rgb, decoder, precision)
-
-    def differences(self, other: RunFingerprint) -> list[str]:
-        """What differs from another run, one phrase each.
-
-        The number of epochs may, so that a run can be extended; not under a schedule that counts on it.
-        """
-        free = {"epochs"} if self.recipe.schedule == "plateau" else set()
-        found = [
-            f"{field.name} is {getattr(other.recipe, field.name)}, was {getattr(self.recipe, field.name)}"
-            for field in dataclasses.fields(Recipe)
-            if field.name not in free and getattr(self.recipe, field.name) != getattr(other.recipe, field.name)
-        ]
-        if self.dataset != other.dataset:
-            found.append(f"the shard set is {other.dataset[:12]}, was {self.dataset[:12]}")
-        if self.decoder != other.decoder:
-            found.append(f"the JPEG decoder is {other.decoder}, was {self.decoder} ({DECODER_CURES[self.decoder]})")
-        if self.precision != other.precision:
-            found.append(f"the precision is {other.precision}, was {self.precision} (--precision {self.precision})")
-        return found
-
-
-@dataclasses.dataclass(frozen=True)
-class State:
-    """The contents of `state.json`."""
-
-    identity: RunFingerprint
-    progress: Progress
-    origin: str = ""
-    """Where weights come from that were not trained here; empty for a run's own."""
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "origin": self.origin,
-            "identity": dataclasses.asdict(self.identity),
-            "progress": self.progress.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, text: str | bytes, where: str) -> State:
-        """Parses `state.json`.
-
-        Raises:
-            CheckpointError: naming `where`, if it is not what this program writes.
-        """
-        try:
-            value = json.loads(text)
-            if value["schema_version"] != SCHEMA_VERSION:
-                raise ValueError(
-                    f"its schema version is {value['schema_version']}, this program reads {SCHEMA_VERSION}"
-                )
-            identity = value["identity"]
-            return cls(
-                RunFingerprint(
-                    Recipe(**identity["recipe"]),
-                    str(identity["dataset"]),
-                    tuple(identity["wnids"]),
-                    RgbStatistics.from_json(identity["rgb"]),
-                    _one_of(DECODER_CURES, identity["decoder"]),
-                    _one_of(("float32", "bfloat16"), identity["precision"]),
-                ),
-                Progress.from_json(value["progress"]),
-                str(value.get("origin", "")),
-            )
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{where} is no {STATE_FILE} of this program: {error!r}") from error
-
-
-def _one_of(names: Collection[str], value: object) -> str:
-    """Raises ValueError for any other value."""
-    if not isinstance(value, str) or value not in names:
-        raise ValueError(f"{value!r} is none of {', '.join(names)}")
-    return value
 
 
 def save(folder: Path, trainer: Trainer, identity: RunFingerprint) -> None:
     """Writes a checkpoint of everything that training needs to go on exactly."""
+    save_tensors(folder, trainer)
+    seal(folder, State(identity, trainer.progress))
+
+
+def save_tensors(folder: Path, trainer: Trainer) -> None:
+    """Writes a checkpoint's files but for `state.json`.
+
+    Raises:
+        OSError, SafetensorError: if the disk fails.
+    """
     momentum = {
-        name: trainer.optimizer.state[parameter]["momentum_buffer"]
+        name: trainer.optimizer.state[parameter]["momentum_buffer"].contiguous()
         for name, parameter in trainer.network.named_parameters()
         if parameter in trainer.optimizer.state
     }
-    save_network(folder, trainer.network, State(identity, trainer.progress))
-    save_file({name: value.contiguous() for name, value in momentum.items()}, folder / OPTIMIZER_FILE)
+    _save_network(folder, trainer.network)
+    safetensors.save_file(momentum, folder / OPTIMIZER_FILE)
 
 
 def save_network(folder: Path, network: nn.Module, state: State) -> None:
     """Writes what evaluation needs: a network's tensors, and what they are."""
+    _save_network(folder, network)
+    seal(folder, state)
+
+
+def _save_network(folder: Path, network: nn.Module) -> None:
     tensors = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
-    save_file(tensors, folder / MODEL_FILE)
-    (folder / STATE_FILE).write_text(json.dumps(state.to_json(), indent=1), "utf-8")
+    safetensors.save_file(tensors, folder / MODEL_FILE)
+
+
+def seal(folder: Path, state: State) -> None:
+    """Writes `state.json`, which makes a folder a checkpoint."""
+    write_atomically(folder / STATE_FILE, state.to_json(digests(folder)))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The sha256 of each of a checkpoint's files but for `state.json`, by name."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def read_state(folder: Path) -> State:
@@ -175,9 +88,7 @@ def read_state(folder: Path) -> State:
     try:
         text = (folder / STATE_FILE).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(
-            f"{folder} is no checkpoint: it has no {STATE_FILE}; give a checkpoint_* folder"
-        ) from None
+        raise DamagedError(f"{folder} is no checkpoint: it has no {STATE_FILE}; give a checkpoint_* folder") from None
     return State.from_json(text, str(folder / STATE_FILE))
 
 
@@ -185,19 +96,28 @@ def restore(folder: Path, trainer: Trainer, identity: RunFingerprint) -> None:
     """Puts a trainer where a checkpoint left off.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged or belongs to another data set or configuration.
+        DamagedError: if the checkpoint's files are not those that were written; the trainer is as before.
+        CheckpointError: if the checkpoint belongs to another data set or configuration.
     """
     state = read_state(folder)
     check_other(state, identity, str(folder))
+    momentum = _load(folder, OPTIMIZER_FILE, state)
     load_network(folder, trainer.network)
-    momentum = _load(folder / OPTIMIZER_FILE)
-    for name, parameter in trainer.network.named_parameters():
-        if name in momentum:
-            buffer = torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(momentum[name])
-            trainer.optimizer.state[parameter]["momentum_buffer"] = buffer
+    for name, buffer in momentum_buffers(trainer, momentum).items():
+        buffer.copy_(momentum[name])
     # The same checkpoint may be the end of a shorter run.
     state.progress.finished = finished(state, identity.recipe)
     trainer.resume(state.progress)
+
+
+def momentum_buffers(trainer: Trainer, names: Collection[str]) -> dict[str, torch.Tensor]:
+    """Makes the momentum of these parameters, not filled yet, in their memory layout."""
+    buffers = {}
+    for name, parameter in trainer.network.named_parameters():
+        if name in names:
+            buffers[name] = torch.empty_like(parameter, memory_format=torch.preserve_format)
+            trainer.optimizer.state[parameter]["momentum_buffer"] = buffers[name]
+    return buffers
 
 
 def finished(state: State, recipe: Recipe) -> bool:
@@ -228,9 +148,10 @@ def load_network(folder: Path, network: nn.Module) -> None:
     """Copies a checkpoint's tensors into a network of the same shape, on any device and memory layout.
 
     Raises:
+        DamagedError: if the file is not the one that was written.
         CheckpointError: if a tensor is missing, superfluous or of another shape.
     """
-    tensors = _load(folder / MODEL_FILE)
+    tensors = _load(folder, MODEL_FILE, read_state(folder))
     named = network.state_dict()
     odd = sorted(tensors.keys() ^ named.keys()) or [n for n in named if named[n].shape != tensors[n].shape]
     if odd:
@@ -240,69 +161,68 @@ def load_network(folder: Path, network: nn.Module) -> None:
             parameter.copy_(tensors[name])
 
 
-def _load(path: Path) -> dict[str, torch.Tensor]:
+def _load(folder: Path, name: str, state: State) -> dict[str, torch.Tensor]:
     try:
-        return load_file(path)
+        # Read once: what is hashed is what is used.
+        data = (folder / name).read_bytes()
+        if hashlib.sha256(data).hexdigest() != state.files.get(name):
+            raise DamagedError(f"{folder / name} is damaged: its sha256 is not the one in {STATE_FILE}")
+        return safetensors.load(data)
     except (SafetensorError, FileNotFoundError) as error:
-        raise CheckpointError(f"{path} is damaged or missing ({error}): use an earlier checkpoint") from error
+        raise DamagedError(f"{folder / name} is damaged or missing ({error})") from error
+
+
+def scan(run: str) -> tuple[dict[str, State], list[DamagedError]]:
+    """The checkpoints of the run at a path or URL, as far as their states tell.
+
+    Returns:
+        the states by folder name, in the order of training; an error for each state that is damaged.
+    """
+    filesystem, path = open_location(run)
+    states, damaged = {}, []
+    for info in filesystem.get_file_info(arrow_fs.FileSelector(path, allow_not_found=True)):
+        folder = info.path.rpartition("/")[2]
+        if info.type != arrow_fs.FileType.Directory or not folder.startswith(CHECKPOINT_PREFIX):
+            continue
+        try:
+            with filesystem.open_input_stream(f"{info.path}/{STATE_FILE}") as file:
+                states[folder] = State.from_json(file.read(), shown(join(run, folder, STATE_FILE)))
+        except FileNotFoundError:
+            continue  # Unfinished, or just being removed.
+        except DamagedError as error:
+            damaged.append(error)
+    return dict(sorted(states.items(), key=lambda item: (item[1].progress.epoch, item[1].progress.step))), damaged
 
 
 def committed(run: str) -> dict[str, State]:
-    """The committed checkpoints of the run at a path or URL, in the order of training: folder name -> state.
+    """`scan`'s states; what is damaged is logged.
 
     Raises:
-        CheckpointError: if their list stays half written, and there is none before it, or names what is no checkpoint
-            of the run, or a checkpoint's state cannot be understood.
+        CheckpointError: if all are damaged.
     """
-    filesystem, path = open_location(run)
-    if filesystem.get_file_info(f"{path}/{RUN_FILE}").type != arrow_fs.FileType.File:
-        return {}
-    value = _read_list(filesystem, path)
-    results = [
-        *value["checkpoint_results"],
-        *([value["latest_checkpoint_result"]] if value["latest_checkpoint_result"] else []),
-    ]
-    states = {}
-    for folder in {_own_folder(result["checkpoint_dir_name"], f"{path}/{RUN_FILE}") for result in results}:
-        file = f"{path}/{folder}/{STATE_FILE}"
-        states[folder] = State.from_json(read_text(filesystem, file), file)
-    return dict(sorted(states.items(), key=lambda item: (item[1].progress.epoch, item[1].progress.step)))
-
-
-def _own_folder(name: object, where: str) -> str:
-    """The name of a checkpoint's folder, if it is one within the run: Ray Train removes those that have had their time.
-
-    Raises:
-        CheckpointError: if it is another, as in a list that somebody made.
-    """
-    if not isinstance(name, str) or not name.startswith(CHECKPOINT_PREFIX) or "/" in name:
-        raise CheckpointError(f"{where} names {name!r}, which is no checkpoint of this run: use another --name")
-    return name
-
-
-def _read_list(filesystem: arrow_fs.FileSystem, path: str) -> dict[str, Any]:
-    listing = f"{path}/{RUN_FILE}"
-    for attempt in range(LIST_READS):
-        if attempt:
-            time.sleep(LIST_WAIT_S)
-        try:
-            value: dict[str, Any] = json.loads(read_text(filesystem, listing))
-        except ValueError:
-            continue
-        return value
-    try:
-        # Of one that stays half written, as a full disk or a kill leaves it, the one before: Ray Train removes
-        # checkpoints only after it has written the list without them.
-        spare: dict[str, Any] = json.loads(read_text(filesystem, f"{path}/{SPARE_FILE}"))
-    except (FileNotFoundError, ValueError):
-        raise CheckpointError(
-            f"the list of checkpoints {listing} is half written, as by a run that was killed, and there is none before "
-            "it: start the run's training command again, which starts it anew"
-        ) from None
-    return spare
+    states, damaged = scan(run)
+    if damaged and not states:
+        raise CheckpointError(f"no checkpoint of {shown(run)} is whole: {damaged[-1]}. Use another --name")
+    for error in damaged:
+        log(f"warning: left out: {error}")
+    return states
 
 
 def best(states: dict[str, State]) -> str | None:
     """Of a run's checkpoints at an epoch's end, the one with the lowest validation top-1 error; the first of equals."""
-    ended = {name: state for name, state in states.items() if state.progress.step == 0 and state.progress.history}
-    return min(ended, key=lambda name: float(ended[name].progress.history[-1]["top1_error"]), default=None)
+    ended = [name for name, state in states.items() if state.progress.step == 0 and state.progress.history]
+    return min(ended, key=lambda name: _error(states[name]), default=None)
+
+
+def superfluous(states: dict[str, State], keep: int) -> list[str]:
+    """Which checkpoints may go: all but the newest two, as the newest may turn out damaged, and the `keep` best."""
+    names = list(states)
+    # Equals stay in their order, so that the best one is among them.
+    ranked = sorted((name for name in names if _error(states[name]) < math.inf), key=lambda name: _error(states[name]))
+    return [name for name in names if name not in {*names[-2:], *ranked[:keep]}]
+
+
+def _error(state: State) -> float:
+    """The validation top-1 error; infinite within an epoch."""
+    progress = state.progress
+    return float(progress.history[-1]["top1_error"]) if progress.step == 0 and progress.history else math.inf

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jobs.cli.command import GpuChoice
+from jobs.cluster.paths import whole_path
 from model.recipe import RECIPES, Recipe
 
 
@@ -188,7 +189,10 @@ class CheckpointOptions:
     checkpoint_minutes: float | None = None
     """Minutes between checkpoints within an epoch, besides the others."""
     keep: int = 2
-    """How many checkpoints to keep besides the newest: those with the lowest validation error."""
+    """How many checkpoints to keep besides the newest two: those with the lowest validation error."""
+    from_checkpoint: str | None = None
+    """Where a run that has no checkpoint yet begins: a checkpoint_* folder of another run with the same settings and
+    data; a path or URL."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +240,20 @@ class TrainConfig(LoggingOptions, FaultOptions, CheckpointOptions, RecipeOptions
             raise ValueError(f"--hang-seconds is {self.hang_seconds}; it must be above 0, and a time that can pass")
         if not self.name or self.name.startswith(".") or "/" in self.name:
             raise ValueError(f"--name is {self.name!r}; it names a folder in --storage, so it must be a plain word")
+
+    def with_whole_paths(self) -> TrainConfig:
+        """The same with absolute paths, ~ expanded.
+
+        Raises:
+            ValueError: for a relative path in the working directory of a submitted job.
+        """
+        return dataclasses.replace(
+            self,
+            data=whole_path("--data", self.data),
+            storage=whole_path("--storage", self.storage),
+            stage=self.stage and whole_path("--stage", self.stage),
+            from_checkpoint=self.from_checkpoint and whole_path("--from-checkpoint", self.from_checkpoint),
+        )
 
     def make_recipe(self) -> Recipe:
         """The named recipe with what the command line changes.

@@ -1,24 +1,27 @@
-"""Uploading checkpoints to a run's folder, and what is done when that or a worker fails."""
+"""A run's folder in the storage: uploading checkpoints to it, and taking one out of it."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import copy
 import hashlib
-import json
 import os
 import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import ray.train
 from pyarrow import fs as arrow_fs
-from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode, ControllerError, UserCallback
+from safetensors import SafetensorError
 
-from jobs.training.checkpoint import RUN_FILE, SPARE_FILE, STATE_FILE, CheckpointError, best, committed
+from jobs.cli.command import one_line
+from jobs.training import checkpoint
+from jobs.training.checkpoint import best, committed, scan, superfluous
+from jobs.training.run_state import STATE_FILE, CheckpointError, DamagedError, RunFingerprint, State
+from model.training import Trainer
+from pipeline.dataset.info import write_atomically
 from pipeline.storage.locations import is_url, join, open_location, shown
 
 
@@ -26,12 +29,29 @@ class StorageError(ValueError):
     """The storage cannot be written."""
 
 
+class LocalDiskError(ValueError):
+    """This node's own disk cannot be written."""
+
+
 def storage_error(run: str, error: BaseException) -> StorageError:
     """The error for a failed write in a run's folder."""
     return StorageError(
-        f"{shown(run)} could not be written ({' '.join(str(error).split())}); the checkpoints before are intact: free "
-        "space there or repair it, then run the same command again to continue"
+        f"{shown(run)} could not be written ({one_line(error)}); the checkpoints before are intact: free space there "
+        "or repair it, then run the same command again to continue"
     )
+
+
+@contextlib.contextmanager
+def local_disk() -> Iterator[None]:
+    """Makes a failed write to this node's temporary folder a LocalDiskError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise LocalDiskError(
+            f"{tempfile.gettempdir()} on {socket.gethostname()}, where a checkpoint is made before it goes to the "
+            f"storage, could not be written ({one_line(error)}): free space there or set TMPDIR to a larger disk, then "
+            "run the same command again to continue"
+        ) from error
 
 
 def check_run_folder(run: str) -> None:
@@ -46,131 +66,116 @@ def check_run_folder(run: str) -> None:
         )
 
 
+def put(filesystem: arrow_fs.FileSystem, path: str, data: bytes) -> None:
+    """Writes a file that is whole or not there, as a write to an object store is."""
+    if isinstance(filesystem, arrow_fs.LocalFileSystem):
+        write_atomically(Path(path), data)
+        return
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(data)
+
+
 class CheckpointUploader:
     """Rank 0's checkpoints: written to this node's disk, then uploaded while training continues, one at a time.
 
     Args:
         run: the run's folder, a path or URL.
+        keep: how many of the best checkpoints stay, besides the newest two.
+
+    Raises:
+        LocalDiskError: if this node's temporary folder cannot be written.
     """
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str, keep: int) -> None:
         self._run = run
+        self._keep = keep
         self._filesystem, self._path = open_location(run)
-        # The same folder for each start of the run, so that what a killed worker left is removed.
-        name = hashlib.sha256(f"{os.getuid()} {run}".encode()).hexdigest()[:16]
-        self._folder = Path(tempfile.gettempdir()) / f"alexnet-trainer-{name}"
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._last: Path | None = None
+        self._pool = ThreadPoolExecutor(1, "upload")
+        self._upload: Future[None] | None = None
+        prefix = f"alexnet-trainer-{hashlib.sha256(run.encode()).hexdigest()[:16]}-"
+        with local_disk():
+            # What a killed worker of this run left. Another user's is not ours to remove.
+            for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+                if left.lstat().st_uid == os.getuid():
+                    shutil.rmtree(left, ignore_errors=True)
+            self._folder = Path(tempfile.mkdtemp(prefix=prefix))
 
-    def new_folder(self, name: str) -> Path:
-        """Makes an empty local folder for the next checkpoint, after the upload of the one before."""
-        if self._last is not None and self._last.exists():
-            self.wait()
-        self._last = self._folder / name
-        shutil.rmtree(self._last, ignore_errors=True)
-        self._last.mkdir(parents=True)
-        return self._last
+    def save(self, trainer: Trainer, identity: RunFingerprint) -> None:
+        """Writes a checkpoint to this node's disk, after the upload of the one before, and starts its upload.
 
-    def upload(self, metrics: dict[str, Any], folder: Path) -> None:
-        """Reports a checkpoint and starts its upload, after which the local folder is removed."""
-        ray.train.report(
-            metrics,
-            checkpoint=Checkpoint.from_directory(str(folder)),
-            checkpoint_dir_name=folder.name,
-            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=self._upload,
-        )
+        Raises:
+            LocalDiskError: if that fails.
+            StorageError: if the upload before failed.
+        """
+        self.wait()
+        progress = trainer.progress
+        folder = self._folder / f"{checkpoint.CHECKPOINT_PREFIX}{progress.epoch:04d}_{progress.step:06d}"
+        with local_disk():
+            folder.mkdir()
+            checkpoint.save_tensors(folder, trainer)
+        # A copy, as training goes on.
+        self._upload = self._pool.submit(self._send, folder, State(identity, copy.deepcopy(progress)))
+
+    def check(self) -> None:
+        """Raises what an upload that has ended raised."""
+        if self._upload is not None and self._upload.done():
+            self._upload.result()
 
     def wait(self) -> None:
-        """Waits until every checkpoint is committed: uploaded, and in the run's list."""
-        ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
+        """Waits until the last checkpoint is committed."""
+        if self._upload is not None:
+            self._upload.result()
 
-    def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
-        target = f"{self._path}/{name}"
+    def close(self) -> None:
+        """Lets an upload end, and removes this run's files from the local disk."""
+        self._pool.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _send(self, folder: Path, state: State) -> None:
+        with local_disk():
+            files = checkpoint.digests(folder)
+        target = f"{self._path}/{folder.name}"
         try:
             if not is_url(self._run) and not os.path.isdir(self._path):
                 raise FileNotFoundError("the run's folder has vanished")
+            # What a killed worker began, or what was found damaged.
+            self._filesystem.delete_dir_contents(target, missing_dir_ok=True)
             self._filesystem.create_dir(target)
-            arrow_fs.copy_files(checkpoint.path, target, destination_filesystem=self._filesystem)
+            arrow_fs.copy_files(str(folder), target, destination_filesystem=self._filesystem)
+            # Last, because it makes the folder a checkpoint.
+            put(self._filesystem, f"{target}/{STATE_FILE}", state.to_json(files))
         except OSError as error:
             raise storage_error(self._run, error) from error
-        return Checkpoint(target, self._filesystem)
+        shutil.rmtree(folder, ignore_errors=True)
+        self._remove_old()
+
+    def _remove_old(self) -> None:
+        try:
+            for name in superfluous(scan(self._run)[0], self._keep):
+                # First what makes it a checkpoint, so that half of one is never found.
+                self._filesystem.delete_file(f"{self._path}/{name}/{STATE_FILE}")
+                self._filesystem.delete_dir(f"{self._path}/{name}")
+        # The new one is safe already.
+        except OSError as error:
+            print(f"warning: an old checkpoint could not be removed: {one_line(error)}", flush=True)
 
 
-@dataclasses.dataclass
-class FailureReporter(UserCallback):
-    """Runs in Ray Train's controller: reports failures, ends a run whose storage fails, and copies its checkpoint list.
-
-    Ray Train writes that list in place: a full disk, or a kill at the wrong moment, leaves only a part of it.
-    """
-
-    run: str
-    max_failures: int
-    failures: int = 0
-    preempted: str = ""
-
-    def after_report(self, run_context: object, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
-        if checkpoint is not None and not is_url(self.run):
-            spare = Path(self.run) / SPARE_FILE
-            new = spare.with_suffix(".new")
-            shutil.copyfile(Path(self.run) / RUN_FILE, new)
-            os.replace(new, spare)
-
-    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
-        for error in worker_exceptions.values():
-            if isinstance(error, StorageError):
-                # Ray Train does not retry a controller's error: training the same steps again would not help.
-                raise ControllerError(error)
-        lost = "; ".join(f"rank {rank}: {_first_line(error)}" for rank, error in sorted(worker_exceptions.items()))
-        if any(getattr(_cause(error), "preempted", False) for error in worker_exceptions.values()):
-            # Ray Train does not count these as failures, and repeats them until the node is gone.
-            if lost != self.preempted:
-                print(f"a node was taken: {lost}; starting again from the last checkpoint", flush=True)
-            self.preempted = lost
-            return
-        self.failures += 1
-        then = "starting again from the last checkpoint" if self.failures <= self.max_failures else "giving up"
-        print(f"failure {self.failures} of at most {self.max_failures + 1}: {lost}; {then}", flush=True)
+def set_aside(run: str, name: str) -> None:
+    """Makes a damaged checkpoint no checkpoint any more; its files stay, until training comes to this step again."""
+    filesystem, path = open_location(run)
+    filesystem.move(f"{path}/{name}/{STATE_FILE}", f"{path}/{name}/{STATE_FILE}.damaged")
 
 
-def _cause(error: BaseException) -> BaseException:
-    """The error of Ray Train's health check, or the worker's own."""
-    return getattr(error, "health_check_failure", None) or error
-
-
-def _first_line(error: BaseException) -> str:
-    cause = _cause(error)
-    lines = str(cause).strip().splitlines() or [""]
-    return f"{type(cause).__name__}: {' '.join(lines[0].split())}"
-
-
-def repair_checkpoint_list(run: str) -> str | None:
-    """Replaces a half-written list of checkpoints by the copy that `FailureReporter` made.
-
-    Args:
-        run: the run's folder, a path or URL; an object store has no half-written files.
-
-    Returns:
-        A message about what was done; None if the list is whole.
-    """
-    listing, spare = Path(run) / RUN_FILE, Path(run) / SPARE_FILE
-    if is_url(run) or not listing.exists() or _parses(listing):
-        return None
-    if not _parses(spare):
-        os.replace(listing, listing.with_suffix(".damaged"))
-        return f"the list of checkpoints in {run} was half written, and there was none before: starting anew"
-    new = spare.with_suffix(".new")
-    shutil.copyfile(spare, new)
-    os.replace(new, listing)
-    return f"the list of checkpoints in {run} was half written: taking the one before"
-
-
-def _parses(path: Path) -> bool:
-    try:
-        json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+@contextlib.contextmanager
+def local_copy(location: str) -> Iterator[Path]:
+    """A local folder with the files of the folder at a path or URL."""
+    filesystem, path = open_location(location)
+    if isinstance(filesystem, arrow_fs.LocalFileSystem):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        arrow_fs.copy_files(path, folder, source_filesystem=filesystem)
+        yield Path(folder)
 
 
 @contextlib.contextmanager
@@ -183,18 +188,17 @@ def local_checkpoint(location: str) -> Iterator[tuple[str, Path]]:
     filesystem, path = open_location(location)
     if filesystem.get_file_info(path).type != arrow_fs.FileType.Directory:
         raise CheckpointError(
-            f"{location} does not exist or is no folder: give a checkpoint_* folder or a run's folder"
+            f"{shown(location)} does not exist or is no folder: give a checkpoint_* folder or a run's folder"
         )
     if filesystem.get_file_info(f"{path}/{STATE_FILE}").type != arrow_fs.FileType.File:
         chosen = best(committed(location))
         if chosen is None:
             raise CheckpointError(
-                f"{location} holds no finished epoch's checkpoint: train first, or give a checkpoint_* folder"
+                f"{shown(location)} holds no finished epoch's checkpoint: train first, or give a checkpoint_* folder"
             )
-        location, path = join(location, chosen), f"{path}/{chosen}"
-    if isinstance(filesystem, arrow_fs.LocalFileSystem):
-        yield location, Path(path)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        arrow_fs.copy_files(path, folder, source_filesystem=filesystem)
-        yield location, Path(folder)
+        location = join(location, chosen)
+    with local_copy(location) as folder:
+        try:
+            yield location, folder
+        except DamagedError as error:
+            raise DamagedError(f"{error}: give another checkpoint_* folder of its run") from error

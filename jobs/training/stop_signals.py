@@ -1,7 +1,7 @@
-"""Stops that are announced: SIGTERM or Ctrl-C to the driver, SIGTERM to a worker, and a spot node's drain.
+"""Stops that are announced: SIGTERM, Ctrl-C or a hangup to the driver, SIGTERM to a worker, and a spot node's drain.
 
-Whoever gets the signal writes the reason to the file STOP in the run's folder. A thread of rank 0 polls it, and the
-ranks' next exchange (`StopConsensus`) tells all of them, so that they write one checkpoint at the same step.
+Whoever gets the signal writes the reason to the file STOP in the run's folder. A thread of rank 0 polls it, and rank 0
+tells the others after each step (`StopConsensus`), so that all of them write one checkpoint at the same step.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import signal
 import socket
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,15 +19,16 @@ import torch
 from pyarrow import fs
 from torch import distributed
 
+from jobs.cli.command import log, one_line
 from jobs.cluster.ray_private import preemption_info
 from model.training import StepAction, Worker
-from pipeline.storage.locations import join, open_location
+from pipeline.storage.locations import join, open_location, shown
 
-POLL_SECONDS = 1.0
-EXCHANGE_SECONDS = 1.0  # Between exchanges; a step that takes longer has one each.
+POLL_SECONDS = 0.5
+COMPARE_SECONDS = 1.0  # From one comparison of the ranks' speeds to the next.
 AGAIN_SECONDS = 1.0  # A person who insists takes longer than timeout(1), which signals the process and its group.
 SLOW = 2.0  # Times the other workers' median
-SLOW_EXCHANGES = 3  # In a row, before it is said: any machine stumbles.
+SLOW_COMPARISONS = 3  # In a row, before it is said: any machine stumbles.
 
 
 def clear_stop_request(run: str) -> None:
@@ -43,22 +43,47 @@ def request_stop(run: str, reason: str) -> None:
         stream.write(reason.encode())
 
 
+def insist_on_stop(run: str, reason: str, over: threading.Event) -> None:
+    """`request_stop`, tried again until it is done or `over` is set; the first failure is said in one line."""
+    said = False
+    while not over.is_set():
+        try:
+            request_stop(run, reason)
+            return
+        except (OSError, ValueError) as error:
+            if not said:
+                _say(f"warning: {reason}, but the stop cannot be written to {shown(run)}: {one_line(error)}")
+            said = True
+        over.wait(POLL_SECONDS)
+
+
+def _say(line: str) -> None:
+    # After a hangup nobody listens any more.
+    with contextlib.suppress(OSError):
+        log(line)
+
+
 def stop_file(run: str) -> tuple[fs.FileSystem, str]:
     """Where a run's stop request is written and looked for."""
     return open_location(join(run, "STOP"))
 
 
 def stop_requested(filesystem: fs.FileSystem, path: str) -> str | None:
-    """Why the run with this stop file shall stop, or None."""
-    # A storage that fails now may answer the next time.
-    with contextlib.suppress(OSError), filesystem.open_input_stream(path) as stream:
-        return stream.read().decode("utf-8", "replace").strip() or None
-    return None
+    """Why the run with this stop file shall stop, or None.
+
+    Raises:
+        OSError: if the file is there and cannot be read.
+    """
+    try:
+        with filesystem.open_input_stream(path) as stream:
+            return stream.read().decode("utf-8", "replace").strip() or None
+    except FileNotFoundError:
+        return None
 
 
 @contextlib.contextmanager
 def signals_stop(run: str) -> Iterator[None]:
-    """While it lasts, SIGTERM or SIGINT (Ctrl-C) to this process, the driver, asks the workers to stop.
+    """While it lasts, SIGTERM, SIGINT (Ctrl-C) or SIGHUP to this process, the driver, asks the workers to stop.
 
     A later one raises KeyboardInterrupt.
     """
@@ -78,12 +103,11 @@ def signals_stop(run: str) -> Iterator[None]:
         # In a thread, because a handler may interrupt the very call to Ray that it would make.
         seen.wait()
         if not over.is_set():
-            line = f"{name}: a checkpoint is written after the step under way; a second one leaves without it"
-            print(line, file=sys.stderr, flush=True)
-            request_stop(run, f"{name} to the driver")
+            _say(f"{name}: a checkpoint is written after the step under way; a second one leaves without it")
+            insist_on_stop(run, f"{name} to the driver", over)
 
     threading.Thread(target=request, daemon=True).start()
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     for signum, was in before.items():
         # Shells let what they start in the background, and nohup lets all, live through a Ctrl-C.
         if was is not signal.SIG_IGN:
@@ -113,7 +137,8 @@ def stop_on_sigterm(run: str) -> None:
     def handle(signum: int, frame: object) -> None:
         # At the end of a drain Ray ends the node's workers so; the run goes on without them.
         if not _shutting_down.is_set() and draining() is None:
-            threading.Thread(target=request_stop, args=(run, f"SIGTERM to {where}"), daemon=True).start()
+            asked = (run, f"SIGTERM to {where}", _shutting_down)
+            threading.Thread(target=insist_on_stop, args=asked, daemon=True).start()
 
     signal.signal(signal.SIGTERM, handle)
 
@@ -130,7 +155,9 @@ def draining() -> str | None:
 
 
 class StopConsensus:
-    """The ranks' agreement on stops and checkpoints: one all-reduce of 4 + ranks numbers, at most once a second.
+    """The ranks' agreement on stops and checkpoints: after each step rank 0 sends three numbers to the others.
+
+    Not after every few steps: how many of them fit into a second is only known of those that are over.
 
     Args:
         worker: this rank, of which rank 0 decides.
@@ -153,8 +180,8 @@ class StopConsensus:
         self._news = news
         self._log = log
         self._clock = clock
-        self._written = self._last = clock()
-        self._wait, self._steps, self._own = 1, 0, 0.0
+        self._written = self._compared = clock()
+        self._steps, self._own = 0, 0.0
         self._announced: str | None = None
         self._slow = 0
 
@@ -166,27 +193,20 @@ class StopConsensus:
         """What to do after a step that took this rank `own_seconds` before it waited for others."""
         self._steps += 1
         self._own += own_seconds
-        if self._steps < self._wait:
-            return StepAction.NOTHING
-        mine = torch.zeros(4 + self._worker.world, dtype=torch.float64)
-        if self._worker.rank == 0:
-            mine[:4] = torch.tensor(self._decide())
-        mine[4 + self._worker.rank] = self._own / self._steps
-        mine = mine.to(self._worker.device)
+        # On the CPU, whatever trains: to read it from a GPU would wait for the steps that are queued there.
+        decision = torch.tensor(self._decide() if self._worker.rank == 0 else (False,) * 3)
         if self._worker.world > 1:
-            distributed.all_reduce(mine)
-        stop, drain, due, wait, *own = mine.tolist()
-        self._tell_if_slow(own)
-        self._wait, self._steps, self._own = int(wait), 0, 0.0
+            distributed.broadcast(decision, src=0)
+        stop, checkpoint, compare = decision.tolist()
+        if compare:
+            self._compare()
         if stop:
             return StepAction.STOP
-        return StepAction.CHECKPOINT if drain or due else StepAction.NOTHING
+        return StepAction.CHECKPOINT if checkpoint else StepAction.NOTHING
 
-    def _decide(self) -> tuple[float, float, float, float]:
-        """Rank 0's decision: stop, checkpoint for a drain, checkpoint by the clock, steps until the next exchange."""
+    def _decide(self) -> tuple[bool, bool, bool]:
+        """Rank 0's decision: stop, write a checkpoint, compare speeds."""
         now = self._clock()
-        step_seconds = (now - self._last) / self._steps
-        self._last = now
         stop, drain = self._news()
         # A drain that is known already has had its checkpoint.
         new_drain = drain is not None and self._announced is None
@@ -196,29 +216,40 @@ class StopConsensus:
         elif new_drain:
             self._log(f"draining: {drain}; writing a checkpoint, then going on until the node is taken")
         due = self._checkpoint_seconds is not None and now - self._written >= self._checkpoint_seconds
-        steps = max(1, min(1000, int(EXCHANGE_SECONDS / step_seconds))) if step_seconds > 0 else 1
-        return float(stop is not None), float(new_drain), float(due), float(steps)
+        compare = self._worker.world > 1 and now - self._compared >= COMPARE_SECONDS
+        if compare:
+            self._compared = now
+        return stop is not None, new_drain or due, compare
 
-    def _tell_if_slow(self, own: list[float]) -> None:
+    def _compare(self) -> None:
         """Prints once that the others wait for this rank, and again after it had caught up."""
-        if len(own) < 2:
-            return
-        mine = own.pop(self._worker.rank)
-        others = statistics.median(own)
-        self._slow = self._slow + 1 if mine > SLOW * others and mine - others > 0.01 else 0
-        if self._slow == SLOW_EXCHANGES:
+        own = torch.zeros(self._worker.world, dtype=torch.float64)
+        own[self._worker.rank] = self._own / self._steps
+        self._steps, self._own = 0, 0.0
+        distributed.all_reduce(own)
+        others = own.tolist()
+        mine = others.pop(self._worker.rank)
+        median = statistics.median(others)
+        self._slow = self._slow + 1 if mine > SLOW * median and mine - median > 0.01 else 0
+        if self._slow == SLOW_COMPARISONS:
             self._log(
                 f"rank {self._worker.rank} on {socket.gethostname()} is slow: {mine:.2f} s a step for its data and "
-                f"forward pass, the others {others:.2f} s; all wait for it"
+                f"forward pass, the others {median:.2f} s; all wait for it"
             )
 
 
 class StopRequestPoller:
-    """Rank 0's thread that looks for a stop request once a second."""
+    """Rank 0's thread that looks for a stop request twice a second; a failure to look is said once.
 
-    def __init__(self, run: str) -> None:
+    Args:
+        run: the run's folder, a path or URL.
+        log: prints a line.
+    """
+
+    def __init__(self, run: str, log: Callable[[str], None]) -> None:
         # Once: opening an object store takes requests of its own.
         self._file = stop_file(run)
+        self._log = log
         self._stop: str | None = None
         threading.Thread(target=self._poll, daemon=True).start()
 
@@ -227,6 +258,14 @@ class StopRequestPoller:
         return self._stop, draining()
 
     def _poll(self) -> None:
+        failing = False
         while self._stop is None:
-            self._stop = stop_requested(*self._file)
+            try:
+                self._stop = stop_requested(*self._file)
+                failing = False
+            # Whatever it is: a thread that ends would leave the run deaf to stops.
+            except Exception as error:
+                if not failing:
+                    self._log(f"warning: no stop request can be read, trying on: {one_line(error)}")
+                failing = True
             time.sleep(POLL_SECONDS)

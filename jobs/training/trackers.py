@@ -1,5 +1,7 @@
 """Where a run's metrics go: to TensorBoard always, to MLflow or Weights & Biases as well if asked.
 
+None can harm the run: each has a thread of its own, so that one that fails or hangs costs no step and no checkpoint.
+
     train/loss  train/top1_error  train/lr  train/images_per_s  train/data_wait    every --log-every steps
     val/loss  val/top1_error  val/top5_error                                       after each epoch
 
@@ -12,19 +14,27 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import queue
 import tempfile
-from typing import Any, Protocol
+import threading
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
 from pyarrow import fs as arrow_fs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from pipeline.storage.locations import join, open_location
+from jobs.cli.command import one_line
+from pipeline.storage.locations import join, open_location, shown
 
 EVENTS = "tensorboard"  # In the run's folder
 MACHINE = "run/machine"
 PROJECT = "alexnet-trainer"  # MLflow's experiment and Weights & Biases' project
 MAX_POINTS = 2000  # Of one metric; a chart shows no more.
+CLOSE_SECONDS = 30.0  # For a tracker to send what it has left at the end.
+
+End = Literal["finished", "stopped", "failed"]
+"""How a run ended: done; told to stop, to be continued; or with an error."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +52,16 @@ class TrackedRun:
 
     @property
     def name(self) -> str:
-        return self.location.rpartition("/")[2]
+        return shown(self.location).rpartition("/")[2]
+
+    @property
+    def id(self) -> str:
+        """The same when the run is continued; plain letters and digits."""
+        return hashlib.sha256(self.location.encode()).hexdigest()[:16]
 
 
 class Tracker(Protocol):
-    """Called by rank 0."""
+    """Called by rank 0, in a thread of the tracker's own."""
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Records metrics; `step` counts from the run's start."""
@@ -56,9 +71,57 @@ class Tracker(Protocol):
         """Makes the metrics readable; called after each epoch."""
         ...
 
-    def close(self) -> None:
+    def close(self, end: End) -> None:
         """Called at the end of the run."""
         ...
+
+
+class BestEffort:
+    """Makes and calls a tracker in a thread; a failure is said once, and no call waits for it.
+
+    Args:
+        name: for people.
+        make: opens the tracker.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
+        self._name = name
+        self._calls: queue.SimpleQueue[Callable[[Tracker], None] | None] = queue.SimpleQueue()
+        self._failed = False
+        self._thread = threading.Thread(target=self._run, args=(make,), daemon=True)
+        self._thread.start()
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self._calls.put(lambda tracker: tracker.log(values, step))
+
+    def flush(self) -> None:
+        self._calls.put(lambda tracker: tracker.flush())
+
+    def close(self, end: End) -> None:
+        """Waits for the calls before, but no longer than CLOSE_SECONDS."""
+        self._calls.put(lambda tracker: tracker.close(end))
+        self._calls.put(None)
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            self._warn(f"did not take its last metrics within {CLOSE_SECONDS:g} s")
+
+    def _run(self, make: Callable[[], Tracker]) -> None:
+        # The libraries raise what they like.
+        try:
+            tracker = make()
+        except Exception as error:
+            self._warn(f"cannot be opened and gets no metrics: {one_line(error)}")
+            return
+        while (call := self._calls.get()) is not None:
+            try:
+                call(tracker)
+            except Exception as error:
+                self._warn(f"did not take its metrics: {one_line(error)}")
+
+    def _warn(self, what: str) -> None:
+        if not self._failed:
+            print(f"warning: {self._name} {what}; training goes on", flush=True)
+        self._failed = True
 
 
 def check_installed(tracker: str | None) -> None:
@@ -67,13 +130,13 @@ def check_installed(tracker: str | None) -> None:
         raise ValueError(f"--tracker {tracker} needs its package, on every node: pip install -e '.[{tracker}]'")
 
 
-def make_trackers(tracker: str | None, run: TrackedRun) -> list[Tracker]:
+def make_trackers(tracker: str | None, run: TrackedRun) -> list[BestEffort]:
     """TensorBoard, and mlflow or wandb if asked for."""
-    made: list[Tracker] = [TensorBoard(run)]
+    made = [BestEffort("TensorBoard", lambda: TensorBoard(run))]
     if tracker == "mlflow":
-        made.append(MLflow(run))
+        made.append(BestEffort("MLflow", lambda: MLflow(run)))
     elif tracker == "wandb":
-        made.append(WeightsAndBiases(run))
+        made.append(BestEffort("Weights & Biases", lambda: WeightsAndBiases(run)))
     return made
 
 
@@ -97,13 +160,9 @@ class TensorBoard:
         self._writer.flush()
         self._copy()
 
-    def close(self) -> None:
+    def close(self, end: End) -> None:
         self._writer.close()
-        try:
-            self._copy()
-        # A store that fails now must not hide how training ended.
-        except OSError as error:
-            print(f"warning: TensorBoard's last events were not kept: {' '.join(str(error).split())}", flush=True)
+        self._copy()
 
     def _copy(self) -> None:
         if self._local != self._path:
@@ -119,11 +178,12 @@ class MLflow:
 
         self._mlflow = mlflow
         mlflow.set_experiment(PROJECT)
-        known = mlflow.search_runs(filter_string=f"tags.location = '{run.location}'", output_format="list")
+        # Not by the location, in which a quote would end the filter's string.
+        known = mlflow.search_runs(filter_string=f"tags.run = '{run.id}'", output_format="list")
         if known:
             mlflow.start_run(known[0].info.run_id)
         else:
-            mlflow.start_run(run_name=run.name, tags={"location": run.location})
+            mlflow.start_run(run_name=run.name, tags={"run": run.id, "location": shown(run.location)})
             mlflow.log_params(run.settings)
         mlflow.set_tag("machine", run.machine)
 
@@ -134,9 +194,9 @@ class MLflow:
     def flush(self) -> None:
         self._mlflow.flush_async_logging()
 
-    def close(self) -> None:
+    def close(self, end: End) -> None:
         self.flush()
-        self._mlflow.end_run()
+        self._mlflow.end_run({"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[end])
 
 
 class WeightsAndBiases:
@@ -149,7 +209,7 @@ class WeightsAndBiases:
             project=PROJECT,
             name=run.name,
             # The same run, when it is continued.
-            id=hashlib.sha256(run.location.encode()).hexdigest()[:16],
+            id=run.id,
             resume="allow",
             dir=tempfile.mkdtemp() if "://" in run.location else run.location,
             config={**run.settings, "machine": run.machine},
@@ -161,8 +221,9 @@ class WeightsAndBiases:
     def flush(self) -> None:
         """It sends by itself."""
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, end: End) -> None:
+        # Any status but 0 marks the run as failed; it has no word for one that will go on.
+        self._run.finish(exit_code=0 if end == "finished" else 1)
 
 
 @dataclasses.dataclass(frozen=True)

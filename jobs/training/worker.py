@@ -12,27 +12,24 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
-from safetensors import SafetensorError
 
 from jobs.cli.device import processor
-from jobs.training import checkpoint
-from jobs.training.checkpoint import CHECKPOINT_PREFIX, RunFingerprint
 from jobs.training.data import WorkerData
-from jobs.training.run_storage import CheckpointUploader, check_run_folder, storage_error
+from jobs.training.failures import PERMANENT
+from jobs.training.resume import resume
+from jobs.training.run_state import RunFingerprint
+from jobs.training.run_storage import CheckpointUploader, check_run_folder
 from jobs.training.stop_signals import StopConsensus, StopRequestPoller
-from jobs.training.trackers import TrackedRun, Tracker, make_trackers
+from jobs.training.trackers import BestEffort, End, TrackedRun, make_trackers
 from jobs.training.watchdog import LimitedData, limited
 from model.alexnet import AlexNet
 from model.guards import DivergedError
 from model.metrics import LabeledImages, Score
 from model.recipe import Recipe
 from model.training import StepAction, StoppedError, Trainer, Worker
-from pipeline.dataset.info import DatasetError
 from pipeline.loading.graph import GpuDecoder
 from pipeline.staging.decoded_cache import stage_pixels
 from pipeline.staging.staging import stage
-
-WORST_ERROR = 2.0  # Of a checkpoint within an epoch, which has none yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +43,11 @@ class WorkerConfig:
     stage_as: str
     """jpeg or pixels: what the copy holds."""
     run: str
-    """The run's folder, a local path or URL, where rank 0 puts TensorBoard's events."""
+    """The run's folder, a local path or URL, where rank 0 puts checkpoints and TensorBoard's events."""
+    start: str | None
+    """The checkpoint from which a run begins that has none of its own, or None for initial weights."""
+    keep: int
+    """How many of the best checkpoints stay, besides the newest two."""
     tracker: str | None
     """mlflow or wandb, to send metrics there as well; or None."""
     recipe: Recipe
@@ -69,7 +70,10 @@ class WorkerConfig:
 
 
 class Reporter:
-    """Tells a person, the trackers and Ray Train how training goes (`model.training.Observer`); only rank 0 has any."""
+    """Tells a person and the trackers how training goes, and keeps checkpoints (`model.training.Observer`).
+
+    Only rank 0 has any of these.
+    """
 
     def __init__(
         self,
@@ -77,20 +81,21 @@ class Reporter:
         identity: RunFingerprint,
         worker: Worker,
         steps: int,
-        trackers: list[Tracker],
+        trackers: list[BestEffort],
     ) -> None:
         self._identity = identity
         self._rank = worker.rank
-        self._run = config.run
-        self._uploader = CheckpointUploader(config.run) if worker.rank == 0 else None
-        news = StopRequestPoller(config.run).news if worker.rank == 0 else lambda: (None, None)
         log = functools.partial(print, flush=True)
+        self._uploader = CheckpointUploader(config.run, config.keep) if worker.rank == 0 else None
+        news = StopRequestPoller(config.run, log).news if worker.rank == 0 else lambda: (None, None)
         self._consensus = StopConsensus(worker, config.checkpoint_seconds, news, log)
         self._steps = steps
         self._epochs = config.recipe.epochs
         self._trackers = trackers
 
     def on_step_end(self, trainer: Trainer, batches: Sequence[LabeledImages], own_seconds: float) -> StepAction:
+        if self._uploader is not None:
+            self._uploader.check()
         return self._consensus.after_step(own_seconds)
 
     def on_log(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
@@ -129,10 +134,17 @@ class Reporter:
         for tracker in self._trackers:
             tracker.flush()
 
-    def close(self) -> None:
+    def wait(self) -> None:
+        """Until the last checkpoint is committed."""
+        if self._uploader is not None:
+            self._uploader.wait()
+
+    def close(self, end: End) -> None:
         """At the end, well or not."""
         for tracker in self._trackers:
-            tracker.close()
+            tracker.close(end)
+        if self._uploader is not None:
+            self._uploader.close()
 
     def _track(self, values: dict[str, float], step: int) -> None:
         for tracker in self._trackers:
@@ -143,24 +155,9 @@ class Reporter:
             print(warning, flush=True)
 
     def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
-        progress = trainer.progress
-        # Ray Train would keep a checkpoint without a score before all others, as the best.
-        metrics = {"epoch": progress.epoch, "step": progress.step, "top1_error": WORST_ERROR, **(row or {})}
-        try:
-            if self._uploader is None:
-                ray.train.report(metrics)
-            else:
-                folder = self._uploader.new_folder(f"{CHECKPOINT_PREFIX}{progress.epoch:04d}_{progress.step:06d}")
-                checkpoint.save(folder, trainer, self._identity)
-                self._uploader.upload(metrics, folder)
-        except (OSError, SafetensorError) as error:
-            raise storage_error(self._run, error) from error
-        self._consensus.checkpointed()
-
-    def wait(self) -> None:
-        """Until the last checkpoint is committed."""
         if self._uploader is not None:
-            self._uploader.wait()
+            self._uploader.save(trainer, self._identity)
+        self._consensus.checkpointed()
 
 
 def train_worker(config: WorkerConfig) -> dict[str, Any]:
@@ -171,20 +168,18 @@ def train_worker(config: WorkerConfig) -> dict[str, Any]:
         row an epoch.
 
     Raises:
-        DatasetError: if the set is missing or damaged.
+        CheckpointError, DatasetError: if the run's checkpoints or the set are missing or damaged.
+        LocalDiskError, StorageError: if this node's disk or the storage cannot be written.
     """
     try:
         return _train(config)
-    except DatasetError:
+    except PERMANENT:
         # The driver says it in one line; Ray Train would print a traceback before.
         logging.getLogger("ray.train").setLevel(logging.CRITICAL)
         raise
 
 
 def _train(config: WorkerConfig) -> dict[str, Any]:
-    # Ray Train logs every report of every worker through a logger that is none of "ray.train", so LoggingConfig, which
-    # the driver sets, does not reach it.
-    logging.getLogger().setLevel(logging.WARNING)
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, getattr(torch, config.precision))
@@ -208,30 +203,31 @@ def _train(config: WorkerConfig) -> dict[str, Any]:
         config.log_every,
         config.checkpoint_every,
     )
-    previous = ray.train.get_checkpoint()
-    if previous is not None:
-        with previous.as_directory() as saved:
-            checkpoint.restore(Path(saved), trainer, identity)
+    # Not Ray Train's: it knows of no checkpoint, so that none that is gone or damaged can keep it from starting.
+    continued = resume(config.run, config.start, trainer, identity)
     start = trainer.progress.epoch * data.steps + trainer.progress.step
-    trackers: list[Tracker] = []
+    trackers: list[BestEffort] = []
     if worker.rank == 0:
         tracked = TrackedRun(config.run, dataclasses.asdict(config.recipe), machine(config, worker), start)
         trackers = make_trackers(config.tracker, tracked)
-    if previous is not None and worker.rank == 0:
+    if continued and worker.rank == 0:
         place = f"after epoch {trainer.progress.epoch}, step {trainer.progress.step}"
         print(f"continuing {place}, with {worker.world} worker(s)", flush=True)
     reporter = Reporter(config, identity, worker, data.steps, trackers)
     error = stopped = None
+    end: End = "failed"
     try:
-        trainer.fit(LimitedData(data, config.hang_seconds), reporter)
-    except DivergedError as failure:
-        # Every worker stops alike, and to start again would end the same way: an answer, not a failure to retry.
-        error = str(failure)
-    except StoppedError as failure:
-        stopped = str(failure)
+        try:
+            trainer.fit(LimitedData(data, config.hang_seconds), reporter)
+        except DivergedError as failure:
+            # Every worker stops alike, and to start again would end the same way: an answer, not a failure to retry.
+            error = str(failure)
+        except StoppedError as failure:
+            stopped = str(failure)
+        reporter.wait()
+        end = "stopped" if stopped else "failed" if error else "finished"
     finally:
-        reporter.close()
-    reporter.wait()
+        reporter.close(end)
     return {"error": error, "stopped": stopped, "history": trainer.progress.history}
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 
 from jobs.cluster import connection as cluster
 
@@ -112,7 +113,8 @@ def test_without_a_number_there_is_one_a_cpu_as_nodes_come_and_go(monkeypatch: p
     [
         ({"RAY_ADDRESS": "127.0.0.1:9"}, "no Ray can be reached at RAY_ADDRESS 127.0.0.1:9"),
         ({"RAY_ADDRESS": "http://localhost:8265"}, "ray job submit"),
-        ({"RAY_TMPDIR": __file__}, "Ray does not start here .*Not a directory"),
+        ({"RAY_TMPDIR": __file__}, "Ray does not start here .*Not a directory.*: set RAY_TMPDIR to a folder that you"),
+        ({"RAY_TMPDIR": f"/tmp/{'x' * 90}"}, "Ray does not start here .*: set RAY_TMPDIR to a path of at most 38"),
     ],
 )
 def test_a_ray_that_is_not_to_be_had_is_told_at_once(
@@ -124,3 +126,24 @@ def test_a_ray_that_is_not_to_be_had_is_told_at_once(
     monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", ray_constants.ENABLE_RAY_CLUSTER)
     with pytest.raises(ConnectionError, match=told), cluster.connected(1):
         pass
+
+
+def test_an_address_that_an_ended_ray_has_left_is_told_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "environ", {**os.environ, "RAY_ADDRESS": "auto", "RAY_TMPDIR": str(tmp_path)})
+    # Of another Ray on this machine.
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: set())
+    with pytest.raises(ConnectionError, match=r"RAY_ADDRESS is auto, and no Ray runs .*unset RAY_ADDRESS"):
+        cluster._check_unreachable("auto")
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")
+    told = r"no Ray can be reached at RAY_ADDRESS auto, which is 127\.0\.0\.1:9, .*unset RAY_ADDRESS"
+    with pytest.raises(ConnectionError, match=told), cluster.connected(1):
+        pass
+
+
+def test_a_home_that_cannot_be_written_is_told_from_a_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray keeps its token in the one, and looks for it only at a process's first start."""
+    monkeypatch.setenv("HOME", "/proc/none")
+    assert "set HOME to a folder that can be" in cluster._start_cure(PermissionError(13, "no", "/proc/none/.ray"))
+    assert "set RAY_TMPDIR to a folder" in cluster._start_cure(PermissionError(13, "no", "/tmp/ray/session"))
+    assert "see the logs below RAY_TMPDIR" in cluster._start_cure(RuntimeError("the raylet ended"))

@@ -5,6 +5,7 @@ Each is refused in words that name it, nothing it names is touched, and no memor
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -12,7 +13,6 @@ import json
 import os
 import pickle
 import resource
-import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,13 +26,14 @@ from PIL import Image
 
 from jobs.import_weights import read_source
 from jobs.training import checkpoint
-from jobs.training.checkpoint import MODEL_FILE, OPTIMIZER_FILE, RUN_FILE, STATE_FILE, CheckpointError
-from pipeline.dataset.info import DATASET_FILE, DatasetError, DatasetInfo, read_dataset, write_json
+from jobs.training.checkpoint import MODEL_FILE, OPTIMIZER_FILE
+from jobs.training.run_state import STATE_FILE, CheckpointError
+from pipeline.dataset.info import DATASET_FILE, DatasetError, DatasetInfo, read_dataset
 from pipeline.dataset.sample_index import describe_index, pack_index, record_batch
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.staging.decoded_cache import stage_pixels
 from pipeline.staging.staging import stage
-from tests.damage import overwrite, own_copy, places
+from tests.damage import overwrite, own_copy, places, resealed
 from tests.model.test_training import IDENTITY, Recorder, SmallData, make_trainer
 from tests.processes import run_here
 
@@ -311,19 +312,10 @@ def test_a_state_of_no_run_is_refused(saved: Path, name: str) -> None:
     text = (saved / STATE_FILE).read_text()
     changed = STATES[name](text)
     assert changed != text
+    # With the digest that this program would have given it, where it is JSON at all.
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(changed)
+        changed = resealed(value) if isinstance(value, dict) else changed
     (saved / STATE_FILE).write_text(changed)
     with pytest.raises(CheckpointError, match=STATE_FILE):
         checkpoint.restore(saved, make_trainer(), IDENTITY)
-
-
-@pytest.mark.parametrize("folder", ["../outside", "..", "/etc", "checkpoint_1/../..", "", ".", None, 7])
-def test_a_list_of_checkpoints_elsewhere_is_refused_before_any_is_removed(
-    saved: Path, tmp_path: Path, folder: object
-) -> None:
-    """Ray Train removes what its list names once there are newer ones."""
-    run = tmp_path / "listed"
-    shutil.copytree(saved, run / "checkpoint_0001")
-    results = [{"checkpoint_dir_name": name} for name in ("checkpoint_0001", folder)]
-    write_json(run / RUN_FILE, {"checkpoint_results": results, "latest_checkpoint_result": None})
-    with pytest.raises(CheckpointError, match=rf"{RUN_FILE} names .*, which is no checkpoint of this run"):
-        checkpoint.committed(str(run))

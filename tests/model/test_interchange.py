@@ -189,6 +189,8 @@ def test_what_does_not_fit_is_refused(blobs: Blobs, shard_set: Path, tmp_path: P
     refuse("f.npy", b"", "of no known kind")
     torch.save({"state_dict": {"features.0.weight": torch.zeros(1)}}, tmp_path / "g.pth.tar")
     refuse("g.pth.tar", (tmp_path / "g.pth.tar").read_bytes(), "not jiecaoyu's AlexNet")
+    torch.save([torch.zeros(1)], tmp_path / "h.pth")
+    refuse("h.pth", (tmp_path / "h.pth").read_bytes(), "it holds a list, and no mapping of names to tensors")
     nine = {**blobs, "fc8": (torch.zeros(9, 4096), torch.zeros(9))}
     refuse("h.caffemodel", caffemodel(nine, False, False), "tell 9 classes apart, the set .* has 3")
     assert not (tmp_path / "imported").exists()

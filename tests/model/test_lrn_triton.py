@@ -61,9 +61,12 @@ def test_the_layer_takes_the_kernels_on_a_gpu(lrn_triton: ModuleType, monkeypatc
     expected = LocalResponseNorm(96)(x)
     kernels: list[object] = []
     launch = lrn_triton._launch
-    monkeypatch.setattr(
-        lrn_triton, "_launch", lambda kernel, *maps, **by: (kernels.append(kernel), launch(kernel, *maps, **by))
-    )
+
+    def noted(kernel: object, *maps: torch.Tensor, **constants: float) -> None:
+        kernels.append(kernel)
+        launch(kernel, *maps, **constants)
+
+    monkeypatch.setattr(lrn_triton, "_launch", noted)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     found = LocalResponseNorm(96)(x)
     monkeypatch.undo()

@@ -254,6 +254,14 @@ def test_a_diverged_loss_stops_the_run_and_says_where(tmp_path: Path) -> None:
         trainer.fit(SmallData(), Recorder(tmp_path))
 
 
+@pytest.mark.parametrize(("rate", "cure"), [(1e-5, "with a lower --lr"), (1e-10, "so low a rate is not the cause; ")])
+def test_a_lower_rate_is_advised_only_where_it_can_help(tmp_path: Path, rate: float, cure: str) -> None:
+    trainer = make_trainer(dataclasses.replace(RECIPE, lr=rate))
+    poison(trainer, 1, math.nan)
+    with pytest.raises(DivergedError, match=f"at rate {rate:g}: .*{cure}"):
+        trainer.fit(SmallData(), Recorder(tmp_path))
+
+
 def poison(trainer: Trainer, after: int, value: float) -> None:
     """Makes the gradients of one step, counted from 1, that many times as large."""
     steps = 0

@@ -9,12 +9,19 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from jobs.training import checkpoint
-from jobs.training.checkpoint import DECODER_CURES, CheckpointError
+from jobs.training.checkpoint import MODEL_FILE, OPTIMIZER_FILE
+from jobs.training.resume import resume
+from jobs.training.run_state import DECODER_CURES, STATE_FILE, CheckpointError, DamagedError, State
+from jobs.training.run_storage import local_checkpoint
+from model.training import Trainer, Worker
 from pipeline.loading.graph import decoder_name
+from tests.damage import flip_bit, resealed
 from tests.model.test_training import IDENTITY, RECIPE, Recorder, SmallData, Stopped, make_trainer
+from tests.ranks import run_ranks
 
 
 @pytest.fixture
@@ -59,11 +66,11 @@ def test_every_decoder_has_a_cure(pixels: bool, gpu: bool, name: str) -> None:
 def test_a_state_of_an_unknown_decoder_or_precision_is_refused(saved: Path, field: str) -> None:
     value = json.loads((saved / "state.json").read_text())
     value["identity"][field] = "another"
-    (saved / "state.json").write_text(json.dumps(value))
+    (saved / "state.json").write_text(resealed(value))
     with pytest.raises(CheckpointError, match="'another' is none of"):
         checkpoint.restore(saved, make_trainer(), IDENTITY)
     del value["identity"][field]
-    (saved / "state.json").write_text(json.dumps(value))
+    (saved / "state.json").write_text(resealed(value))
     with pytest.raises(CheckpointError, match=field):
         checkpoint.restore(saved, make_trainer(), IDENTITY)
 
@@ -103,41 +110,116 @@ def test_a_state_survives_json(saved: Path) -> None:
 
 
 @pytest.fixture
-def listed(saved: Path, tmp_path: Path) -> Path:
-    """A run with one checkpoint, and Ray Train's list of it."""
-    run = tmp_path / "run"
-    shutil.copytree(saved, run / "checkpoint_0001")
-    results = {"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_0001"}], "latest_checkpoint_result": None}
-    (run / checkpoint.RUN_FILE).write_text(json.dumps(results))
-    return run
+def run(tmp_path: Path) -> Path:
+    """A run with the last checkpoints of one of four epochs: each of the second and third epoch."""
+    record = Recorder(tmp_path / "record")
+    make_trainer().fit(SmallData(), record)
+    for folder in record.saved[3:9]:
+        progress = checkpoint.read_state(folder).progress
+        shutil.copytree(folder, tmp_path / "run" / f"checkpoint_{progress.epoch:04d}_{progress.step:06d}")
+    return tmp_path / "run"
 
 
-def test_a_list_that_is_just_written_is_read_again(listed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray Train empties the file, then writes it: the first look finds nothing, the second a part, the third all."""
-    path = listed / checkpoint.RUN_FILE
-    whole = path.read_text()
-    looks = iter([whole[: len(whole) // 2], whole])
-    path.write_text("")
-    monkeypatch.setattr(checkpoint.time, "sleep", lambda _: path.write_text(next(looks)))
-    assert list(checkpoint.committed(str(listed))) == ["checkpoint_0001"]
-    assert next(looks, None) is None
+def place(run: Path) -> tuple[int, int]:
+    """Where a trainer is that goes on with a run."""
+    trainer = make_trainer()
+    assert resume(str(run), None, trainer, IDENTITY)
+    return trainer.progress.epoch, trainer.progress.step
 
 
-def test_of_a_list_that_stays_half_written_the_one_before_is_taken(
-    listed: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", [MODEL_FILE, OPTIMIZER_FILE, STATE_FILE])
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.999])
+def test_a_flipped_bit_in_any_file_is_found_and_the_checkpoint_before_is_taken(
+    run: Path, name: str, part: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As a full disk leaves it: whoever evaluates or reports then has the checkpoints before."""
-    path = listed / checkpoint.RUN_FILE
-    (listed / checkpoint.SPARE_FILE).write_text(path.read_text())
-    path.write_text("")
-    monkeypatch.setattr(checkpoint, "LIST_WAIT_S", 0.0)
-    assert list(checkpoint.committed(str(listed))) == ["checkpoint_0001"]
-    assert path.read_text() == ""
+    assert place(run) == (3, 0)
+    path = run / "checkpoint_0003_000000" / name
+    flip_bit(path, int(part * path.stat().st_size))
+    with pytest.raises(DamagedError, match=name):
+        checkpoint.restore(path.parent, make_trainer(), IDENTITY)
+    assert place(run) == (2, 4)
+    if name != STATE_FILE:
+        assert f"{path} is damaged: its sha256 is not the one in state.json; taking the checkpoint before it" in (
+            capsys.readouterr().out
+        )
+    # From now on it is none: what is written next is the newest, and the best is one of the others.
+    assert list(checkpoint.committed(str(run)))[-1] == "checkpoint_0002_000004"
+    with local_checkpoint(str(run)) as (location, _):
+        assert location == str(run / "checkpoint_0002_000000")
 
 
-def test_a_list_that_stays_half_written_is_an_error_in_words(listed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = listed / checkpoint.RUN_FILE
-    path.write_text(path.read_text()[:-1])
-    monkeypatch.setattr(checkpoint, "LIST_WAIT_S", 0.0)
-    with pytest.raises(CheckpointError, match=f"{checkpoint.RUN_FILE} is half written.*training command again"):
-        checkpoint.committed(str(listed))
+@pytest.mark.parametrize("name", [f"checkpoint_{epoch:04d}_{step:06d}" for epoch, step in [(1, 2), (2, 0), (3, 0)]])
+@pytest.mark.parametrize("files", [(), (STATE_FILE,), (MODEL_FILE,), (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)])
+def test_a_checkpoint_removed_by_hand_leaves_the_others(run: Path, name: str, files: tuple[str, ...]) -> None:
+    """Its folder, or some of what is in it."""
+    for file in files:
+        (run / name / file).unlink()
+    if not files:
+        shutil.rmtree(run / name)
+    assert place(run) == ((2, 4) if name == "checkpoint_0003_000000" else (3, 0))
+    with local_checkpoint(str(run)) as (_, folder):
+        assert checkpoint.read_state(folder).progress.step == 0
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(run: Path) -> None:
+    for path in run.glob(f"*/{MODEL_FILE}"):
+        flip_bit(path, path.stat().st_size // 2)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"no checkpoint of .* is whole: .*Use another --name"):
+            place(run)
+    for path in run.glob(f"*/{STATE_FILE}"):
+        path.write_text("{")
+    with pytest.raises(CheckpointError, match=r"no checkpoint of .* is whole: .*Use another --name"):
+        checkpoint.committed(str(run))
+
+
+def test_a_damaged_state_is_said_and_the_others_are_used(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run / "checkpoint_0002_000002" / STATE_FILE
+    flip_bit(path, path.stat().st_size // 2)
+    assert len(checkpoint.committed(str(run))) == 5
+    assert f"warning: left out: {path} is no state.json of this program" in capsys.readouterr().err
+
+
+def test_a_new_run_begins_at_a_chosen_checkpoint_and_goes_on_with_its_own(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    for _ in range(2):
+        trainer = make_trainer()
+        assert resume(str(tmp_path / "new"), str(run / "checkpoint_0002_000002"), trainer, IDENTITY)
+        assert (trainer.progress.epoch, trainer.progress.step) == (2, 2)
+    shutil.copytree(run / "checkpoint_0002_000004", tmp_path / "new" / "checkpoint_0002_000004")
+    assert resume(str(tmp_path / "new"), str(run / "checkpoint_0002_000002"), trainer, IDENTITY)
+    assert (trainer.progress.epoch, trainer.progress.step) == (2, 4)
+
+
+def test_the_newest_two_and_the_best_stay(run: Path) -> None:
+    errors = {1: 0.5, 2: 0.25, 3: 0.25, 4: 0.75}
+    states = {}
+    for epoch in range(1, 5):
+        for step in (0, 2):
+            progress = checkpoint.read_state(run / "checkpoint_0002_000000").progress
+            progress.epoch, progress.step = epoch, step
+            progress.history[-1]["top1_error"] = errors[epoch]
+            states[f"{epoch}-{step}"] = State(IDENTITY, progress)
+    gone = set(checkpoint.superfluous(states, 2))
+    assert set(states) - gone == {"2-0", "3-0", "4-0", "4-2"}
+    assert checkpoint.best(states) == "2-0"
+    assert set(states) - set(checkpoint.superfluous(states, 1)) == {"2-0", "4-0", "4-2"}
+
+
+def shared(rank: int, world: int, run: str, folder: Path) -> None:
+    """Each rank resumes; rank 1 sees a folder without checkpoints, as with a read that goes wrong."""
+    trainer = Trainer(make_trainer().network, RECIPE, Worker(rank, world, torch.device("cpu")))
+    with torch.no_grad():
+        for parameter in trainer.network.parameters():
+            parameter.fill_(rank)
+    assert resume(run if rank == 0 else str(folder / "nowhere"), None, trainer, IDENTITY)
+    checkpoint.save(folder / str(rank), trainer, IDENTITY)
+
+
+def test_all_ranks_go_on_with_what_rank_0_read(run: Path, tmp_path: Path) -> None:
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    run_ranks(2, tmp_path, shared, str(run), tmp_path)
+    for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE):
+        written = (run / "checkpoint_0003_000000" / name).read_bytes()
+        assert [(tmp_path / str(rank) / name).read_bytes() == written for rank in range(2)] == [True, True]

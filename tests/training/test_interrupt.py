@@ -1,21 +1,28 @@
-"""When a checkpoint is due, who says so, and what a failing disk leaves of a run's list."""
+"""When a checkpoint is due, who says so, and which failures end a run."""
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
+import queue
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from ray.train import ControllerError
 
-from jobs.training.checkpoint import RUN_FILE
-from jobs.training.run_storage import FailureReporter, StorageError, repair_checkpoint_list, storage_error
+from jobs.training import stop_signals
+from jobs.training.failures import FailureReporter
+from jobs.training.run_state import CheckpointError
+from jobs.training.run_storage import LocalDiskError, StorageError, storage_error
 from jobs.training.stop_signals import StopConsensus, clear_stop_request, request_stop, stop_file, stop_requested
 from model.training import StepAction, Worker
+from pipeline.dataset.info import DatasetError
 from tests.ranks import run_ranks
 
+SECONDS = 60.0
 CPU = torch.device("cpu")
 
 
@@ -42,19 +49,28 @@ def test_checkpoints_come_by_the_clock_and_count_from_the_last_one() -> None:
     assert due == [(4, StepAction.CHECKPOINT), (6, StepAction.NOTHING), (10, StepAction.CHECKPOINT)]
 
 
-def test_short_steps_are_exchanged_once_a_second() -> None:
-    clock, looks = Time(), 0
-
-    def news() -> tuple[str | None, str | None]:
-        nonlocal looks
-        looks += 1
-        return None, None
-
-    consensus = StopConsensus(Worker(0, 1, CPU), None, news, print, clock)
+@pytest.mark.parametrize("fast", [0.0, 0.0001, 0.005, 0.5])
+def test_a_stop_is_followed_after_one_step_however_fast_those_before_were(fast: float) -> None:
+    """Steps that fit many times into a second, then one of a minute: what was announced within it counts at its end."""
+    clock = Time()
+    news: list[tuple[str | None, str | None]] = [(None, None)]
+    consensus = StopConsensus(Worker(0, 1, CPU), 1800.0, lambda: news[0], lambda line: None, clock)
     for _ in range(1000):
-        clock.now += 0.0101
-        consensus.after_step(0.001)
-    assert 10 <= looks <= 12
+        clock.now += fast
+        assert consensus.after_step(0.001) is StepAction.NOTHING
+    clock.now += 60
+    news[0] = ("SIGTERM to the driver", None)
+    assert consensus.after_step(0.001) is StepAction.STOP
+    news[0] = (None, "node a")
+    clock.now += 60
+    assert consensus.after_step(0.001) is StepAction.CHECKPOINT
+    news[0] = (None, None)
+    for _ in range(1000):
+        clock.now += fast
+        consensus.checkpointed()
+        assert consensus.after_step(0.001) is StepAction.NOTHING
+    clock.now += 1800
+    assert consensus.after_step(0.001) is StepAction.CHECKPOINT
 
 
 def test_a_word_to_stop_is_followed_and_a_drain_has_one_checkpoint() -> None:
@@ -108,31 +124,11 @@ def test_a_stop_request_is_cleared_made_and_read(tmp_path: Path) -> None:
     assert stop_requested(*stop_file(run)) is None
 
 
-def test_a_half_written_list_of_checkpoints_is_mended(tmp_path: Path) -> None:
-    run = str(tmp_path)
-    assert repair_checkpoint_list(run) is None
-    whole = '{"checkpoint_results": []}'
-    (tmp_path / RUN_FILE).write_text(whole)
-    FailureReporter(run, 3).after_report(object(), [], object())
-    assert repair_checkpoint_list(run) is None
-    (tmp_path / RUN_FILE).write_text(whole[:7])
-    assert "taking the one before" in str(repair_checkpoint_list(run))
-    assert (tmp_path / RUN_FILE).read_text() == whole
-
-
-def test_a_list_that_was_never_whole_is_put_aside(tmp_path: Path) -> None:
-    (tmp_path / RUN_FILE).write_text("")
-    assert "starting anew" in str(repair_checkpoint_list(str(tmp_path)))
-    assert not (tmp_path / RUN_FILE).exists()
-
-
-def test_a_node_that_is_taken_is_said_once_and_is_no_failure(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_node_that_is_taken_is_said_once_and_is_no_failure(capsys: pytest.CaptureFixture[str]) -> None:
     class Taken(Exception):
         preempted = True
 
-    reporter = FailureReporter(str(tmp_path), 0)
+    reporter = FailureReporter(0)
     for _ in range(3):
         reporter.after_exception(object(), {1: Taken("the actor died")})
     line = "a node was taken: rank 1: Taken: the actor died; starting again from the last checkpoint"
@@ -142,7 +138,7 @@ def test_a_node_that_is_taken_is_said_once_and_is_no_failure(
 def test_a_storage_that_fails_is_not_tried_again_and_a_lost_worker_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reporter = FailureReporter(str(tmp_path), 1)
+    reporter = FailureReporter(1)
     error = storage_error(str(tmp_path), OSError(28, os.strerror(28)))
     with pytest.raises(ControllerError) as raised:
         reporter.after_exception(object(), {0: error})
@@ -155,3 +151,61 @@ def test_a_storage_that_fails_is_not_tried_again_and_a_lost_worker_is_named(
         "failure 1 of at most 2: rank 1: RuntimeError: lost; starting again from the last checkpoint",
         "failure 2 of at most 2: rank 1: RuntimeError: lost; giving up",
     ]
+
+
+def test_the_poller_lives_through_whatever_a_look_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    looks = iter([OSError("Unable to connect"), RuntimeError("no such thing"), None, ValueError("half"), "because"])
+    said: queue.Queue[str] = queue.Queue()
+    ended = threading.Event()
+
+    def look(*_: object) -> str | None:
+        found = next(looks)
+        if isinstance(found, Exception):
+            raise found
+        if found:
+            ended.set()
+        return found
+
+    monkeypatch.setattr(stop_signals, "stop_requested", look)
+    monkeypatch.setattr(stop_signals, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(stop_signals, "draining", lambda: None)
+    poller = stop_signals.StopRequestPoller(str(tmp_path), said.put)
+    assert ended.wait(SECONDS)
+    # Once for each time that it begins to fail.
+    assert [said.get(timeout=SECONDS) for _ in range(2)] == [
+        "warning: no stop request can be read, trying on: Unable to connect",
+        "warning: no stop request can be read, trying on: half",
+    ]
+    assert said.empty()
+    while poller.news()[0] is None:
+        threading.Event().wait(0.001)
+    assert poller.news() == ("because", None)
+
+
+def test_a_stop_that_cannot_be_written_is_one_line_and_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = iter([PermissionError(13, "Permission denied"), OSError("refused"), None])
+    asked = []
+
+    def write(run: str, reason: str) -> None:
+        asked.append(reason)
+        if (error := next(answers)) is not None:
+            raise error
+
+    monkeypatch.setattr(stop_signals, "request_stop", write)
+    monkeypatch.setattr(stop_signals, "POLL_SECONDS", 0.0)
+    stop_signals.insist_on_stop("s3://key:secret@runs/here?secret", "SIGTERM to the driver", threading.Event())
+    assert asked == ["SIGTERM to the driver"] * 3
+    line = (
+        "warning: SIGTERM to the driver, but the stop cannot be written to s3://runs/here: [Errno 13] Permission denied"
+    )
+    assert capsys.readouterr().err == line + "\n"
+
+
+@pytest.mark.parametrize("kind", [CheckpointError, DatasetError, LocalDiskError, StorageError])
+def test_what_another_start_cannot_help_ends_the_run(kind: type[ValueError]) -> None:
+    error = pickle.loads(pickle.dumps(kind("cause and cure")))
+    with pytest.raises(ControllerError) as raised:
+        FailureReporter(3).after_exception(object(), {0: RuntimeError("lost"), 1: error})
+    assert raised.value.controller_failure is error

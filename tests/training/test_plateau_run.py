@@ -40,7 +40,7 @@ class InterruptedRunError(Exception):
 class NoCluster:
     """Stands for what polls for a stop request."""
 
-    def __init__(self, run: str) -> None: ...
+    def __init__(self, *_: object) -> None: ...
 
     def news(self) -> tuple[None, None]:
         return None, None
@@ -83,6 +83,8 @@ def train(data: Path, folder: Path, die_in: int | None = None) -> Trainer:
         stage=None,
         stage_as="jpeg",
         run=str(folder),
+        start=None,
+        keep=2,
         tracker=None,
         recipe=RECIPE,
         micro_batch=4,

@@ -8,15 +8,20 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import stat
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import pytest
-from ray.train import Checkpoint
 
-from jobs.training.run_storage import CheckpointUploader, StorageError, check_run_folder
+from jobs.training import checkpoint, run_storage
+from jobs.training.run_storage import CheckpointUploader, LocalDiskError, StorageError, check_run_folder
+from tests.damage import flip_bit
+from tests.model.test_training import IDENTITY, make_trainer
+from tests.processes import below
 from tests.runs import Run, assert_alike, last, undisturbed
 
 CHECKPOINT_BYTES = 470 * 2**20  # A network of three classes and its momentum
@@ -88,6 +93,47 @@ def test_a_full_disk_is_one_line_and_changes_nothing(alone: Path, shard_set: Pat
         assert_alike(alone, str(disk / "run"), shard_set, 1, 1, tmp_path / "notes")
 
 
+def tracebacks(run: Run) -> list[str]:
+    """Those that a run printed, but for the controller's, which may complain of a busy machine."""
+    return [line for line in run.lines if "Traceback" in line and "TrainController" not in line]
+
+
+@pytest.mark.slow
+def test_a_killed_controller_and_a_damaged_checkpoint_change_nothing(
+    alone: Path, shard_set: Path, tmp_path: Path
+) -> None:
+    """As the kernel ends it when memory is short; and the newest checkpoint then has a bit flipped."""
+    first = Run(shard_set, str(tmp_path), 1, 1, checkpoint_every=1, notes=tmp_path / "notes")
+    first.wait_for("step 4/5")
+    controllers = [pid for pid, line in below(first.process.pid).items() if "TrainController" in line]
+    os.kill(controllers[0], signal.SIGKILL)
+    assert first.end() == 1, first.text
+    assert first.lines[-1].startswith("error: Ray Train's controller died ("), first.text
+    assert first.lines[-1].endswith("; the same command continues from the last checkpoint\n")
+    assert not tracebacks(first)
+
+    names = list(checkpoint.committed(str(tmp_path / "run")))
+    assert len(names) == 2
+    newest = tmp_path / "run" / names[-1] / "model.safetensors"
+    flip_bit(newest, newest.stat().st_size // 2)
+    second = Run(shard_set, str(tmp_path), 1, 1, notes=tmp_path / "notes")
+    second.wait_for(f"warning: {newest} is damaged: its sha256 is not the one in state.json; taking the checkpoint")
+    second.wait_for(f"continuing after epoch 0, step {int(names[0][-6:])}, with")
+    assert second.end() == 0, second.text
+    assert_alike(alone, str(tmp_path / "run"), shard_set, 1, 1, tmp_path / "notes")
+
+
+@pytest.mark.slow
+def test_a_full_temporary_folder_ends_a_run_with_one_line(shard_set: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        run = Run(shard_set, str(tmp_path / "runs"), 1, 1, TMPDIR=str(disk), RAY_TMPDIR="/tmp")
+        assert run.end() == 1, run.text
+        assert run.lines[-1].startswith(f"error: {disk} on "), run.text
+        assert "No space left on device" in run.lines[-1]
+        assert not tracebacks(run)
+        assert not list((tmp_path / "runs" / "run").glob("checkpoint_*"))
+
+
 @pytest.mark.long
 def test_a_run_on_s3_is_stopped_resumed_finished_and_known_again(
     alone: Path, shard_set: Path, tmp_path: Path, s3: str
@@ -123,19 +169,18 @@ def test_a_node_that_does_not_see_the_runs_folder_says_so(tmp_path: Path) -> Non
         check_run_folder(str(tmp_path / "run"))
 
 
-def send(uploader: CheckpointUploader, folder: Path) -> Checkpoint:
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(bytes(2**21))
-    return uploader._upload(Checkpoint.from_directory(str(folder)), "checkpoint_0001_000000")
+def send(uploader: CheckpointUploader) -> None:
+    uploader.save(make_trainer(), IDENTITY)
+    uploader.wait()
 
 
 def test_a_storage_that_vanishes_is_not_made_anew_elsewhere(tmp_path: Path) -> None:
     run = tmp_path / "mount" / "run"
     run.mkdir(parents=True)
-    uploader = CheckpointUploader(str(run))
+    uploader = CheckpointUploader(str(run), 2)
     run.parent.rename(tmp_path / "gone")
     with pytest.raises(StorageError, match=r"run could not be written \(the run's folder has vanished\); the checkp"):
-        send(uploader, tmp_path / "checkpoint")
+        send(uploader)
     assert not run.exists()
 
 
@@ -146,9 +191,92 @@ def test_a_storage_that_cannot_be_written_is_named(tmp_path: Path, options: str,
     with small_disk(tmp_path / "disk", "4m") as disk:
         run = disk / "run"
         run.mkdir()
-        uploader = CheckpointUploader(str(run))
+        # All of the smaller disk but a page.
+        (disk / "other").write_bytes(bytes(2**20 - 4096))
+        uploader = CheckpointUploader(str(run), 2)
         subprocess.run(["mount", "-o", options, disk], check=True)
         with pytest.raises(StorageError, match=rf"{run} could not be written \(.*{reason}"):
-            send(uploader, tmp_path / "checkpoint")
+            send(uploader)
+        assert checkpoint.committed(str(run)) == {}
         subprocess.run(["mount", "-o", "remount,rw,size=8m", disk], check=True)
-        assert send(uploader, tmp_path / "again").path == f"{run}/checkpoint_0001_000000"
+        uploader = CheckpointUploader(str(run), 2)
+        send(uploader)
+        assert list(checkpoint.committed(str(run))) == ["checkpoint_0000_000000"]
+
+
+@pytest.mark.parametrize("options", ["remount,ro", "remount,size=1m"])
+def test_a_full_temporary_folder_is_named_and_the_storage_is_not(
+    tmp_path: Path, options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    with small_disk(tmp_path / "disk", "4m") as disk:
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))
+        (disk / "other").write_bytes(bytes(2**20 - 4096))
+        uploader = CheckpointUploader(str(tmp_path / "run"), 2)
+        subprocess.run(["mount", "-o", options, disk], check=True)
+        reason = "Read-only file system" if "ro" in options else "No space left on device"
+        cure = "free space there or set TMPDIR to a larger disk"
+        with pytest.raises(LocalDiskError, match=rf"{disk} on .*could not be written \(.*{reason}.*{cure}") as raised:
+            send(uploader)
+        assert str(tmp_path / "run") not in str(raised.value)
+        assert not any((tmp_path / "run").iterdir())
+
+
+def test_what_is_on_its_way_is_for_nobody_else_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    killed = CheckpointUploader(str(tmp_path / "run"), 2)
+    (tmp_path / "tmp" / "another").mkdir()
+    (first,) = set((tmp_path / "tmp").iterdir()) - {tmp_path / "tmp" / "another"}
+    assert stat.S_IMODE(first.stat().st_mode) == 0o700
+    uploader = CheckpointUploader(str(tmp_path / "run"), 2)
+    # Of the killed one nothing is left, and nobody knew the new name before.
+    assert not first.exists()
+    send(uploader)
+    (folder,) = set((tmp_path / "tmp").iterdir()) - {tmp_path / "tmp" / "another"}
+    assert list(folder.iterdir()) == []
+    uploader.close()
+    killed.close()
+    assert [path.name for path in (tmp_path / "tmp").iterdir()] == ["another"]
+
+
+def test_a_half_sent_checkpoint_is_none_and_is_sent_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that dies at the last moment, before the state is there."""
+    uploader = CheckpointUploader(str(tmp_path), 2)
+
+    def die(*_: object) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_storage, "put", die)
+        with pytest.raises(StorageError):
+            send(uploader)
+    folder = tmp_path / "checkpoint_0000_000000"
+    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "optimizer.safetensors"]
+    assert checkpoint.committed(str(tmp_path)) == {}
+    (folder / "half").touch()
+    send(CheckpointUploader(str(tmp_path), 2))
+    assert not (folder / "half").exists()
+    trainer = make_trainer()
+    checkpoint.restore(folder, trainer, IDENTITY)
+    assert list(checkpoint.committed(str(tmp_path))) == [folder.name]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_harms_nothing(
+    s3: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    boto3.client("s3", endpoint_url=f"http://{s3}").create_bucket(Bucket="runs")
+    run = f"s3://runs/here?region=us-east-1&scheme=http&endpoint_override={s3}"
+    uploader, trainer = CheckpointUploader(run, 1), make_trainer()
+    for step in range(1, 5):
+        trainer.progress.step = step
+        uploader.save(trainer, IDENTITY)
+    uploader.wait()
+    assert list(checkpoint.committed(run)) == ["checkpoint_0000_000003", "checkpoint_0000_000004"]
+    monkeypatch.setattr(run_storage, "superfluous", lambda *_: ["checkpoint_9999_000000"])
+    trainer.progress.step = 5
+    uploader.save(trainer, IDENTITY)
+    uploader.wait()
+    assert "checkpoint_0000_000005" in checkpoint.committed(run)
+    assert "warning: an old checkpoint could not be removed: " in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import queue
 import signal
@@ -32,7 +33,7 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_two_signals_at_once_ask_once_and_a_later_one_leaves(
     signum: signal.Signals, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -51,16 +52,31 @@ def test_two_signals_at_once_ask_once_and_a_later_one_leaves(
     assert capfd.readouterr().err == line
 
 
-def test_what_was_started_to_live_through_a_ctrl_c_does() -> None:
-    """As a shell starts what goes to the background."""
-    before, other = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
+def test_what_was_started_to_live_through_a_signal_does(signum: signal.Signals) -> None:
+    """As a shell starts what goes to the background, and nohup what shall live through a hangup."""
+    before, other = signal.signal(signum, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
     try:
         with signals_stop("run"):
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert signal.getsignal(signum) is signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) is not other
         assert signal.getsignal(signal.SIGTERM) is other
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signum, before)
+
+
+def test_a_terminal_that_is_gone_does_not_keep_a_stop_from_being_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a hangup, each write to it fails."""
+    asked: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(interrupt, "request_stop", lambda run, reason: asked.put(reason))
+
+    def gone(line: str) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(interrupt, "log", gone)
+    with signals_stop("run"):
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert asked.get(timeout=SECONDS) == "SIGHUP to the driver"
 
 
 @contextlib.contextmanager

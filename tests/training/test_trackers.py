@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 from pathlib import Path
 
 import boto3
 import pytest
 
+from jobs.training import trackers as module
 from jobs.training.trackers import (
     EVENTS,
     MACHINE,
     PROJECT,
+    BestEffort,
+    End,
     TrackedRun,
-    Tracker,
     check_installed,
     make_trackers,
     read_events,
@@ -24,16 +27,20 @@ SETTINGS = {"batch_size": 128, "lr": 0.01}
 
 
 def track(
-    tracker: str | None, folder: Path, start: int, losses: dict[int, float], machine: str = "here"
-) -> list[Tracker]:
+    tracker: str | None,
+    folder: Path,
+    start: int,
+    losses: dict[int, float],
+    machine: str = "here",
+    end: End = "finished",
+) -> None:
     trackers = make_trackers(tracker, TrackedRun(str(folder), SETTINGS, machine, start))
     for step, loss in losses.items():
         for one in trackers:
             one.log({"train/loss": loss}, step)
     for one in trackers:
         one.flush()
-        one.close()
-    return trackers
+        one.close(end)
 
 
 def test_tensorboard_shows_once_what_an_interruption_made_happen_twice(tmp_path: Path) -> None:
@@ -50,15 +57,81 @@ def test_what_was_told_after_the_last_epoch_reaches_an_object_store_too(s3: str)
     run = f"s3://runs/here?region=us-east-1&scheme=http&endpoint_override={s3}"
     (tensorboard,) = make_trackers(None, TrackedRun(run, SETTINGS, "here", 0))
     tensorboard.log({"train/loss": 2.5}, 10)
-    tensorboard.close()
+    tensorboard.close("finished")
     assert read_events(join(run, EVENTS)).scalars == {"train/loss": [(10, 2.5)]}
 
 
-def test_a_store_that_is_gone_at_the_end_is_a_warning(s3: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_store_that_takes_nothing_is_one_warning(s3: str, capsys: pytest.CaptureFixture[str]) -> None:
     run = f"s3://nowhere/here?region=us-east-1&scheme=http&endpoint_override={s3}&allow_bucket_creation=false"
     (tensorboard,) = make_trackers(None, TrackedRun(run, SETTINGS, "here", 0))
-    tensorboard.close()
-    assert "warning: TensorBoard's last events were not kept: " in capsys.readouterr().out
+    for step in range(3):
+        tensorboard.log({"train/loss": 2.5}, step)
+        tensorboard.flush()
+    tensorboard.close("finished")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: TensorBoard did not take its metrics: ")
+    assert line.endswith("; training goes on")
+
+
+class Broken:
+    """Fails at whatever is in `at`; a call to `hang` waits for the test to end."""
+
+    def __init__(self, at: set[str], ended: threading.Event | None = None) -> None:
+        self.at, self.ended, self.calls = at, ended, list[object]()
+        self._do("make")
+
+    def _do(self, name: str, *values: object) -> None:
+        self.calls.append((name, *values))
+        if name in self.at:
+            # What a library raises need not be an OSError.
+            raise RuntimeError(f"{name}\nrefused")
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        if self.ended is not None:
+            self.ended.wait(60)
+        self._do("log", step)
+
+    def flush(self) -> None:
+        self._do("flush")
+
+    def close(self, end: End) -> None:
+        self._do("close", end)
+
+
+@pytest.mark.parametrize("at", [{"make"}, {"log"}, {"flush"}, {"close"}, {"log", "flush", "close"}])
+def test_a_tracker_that_fails_is_said_once_and_asked_again(at: set[str], capsys: pytest.CaptureFixture[str]) -> None:
+    made: list[Broken] = []
+
+    def make() -> Broken:
+        made.append(Broken(at))
+        return made[0]
+
+    one = BestEffort("Some Tracker", make)
+    for step in range(3):
+        one.log({"train/loss": 1.0}, step)
+    one.flush()
+    one.close("stopped")
+    what = "cannot be opened and gets no metrics: make" if "make" in at else f"did not take its metrics: {max(at)}"
+    if len(at) > 1:
+        what = "did not take its metrics: log"
+    assert capsys.readouterr().out == f"warning: Some Tracker {what} refused; training goes on\n"
+    if "make" not in at:
+        assert made[0].calls == [("make",), ("log", 0), ("log", 1), ("log", 2), ("flush",), ("close", "stopped")]
+
+
+def test_nobody_waits_for_a_tracker_that_hangs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CLOSE_SECONDS", 0.01)
+    ended = threading.Event()
+    one = BestEffort("Some Tracker", lambda: Broken(set(), ended))
+    for step in range(1000):
+        one.log({"train/loss": 1.0}, step)
+        one.flush()
+    one.close("finished")
+    out = capsys.readouterr().out
+    assert out == "warning: Some Tracker did not take its last metrics within 0.01 s; training goes on\n"
+    ended.set()
 
 
 def test_a_run_without_events_has_none(tmp_path: Path) -> None:
@@ -74,15 +147,20 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mlflow_continues_the_run_of_the_same_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the path has a quote, which would end a string in a filter; and it knows how each run ended."""
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow.set_tracking_uri((tmp_path / "server").as_uri())
-    track("mlflow", tmp_path / "first", 0, {10: 2.5})
-    track("mlflow", tmp_path / "other", 0, {10: 9.0})
-    track("mlflow", tmp_path / "first", 10, {20: 2.25})
+    place = tmp_path / 'the owner\'s "runs"'
+    track("mlflow", place / "first", 0, {10: 2.5}, end="stopped")
+    track("mlflow", place / "other", 0, {10: 9.0}, end="failed")
+    track("mlflow", place / "first", 10, {20: 2.25})
+    track("mlflow", place / "third", 0, {10: 9.0}, end="stopped")
     client = mlflow.MlflowClient()
     runs = client.search_runs([client.get_experiment_by_name(PROJECT).experiment_id])
-    assert {run.info.run_name for run in runs} == {"first", "other"}
+    found = {run.info.run_name: run.info.status for run in runs}
+    assert found == {"first": "FINISHED", "other": "FAILED", "third": "KILLED"}
+    assert len(runs) == 3
     (first,) = (run for run in runs if run.info.run_name == "first")
     assert first.data.params == {"batch_size": "128", "lr": "0.01"}
     history = client.get_metric_history(first.info.run_id, "train/loss")

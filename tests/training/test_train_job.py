@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from jobs.training import checkpoint
+from jobs.training.config import TrainConfig
 from tests.processes import listening, run_here
 from tests.runs import Run, assert_alike, command, last
 
@@ -149,6 +150,33 @@ def test_a_checkpoint_of_other_classes_is_refused(pair: Path, shard_set: Path, t
 def test_what_is_no_checkpoint_is_refused(shard_set: Path, tmp_path: Path) -> None:
     assert "does not exist" in refusal("evaluate", "--data", shard_set, "--checkpoint", tmp_path / "none")
     assert "no finished epoch" in refusal("evaluate", "--data", shard_set, "--checkpoint", tmp_path)
+
+
+def test_a_path_is_absolute_and_has_no_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig("~/set", "runs", "a", stage="~/stage", from_checkpoint="gs://runs/~/b").with_whole_paths()
+    assert (config.data, config.storage) == (f"{tmp_path}/set", f"{tmp_path}/runs")
+    assert (config.stage, config.from_checkpoint) == (f"{tmp_path}/stage", "gs://runs/~/b")
+
+
+@pytest.mark.parametrize("flag", ["data", "storage", "stage", "from-checkpoint"])
+def test_a_relative_path_of_a_submitted_job_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    """Its working directory is where Ray unpacks the code, which another submission will not find."""
+    folder = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    given = {"data": "s3://bucket/set", "storage": "/mnt/runs", "stage": "~/stage", "from-checkpoint": "/mnt/a"}
+    line = refusal(
+        "train", "--name", "a", *(text for f, path in (given | {flag: "x"}).items() for text in (f"--{f}", path))
+    )
+    assert line == (
+        f"error: --{flag} is the relative path x, and a submitted job runs in a temporary copy of the code: give an "
+        "absolute path or a URL"
+    )
+    assert not any(folder.iterdir())
 
 
 def test_wrong_usage_exits_with_2(tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""How many workers a run has, and what each gets of the nodes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from jobs.cluster.connection import on_cluster
+from jobs.cluster.nodes import Node
+from jobs.training.config import TrainConfig, Workers
+from model.recipe import Recipe
+
+MOST_CORES = 12  # Of a GPU worker by default: decoding 256 x 256 JPEGs for one GPU's AlexNet gains little beyond.
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What the run gets of the cluster."""
+
+    workers: Workers
+    gpus: bool
+    cpus_per_worker: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, nodes: Sequence[Node]) -> Resources:
+        """Settles what the command line leaves open.
+
+        Args:
+            config: the command line.
+            nodes: those that are there now; others may come.
+
+        Raises:
+            ValueError: if the cores of a worker cannot be told, as no node with a GPU is there yet.
+        """
+        found = sum(node.gpus for node in nodes)
+        gpus = config.gpus if config.gpus is not None else found > 0
+        present = max(found, 1) if gpus else 1
+        workers = config.workers or Workers(present, present)
+        if config.cpus_per_worker:
+            return cls(workers, gpus, config.cpus_per_worker)
+        # Nodes that come later bring cores of their own.
+        share = _most_cores(nodes, min(max(present, workers.min_workers), workers.max_workers), gpus)
+        if not share and gpus:
+            if not found:
+                raise ValueError(
+                    "no node with a GPU is there yet, so that a worker's share of its cores cannot be told: give "
+                    f"--cpus-per-worker, as {MOST_CORES} for a node of 96 cores and 8 GPUs"
+                )
+            share = max(node.cpus // node.gpus for node in nodes if node.gpus)
+        return cls(workers, gpus, max(min(share, MOST_CORES) if gpus else share, 1))
+
+    def room(self, nodes: Sequence[Node]) -> int:
+        """How many of these workers the nodes have room for, each worker on one node."""
+        return _room(nodes, self.cpus_per_worker, self.gpus)
+
+
+def _room(nodes: Sequence[Node], cores: int, gpus: bool) -> int:
+    return sum(min(node.cpus // cores, node.gpus) if gpus else node.cpus // cores for node in nodes)
+
+
+def _most_cores(nodes: Sequence[Node], workers: int, gpus: bool) -> int:
+    """The most cores that each of so many workers can have, none spread over nodes; 0 if there is no room for all."""
+    most = max((node.cpus for node in nodes), default=0)
+    return next((cores for cores in range(most, 0, -1) if _room(nodes, cores, gpus) >= workers), 0)
+
+
+def check_shortage(resources: Resources, nodes: Sequence[Node], recipe: Recipe) -> None:
+    """Raises ValueError for what could never start: more workers than images in a batch, or than this machine holds."""
+    resources.workers.check_more_than(recipe.batch_size)
+    room, needed = resources.room(nodes), resources.workers.min_workers
+    if room >= needed:
+        return
+    each = f"{resources.cpus_per_worker} core(s){' and a GPU' if resources.gpus else ''} each"
+    there = ", ".join(f"{node.address} with {node.cpus} core(s) and {node.gpus} GPU(s)" for node in nodes[:5])
+    short = f"the run needs room for {needed} worker(s) of {each}, and there is room for {room} now ({there})"
+    if not on_cluster():
+        raise ValueError(f"{short}: use fewer --workers, --cpus-per-worker or --no-gpus")
+    print(f"waiting for the cluster to grow: {short}", flush=True)
