@@ -36,7 +36,7 @@ from pipeline.images.resize import encoder_settings
 from pipeline.sharding.set_lock import JobLock
 from pipeline.sharding.shard_set import SetPlan, claim_folder, find_finished, finish, is_left_over, make_folder, tidy
 from pipeline.sharding.shards import plan_shards
-from pipeline.sources.sources import read_source
+from pipeline.sources.sources import check_output, read_source
 from pipeline.staging.publish import check_destination, check_unwritable, publish
 from pipeline.storage.locations import shown
 
@@ -52,15 +52,16 @@ class ShardConfig:
     all nodes share."""
     source: str
     """Folder with one folder of images a class; or ILSVRC2012_img_train.tar (a tar of class tars); or a folder of class
-    tars; or a folder of WebDataset shards (.jpg and .cls); or a folder that holds one of these as train/ (and val/), or
-    ImageNet's tars. A local path or a URL (s3://, gs://, and http:// for tars); {000..146} in it stands for many tars.
+    tars; or a folder of WebDataset shards (.jpg and .cls), or of tars with a wnid in each image's name, as Hugging
+    Face's; or a folder or tar that holds one of these as train/ (and val/), or ImageNet's tars. A local path or a URL
+    (s3://, gs://, and http:// for tars); {000..146} in it stands for many tars.
     """
     source_val: str | None = None
     """What to validate on, in any of these forms, instead of SOURCE/val; with --val-labels also a folder or a tar of
     images without classes, as ILSVRC2012_img_val.tar is."""
     val_labels: str | None = None
     """Text file with the class of each validation image: a wnid a line, or one of the devkit's ids, in the order of the
-    images' names."""
+    images' names; or 'name class' rows, as in Kaggle's LOC_val_solution.csv and Caffe's val.txt."""
     val_synsets: str | None = None
     """Text file with 'id wnid' a line, which --val-labels with the devkit's ids needs."""
     workers: int | None = None
@@ -121,15 +122,14 @@ def main(config: ShardConfig) -> None:
 
 def _make_or_mend(output: Path, config: ShardConfig) -> None:
     """Makes the set, or what is missing of it, and prints what came of it."""
+    check_output(output, config.source, config.source_val)
     listing = read_source(
         config.source, config.source_val, config.val_fraction, config.seed, config.val_labels, config.val_synsets
     )
     counts = ", ".join(f"{len(entries):,} {split}" for split, entries in listing.splits.items())
     print(f"{' and '.join(listing.roots)}: {counts} images of {len(listing.classes):,} classes", flush=True)
-    if listing.ignored:
-        print(f"files ignored, since their extensions are not those of images: {listing.ignored:,}", flush=True)
-    if listing.unread:
-        print(f"folders beside train/ that are not read: {', '.join(listing.unread)}", flush=True)
+    for note in listing.notes:
+        print(note, flush=True)
     shards = plan_shards(listing, config.seed, config.samples_per_shard)
     plan = SetPlan(listing, encoder_settings(config.quality), config.seed, config.samples_per_shard, tuple(shards))
     info, rate = find_finished(output, plan), None
