@@ -24,18 +24,23 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+import pyarrow as pa
 
 from jobs.cli.command import log, run
 from jobs.cli.progress import Progress
 from jobs.cluster.build import build_all
 from jobs.cluster.connection import connected
 from pipeline.dataset.info import REJECTS_FILE, DatasetInfo
+from pipeline.dataset.sample_index import SCHEMA
+from pipeline.images.equal_images import equal_images
 from pipeline.images.resize import encoder_settings
 from pipeline.sharding.set_lock import JobLock
 from pipeline.sharding.shard_set import SetPlan, claim_folder, find_finished, finish, is_left_over, make_folder, tidy
-from pipeline.sharding.shards import plan_shards
+from pipeline.sharding.shards import BuiltShard, plan_shards
 from pipeline.sources.sources import check_output, read_source
 from pipeline.staging.publish import check_destination, check_unwritable, publish
 from pipeline.storage.locations import shown
@@ -153,7 +158,20 @@ def _make(output: Path, plan: SetPlan, config: ShardConfig, lock: JobLock) -> tu
         built = build_all(output, plan, config.on_bad_image == "set-aside", config.workers, progress)
         rate = progress.rate
     lock.shut_out_workers()
+    _print_equal_images(built)
     return finish(output, plan, built, config.max_bad_fraction), rate
+
+
+def _print_equal_images(built: Sequence[BuiltShard]) -> None:
+    rows = pa.Table.from_batches([shard.rows for shard in built if len(shard.rows)], SCHEMA)
+    found = equal_images(*(rows[column].to_numpy() for column in ("size", "crc32", "label")))
+    if found.count:
+        print(
+            f"images that are stored under another class, too, byte for byte: {found.count:,}; one of them "
+            f"{found.most:,} times under {found.classes:,} classes, as {rows['key'][found.example]}: is it what a "
+            "download puts in place of a missing image?",
+            flush=True,
+        )
 
 
 def _print_summary(output: Path, info: DatasetInfo, rate: float | None) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -198,7 +198,7 @@ def read_classes(tree: Tree, flag: str, trained: Names | None = None) -> Content
             f"{tree.where} holds {' and '.join(found)} beside each other: give {flag} class folders or class tars "
             "alone (was a script that sorts them stopped half way? Run it to its end, or move away what is no class)"
         )
-    trees = read_all(tree.below)
+    trees: Sequence[Tree] = read_all(tree.below)
     samples = [one.samples for one in trees if one.samples is not None]
     if samples:
         _check_shards(tree, trees)
@@ -257,7 +257,7 @@ def right_source(tree: Tree, itself: bool = False) -> str | None:
     return None
 
 
-def _count(others: collections.Counter[str] | dict[str, int]) -> str:
+def _count(others: Mapping[str, int]) -> str:
     return f"{sum(others.values()) or 'no'} files"
 
 

@@ -120,7 +120,7 @@ def parts(whole: Mapping[str, bytes], name: str, count: int) -> Layout:
         {**TRAIN_FOLDERS, **VAL_FOLDERS},
         {
             name.replace("train", "Train").replace("val", "VALIDATION"): data
-            for name, data in (TRAIN_FOLDERS | VAL_FOLDERS).items()
+            for name, data in {**TRAIN_FOLDERS, **VAL_FOLDERS}.items()
         },
         {**below("train", TRAIN_TARS), **below("val", VAL_TARS)},
         {

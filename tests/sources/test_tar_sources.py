@@ -332,7 +332,7 @@ def test_a_tar_that_is_replaced_while_a_shard_is_built_is_noticed(
         converted.append(len(data))
         return convert(data, quality)
 
-    monkeypatch.setattr("pipeline.sharding.shards.convert", convert_and_replace)
+    monkeypatch.setattr("pipeline.images.isolation.convert", convert_and_replace)
     with pytest.raises(ShardError, match=r"images\.tar is not the file that was listed"):
         build_shard(tmp_path / "out", shard, encoder_settings(90), set_aside=True)
     assert len(converted) == len(shard.entries)
