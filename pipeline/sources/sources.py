@@ -17,10 +17,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.sources.classes import DepthError, read_classes, read_flat, right_source
 from pipeline.sources.file_table import Classes
 from pipeline.sources.files import SourceError
-from pipeline.sources.layout import DepthError, find_splits, read_classes, read_flat, right_source
 from pipeline.sources.listing import Entries, Listing
+from pipeline.sources.splits import find_splits
 from pipeline.sources.tree import Tree, read_place
 from pipeline.sources.val_labels import by_label
 from pipeline.storage.locations import is_url, shown
@@ -135,7 +136,12 @@ def read_source(
             )
     notes += _what_is_missing(classes, val, others)
     splits = {"train": Entries.of(classes, train), "val": Entries.of(classes, val)}
-    return Listing(tuple(roots), tuple(classes), splits, tuple(notes))
+    return Listing(tuple(map(_printable, roots)), tuple(classes), splits, tuple(map(_printable, notes)))
+
+
+def _printable(text: str) -> str:
+    """A text with what is no UTF-8 in it written as \\udcXX: no terminal takes a file name in Latin-1 as it is."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _absolute(place: Location) -> str:

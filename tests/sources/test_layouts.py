@@ -129,6 +129,7 @@ def parts(whole: Mapping[str, bytes], name: str, count: int) -> Layout:
         },
         {"ILSVRC2012_img_train.tar": TRAIN_TARS, "ILSVRC2012_img_train_t3.tar": {"x.tar": {}}, **VAL_FOLDERS},
         {"train.tar": TRAIN_FOLDERS, "val.tar": VAL_FOLDERS},
+        {"imagenet_train_2012.tar": TRAIN_FOLDERS, "val/x.tar": VAL_FOLDERS},
         {"train.tar": {name.removeprefix("train/"): data for name, data in TRAIN_FOLDERS.items()}, **VAL_FOLDERS},
         {"train.tar": below("a/train", TRAIN_TARS), "val.tar": below("a/val", VAL_TARS)},
         {**parts(flat(TRAIN, end=True), "train_images", 3), "val_images.tar": flat(VAL, end=True)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import shutil
@@ -55,13 +56,13 @@ def comparable(listing: Listing) -> list[tuple[str, str, int, int]]:
     return [(s, e.key, e.label, e.size) for s, entries in listing.splits.items() for e in entries]
 
 
-def made(listing: Listing, output: Path) -> dict[str, bytes]:
+def made(listing: Listing, output: Path, max_bad_fraction: float = 0.0) -> dict[str, bytes]:
     """Every file of the set that a listing gives."""
     image = encoder_settings(90)
     plan = SetPlan(listing, image, 0, 5, tuple(plan_shards(listing, 0, 5)))
     claim_folder(output, plan)
     built = [build_shard(output, shard, image, set_aside=True) for shard in plan.shards]
-    finish(output, plan, built, 0.0)
+    finish(output, plan, built, max_bad_fraction)
     return {str(path.relative_to(output)): path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file()}
 
 
@@ -134,6 +135,32 @@ def test_long_and_foreign_names_are_found_where_every_format_puts_them(tmp_path:
     entries = [entry for split in listed(tmp_path / "s.tar").splits.values() for entry in split]
     read = {Path(e.member).name: read_bytes(e.path, e.offset, e.size) for e in entries}
     assert read == {Path(name).name: data for name, data in [*images.items(), ("1.jpg", b"one"), ("2.jpg", b"")]}
+
+
+def test_names_in_latin_1_are_read_as_a_folder_of_them_is(tmp_path: Path) -> None:
+    for folder, seed in (("a", 0), ("b", 10)):
+        for i in range(2):
+            place = os.path.join(
+                os.fsencode(tmp_path), b"folders", folder.encode(), f"caf\xe9 {i}.JPEG".encode("latin-1")
+            )
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            Path(os.fsdecode(place)).write_bytes(encoded(photograph(seed + i, 270, 260)))
+    Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"folders/a", "na\xefve.JPEG".encode("latin-1")))).write_bytes(
+        b""
+    )
+    with tarfile.open(tmp_path / "s.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        tar.add(tmp_path / "folders", "s")
+    folders, tars = listed(tmp_path / "folders"), listed(tmp_path / "s.tar")
+    assert comparable(tars) == comparable(folders)
+    keys = {entry.key for entries in folders.splits.values() for entry in entries}
+    assert keys == {"a_caf_xE9_x200", "a_caf_xE9_x201", "a_na_xEFve", "b_caf_xE9_x200", "b_caf_xE9_x201"}
+    results = []
+    for listing in (folders, tars):
+        results.append(made(listing, tmp_path / f"out{len(results)}", max_bad_fraction=0.5))
+        (reject,) = results[-1].pop("rejects.jsonl").splitlines()
+        assert json.loads(reject)["path"].endswith("a/na\udcefve.JPEG")
+    assert {name for name in results[0] if name.endswith(".tar")} == {"train/train-000000.tar", "val/val-000000.tar"}
+    assert all(results[1][name] == data for name, data in results[0].items() if name.endswith((".tar", ".arrow")))
 
 
 def test_what_is_no_image_is_counted_and_hidden_files_are_not(tmp_path: Path) -> None:
@@ -215,7 +242,7 @@ def test_a_bad_class_tar_is_refused_by_name(tmp_path: Path, inner: bytes, messag
         ({"a.tar": GOOD, "d/a.tar": GOOD}, "holds the class folder 'd' and the tar 'a.tar' beside each other"),
         ({"a/1.jpg": b"", "2.jpg": b""}, "holds the class folder 'a' and 1 images of no class, such as '2.jpg'"),
         ({}, "holds no files and no image: give --source"),
-        ({"a.tar": GOOD}, "holds one class, 'a', at least 2"),
+        ({"a.tar": GOOD}, "s.tar/a.tar holds images and not their classes"),
     ],
 )
 def test_a_bad_outer_tar_is_refused(tmp_path: Path, contents: Contents, message: str) -> None:

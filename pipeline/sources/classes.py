@@ -1,4 +1,4 @@
-"""How a source is laid out: where its splits lie, and which class each image is of.
+"""Which class each image of a split is of.
 
 A layout that is not fully understood is refused by name. A folder or tar is a class only if nothing speaks against it.
 """
@@ -6,7 +6,6 @@ A layout that is not fully understood is refused by name. A folder or tar is a c
 from __future__ import annotations
 
 import collections
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -17,20 +16,17 @@ from pipeline.sources.file_table import Classes, FileTable
 from pipeline.sources.files import IMAGE_EXTENSIONS, SourceError
 from pipeline.sources.keys import stem_of
 from pipeline.sources.names import (
-    PARTIAL,
     are_shards,
     folder_split,
     is_wnid,
-    missing_in_series,
     series,
     tar_split,
     wnid_in,
 )
-from pipeline.sources.tree import FORMS, Branch, Tree, read_all
+from pipeline.sources.splits import check_series, check_whole, inner
+from pipeline.sources.tree import FORMS, Tree, read_all
 from pipeline.sources.webdatasets import Names, Samples, by_class, names_beside, names_by_samples
 
-TRAIN_TAR = "ILSVRC2012_img_train.tar"
-VAL_TAR = "ILSVRC2012_img_val.tar"
 _NAMED = 4  # So many names stand in a message.
 _DEPTH, _WIDTH = 3, 20  # How far a message looks for the --source that would be right.
 
@@ -49,122 +45,6 @@ class DepthError(SourceError):
     """Folders where images are expected: SOURCE may be too high, or too deep."""
 
 
-# ---- Splits ----
-
-
-def find_splits(root: Tree, val_where: str | None) -> tuple[Tree, Tree | None, list[str]]:
-    """Where the images to train on lie, where those to validate on, and what lies beside them unread.
-
-    The second is None where they are to be split off. What is unread is empty where all of `root` is to train on.
-
-    Args:
-        val_where: the validation images' own place, as `shown`; None to look for them in `root`.
-
-    Raises:
-        SourceError: if it cannot be told, or a part is missing.
-    """
-    root = _inner(root)
-    groups: dict[str | None, list[Branch]] = collections.defaultdict(list)
-    official = any(branch.name == TRAIN_TAR for branch in root.below)
-    for branch in root.below:
-        split = tar_split(branch.stem) if branch.is_tar else folder_split(branch.name)
-        # Beside ImageNet's own tars lie others of the same source, such as that of task 3.
-        if branch.is_tar and official and branch.name not in (TRAIN_TAR, VAL_TAR):
-            split = "test"
-        groups[split].append(branch)
-    train, val, rest = groups["train"], groups["val"], groups[None]
-    if not train and val and rest and all(branch.is_tar for branch in rest):
-        train, rest = rest, []
-        below = replace(root, below=tuple(train))
-    elif not train or _is_class(train, val, rest):
-        odd = [*val, *groups["test"]]
-        if odd and rest:
-            raise SourceError(
-                f"{root.where} holds {odd[0].name!r} beside {rest[0].name!r}: "
-                "give --source the folder of the training classes alone, and the others as --source-val"
-            )
-        return root, None, []
-    else:
-        below = _split(root, train, "--source")
-    if train[0].is_tar and any(branch.is_tar for branch in rest):
-        names = sorted({series(branch.stem).prefix for branch in (*train, *rest)})
-        raise SourceError(
-            f"{root.where} holds tars of {len(names)} names, {', '.join(names[:_NAMED])}: "
-            "put those to train on into train/ and those to validate on into val/"
-        )
-    if val_where is not None:
-        rest += val
-        val = []
-    elif not val:
-        for name in root.archives:
-            if tar_split(name) == "val":
-                raise SourceError(f"{_unread(root, name)}, or give --source-val")
-    branches = [branch for branch in (*groups["test"], *rest) if branch.where != val_where]
-    unread = [branch.name if branch.is_tar else f"{branch.name}/" for branch in branches]
-    unread += [*root.archives, *([f"{len(root.images):,} images"] if len(root.images) else [])]
-    return below, _split(root, val, "--source-val") if val else None, unread
-
-
-def _is_class(train: Sequence[Branch], val: Sequence[Branch], rest: Sequence[Branch]) -> bool:
-    """Whether what is called train is a class beside others, as in COCO, and no split."""
-    if len(train) != 1 or train[0].is_tar or val or not rest or any(is_wnid(branch.name) for branch in rest):
-        return False
-    return not train[0].tree.below
-
-
-def _split(root: Tree, branches: Sequence[Branch], flag: str) -> Tree:
-    """What lies in the folder, the tar or the shards of one split."""
-    kinds = {(branch.is_tar, series(branch.stem).prefix if branch.is_tar else branch.name) for branch in branches}
-    if len(kinds) > 1:
-        names = ", ".join(branch.name for branch in branches[:_NAMED])
-        raise SourceError(
-            f"{root.where} holds {names}, which are of one split by their names: give {flag} the one that is meant"
-        )
-    for name in root.archives:
-        if branches[0].is_tar and series(name.partition(".")[0]).prefix == series(branches[0].stem).prefix:
-            _check_whole(replace(root, below=tuple(branches), archives=(name,)))
-    if len(branches) == 1 and not (branches[0].is_tar and series(branches[0].stem).number):
-        return branches[0].tree
-    _check_series(root, branches)
-    return Tree(root.where, root.folder, below=tuple(branches))
-
-
-def _inner(tree: Tree) -> Tree:
-    """A tree without the one folder that a tar was made of, as train/ in train.tar."""
-    while tree.is_tar and len(tree.below) == 1 and not len(tree.images) and not tree.below[0].is_tar:
-        tree = tree.below[0].tree
-    return tree
-
-
-def _check_series(tree: Tree, branches: Sequence[Branch]) -> None:
-    """Raises SourceError if a shard is missing between the others of a folder."""
-    missing = missing_in_series([branch.stem for branch in branches])
-    # A pattern names what is meant.
-    if missing is not None and "{" not in tree.where:
-        raise SourceError(
-            f"{tree.where} holds {len(branches)} shards, up to {branches[-1].name}, and not {missing}.tar: "
-            "download it, or name those that are meant by a pattern, as NAME-{000000..000146}.tar"
-        )
-
-
-def _check_whole(tree: Tree) -> None:
-    """Raises SourceError if a folder holds archives that cannot be read in place, and not as tars, too."""
-    tars = {branch.name for branch in tree.below if branch.is_tar}
-    for name in tree.archives:
-        if name.lower().endswith(PARTIAL) or os.path.splitext(name)[0] not in tars:
-            raise SourceError(_unread(tree, name))
-
-
-def _unread(tree: Tree, name: str) -> str:
-    return (
-        f"{tree.where} holds {name!r}, which is compressed or not whole and cannot be read in place: "
-        "unpack it or move it away"
-    )
-
-
-# ---- Classes ----
-
-
 def read_classes(tree: Tree, flag: str, trained: Names | None = None) -> Content:
     """The images of a split by class.
 
@@ -177,9 +57,9 @@ def read_classes(tree: Tree, flag: str, trained: Names | None = None) -> Content
         SourceError: for anything else that is not understood.
         OSError: if something cannot be read.
     """
-    tree = _inner(tree)
+    tree = inner(tree)
     others = collections.Counter(tree.others)
-    _check_whole(tree)
+    check_whole(tree)
     if tree.samples is not None:
         return _of_shards(tree, [tree.samples], flag, trained)
     if not tree.below:
@@ -187,6 +67,8 @@ def read_classes(tree: Tree, flag: str, trained: Names | None = None) -> Content
             raise SourceError(f"{tree.where} holds {_count(others)} and no image: give {flag} {FORMS}")
         return Content(_by_file_names(tree, [tree], flag), others)
     tars = [branch for branch in tree.below if branch.is_tar]
+    if len(tree.below) == len(tars) == 1 and not len(tree.images):
+        return read_classes(tars[0].tree, flag, trained)
     kind = "tar" if tars else "folder"
     if len(tree.images) or 0 < len(tars) < len(tree.below):
         folder = next((branch.name for branch in tree.below if not branch.is_tar), None)
@@ -203,7 +85,7 @@ def read_classes(tree: Tree, flag: str, trained: Names | None = None) -> Content
     if samples:
         _check_shards(tree, trees)
         return _of_shards(tree, samples, flag, trained)
-    trees = _without_middle([_inner(one) for one in trees])
+    trees = _without_middle([inner(one) for one in trees])
     for one in trees:
         others.update(one.others)
         _check_class(one, kind)
@@ -220,7 +102,7 @@ def read_flat(tree: Tree) -> Content:
     Raises:
         SourceError: if they do not lie beside each other.
     """
-    tree = _inner(tree)
+    tree = inner(tree)
     if len(tree.below) == 1 and not len(tree.images):
         tree = tree.below[0].tree
     if tree.below or tree.samples or not len(tree.images):
@@ -229,7 +111,7 @@ def read_flat(tree: Tree) -> Content:
             f"{tree.where} holds {what} and no images beside each other: "
             "--val-labels is for those; leave it out for images in classes"
         )
-    _check_whole(tree)
+    check_whole(tree)
     return Content({"": in_order("", tree.images)}, collections.Counter(tree.others))
 
 
@@ -269,10 +151,10 @@ def _without_middle(trees: Sequence[Tree]) -> Sequence[Tree]:
         return trees
     if is_wnid(names[0]) or folder_split(names[0]) is not None or len(trees) < 2:
         return trees
-    inner = [one.below[0].tree for one in trees]
+    lower = [one.below[0].tree for one in trees]
     others = [collections.Counter(one.others) for one in trees]
     return [
-        replace(one, others=count + collections.Counter(one.others)) for one, count in zip(inner, others, strict=True)
+        replace(one, others=count + collections.Counter(one.others)) for one, count in zip(lower, others, strict=True)
     ]
 
 
@@ -282,7 +164,7 @@ def _check_class(tree: Tree, kind: str) -> None:
             f"the {kind} of images {tree.where} holds the {'tar' if tree.below[0].is_tar else 'folder'} "
             f"{tree.below[0].name!r}, whose images would be left out"
         )
-    _check_whole(tree)
+    check_whole(tree)
     if not len(tree.images):
         raise SourceError(
             f"the class {kind} {tree.where} holds {_count(tree.others)} and no image "
@@ -339,7 +221,7 @@ def _by_file_names(tree: Tree, trees: Sequence[Tree], flag: str) -> Classes:
             )
         rows[wnid].append(row)
     if len(trees) > 1:
-        _check_series(tree, tree.below)
+        check_series(tree, tree.below)
     return {wnid: in_order(wnid, table.take(np.array(mine))) for wnid, mine in rows.items()}
 
 
@@ -357,7 +239,7 @@ def _check_shards(tree: Tree, trees: Sequence[Tree]) -> None:
             f"{tree.where} holds shards of {len(prefixes)} names, {', '.join(prefixes[:_NAMED])}: "
             "put those to train on into train/ and those to validate on into val/"
         )
-    _check_series(tree, tree.below)
+    check_series(tree, tree.below)
 
 
 def _of_shards(tree: Tree, shards: Sequence[Samples], flag: str, trained: Names | None) -> Content:
