@@ -165,9 +165,9 @@ def _make(output: Path, plan: SetPlan, config: ShardConfig, lock: JobLock) -> tu
 def _print_equal_images(built: Sequence[BuiltShard]) -> None:
     rows = pa.Table.from_batches([shard.rows for shard in built if len(shard.rows)], SCHEMA)
     found = equal_images(*(rows[column].to_numpy() for column in ("size", "crc32", "label")))
-    if found.count:
+    if found.images:
         print(
-            f"images that are stored under another class, too, byte for byte: {found.count:,}; one of them "
+            f"images that are stored under another class, too, byte for byte: {found.images:,}; one of them "
             f"{found.most:,} times under {found.classes:,} classes, as {rows['key'][found.example]}: is it what a "
             "download puts in place of a missing image?",
             flush=True,

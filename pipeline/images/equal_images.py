@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 class EqualImages(NamedTuple):
     """Images that are each stored under another class, too."""
 
-    count: int
+    images: int
     most: int
     """How often the most frequent one is stored."""
     classes: int

@@ -90,7 +90,7 @@ def read_classes(tree: Tree, flag: str, trained: Names | None = None) -> Content
         others.update(one.others)
         _check_class(one, kind)
     stems = [branch.stem for branch in tree.below]
-    if tars and not all(map(is_wnid, stems)) and (are_shards(stems) or _share_wnids(trees)):
+    if tars and are_shards(stems):
         return Content(_by_file_names(tree, trees, flag), others)
     _check_wnids(stems, trees, kind)
     return Content({stem: in_order(stem, one.images) for stem, one in zip(stems, trees, strict=True)}, others)
@@ -189,17 +189,6 @@ def _check_wnids(stems: Sequence[str], trees: Sequence[Tree], kind: str) -> None
                     f"the class {kind} {tree.where} holds {name!r}, which by its name belongs to {other}: "
                     "move it there, or rename it"
                 )
-
-
-def _share_wnids(trees: Sequence[Tree]) -> bool:
-    """Whether images of one wnid, by their names, lie in several tars."""
-    seen: set[str] = set()
-    for tree in trees:
-        mine = {wnid for name in tree.images.names() if (wnid := wnid_in(name)) is not None}
-        if seen & mine:
-            return True
-        seen |= mine
-    return False
 
 
 def _by_file_names(tree: Tree, trees: Sequence[Tree], flag: str) -> Classes:

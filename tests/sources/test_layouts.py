@@ -258,6 +258,10 @@ PLAIN = {"1.jpg": image(1), "2.jpg": image(2)}
             "holds images and not their classes, which neither folders nor names",
         ),
         ({f"{k:05d}.tar": {**PLAIN, "1.json": "{}"} for k in range(3)}, "holds images and not their classes"),
+        (
+            {"x.tar": class_tar(A), "y.tar": {**class_tar(B), **class_tar(A)}},
+            f"y.tar holds '{A}_0.JPEG', which .*x.tar",
+        ),
         # Shards.
         (
             {f"train-{k:02d}.tar": samples(TRAIN, {A: 0, B: 1}) for k in (0, 1, 3)},

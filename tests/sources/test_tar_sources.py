@@ -154,7 +154,7 @@ def test_names_in_latin_1_are_read_as_a_folder_of_them_is(tmp_path: Path) -> Non
     assert comparable(tars) == comparable(folders)
     keys = {entry.key for entries in folders.splits.values() for entry in entries}
     assert keys == {"a_caf_xE9_x200", "a_caf_xE9_x201", "a_na_xEFve", "b_caf_xE9_x200", "b_caf_xE9_x201"}
-    results = []
+    results: list[dict[str, bytes]] = []
     for listing in (folders, tars):
         results.append(made(listing, tmp_path / f"out{len(results)}", max_bad_fraction=0.5))
         (reject,) = results[-1].pop("rejects.jsonl").splitlines()
