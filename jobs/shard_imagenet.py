@@ -158,11 +158,12 @@ def _make(output: Path, plan: SetPlan, config: ShardConfig, lock: JobLock) -> tu
         built = build_all(output, plan, config.on_bad_image == "set-aside", config.workers, progress)
         rate = progress.rate
     lock.shut_out_workers()
-    _print_equal_images(built)
+    print_equal_images(built)
     return finish(output, plan, built, config.max_bad_fraction), rate
 
 
-def _print_equal_images(built: Sequence[BuiltShard]) -> None:
+def print_equal_images(built: Sequence[BuiltShard]) -> None:
+    """Says how many stored images are stored under another class, too."""
     rows = pa.Table.from_batches([shard.rows for shard in built if len(shard.rows)], SCHEMA)
     found = equal_images(*(rows[column].to_numpy() for column in ("size", "crc32", "label")))
     if found.images:

@@ -152,6 +152,10 @@ def _member(tar: Stretch, header: tarfile.TarInfo) -> Member | None:
     name = header.name.removeprefix("./")
     if name.startswith("/") or ".." in name.split("/"):
         raise SourceError(f"{tar.where} holds {header.name!r}, a name that leads out of it: make it again without")
+    if header.size < 0:
+        raise SourceError(
+            f"{tar.where} is damaged: its member {header.name!r} has {header.size} bytes, download it again"
+        )
     if header.isdir():
         return None
     if not header.isreg() or header.issparse():
@@ -184,6 +188,11 @@ class Window(io.RawIOBase):
         origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.tar.size}[whence]
         self._position = origin + offset
         return self._position
+
+    def read(self, size: int | None = -1) -> bytes | None:
+        # A damaged header may ask for more than there is memory for.
+        left = max(0, self.tar.size - self._position)
+        return super().read(left if size is None or size < 0 else min(size, left))
 
     def readinto(self, buffer: Any) -> int:
         length = max(0, min(len(buffer), self.tar.size - self._position))

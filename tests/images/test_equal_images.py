@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import collections
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jobs.shard_imagenet import print_equal_images
 from pipeline.images.equal_images import equal_images
+from tests.photographs import write_source
+from tests.shard_sets import build_all, planned
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -30,3 +35,18 @@ def test_counts_agree_with_a_dictionary(seed: int) -> None:
 
 def test_equal_images_of_one_class_are_not_meant() -> None:
     assert equal_images(np.ones(5, np.uint32), np.ones(5, np.uint32), np.ones(5, np.int32)).images == 0
+
+
+@pytest.mark.parametrize("copies", [0, 4])
+def test_placeholders_in_several_classes_are_said(
+    tmp_path: Path, copies: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_source(tmp_path / "images", images=2, longest=280)
+    for i in range(copies):
+        shutil.copy(source / "n0" / "n0_0.JPEG", source / f"n{i % 3}" / f"gone_{i}.JPEG")
+    print_equal_images(build_all(tmp_path / "out", planned(source)))
+    said = capsys.readouterr().out
+    if copies:
+        assert "byte for byte: 5; one of them 5 times under 3 classes, as n" in said
+    else:
+        assert said == ""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.shard_imagenet import ShardConfig, main
 from pipeline.sources.files import SourceError
 from pipeline.sources.sources import Listing, check_output, read_source
 from tests.sources.test_tar_sources import tar_of
@@ -334,6 +335,8 @@ def test_an_output_in_the_source_is_refused(tmp_path: Path, output: str) -> None
     with pytest.raises(SourceError, match="lies in --source-val"):
         check_output(source / output, tmp_path / "x", source)
     check_output(tmp_path / "source2", source, tmp_path / "source" / "train")
+    with pytest.raises(SourceError, match="lies in --source"):
+        main(ShardConfig(output=source / output, source=str(source)))
 
 
 # Labels by name.

@@ -198,6 +198,13 @@ def kind(type_: bytes) -> Callable[[tarfile.TarInfo], None]:
     return change
 
 
+def with_size(type_: bytes, size: int) -> bytes:
+    """A class tar whose second header claims a size that nothing can have."""
+    member = tarfile.TarInfo("2.jpg")
+    member.type, member.size = type_, size
+    return tar_of({"1.jpg": b"abc"})[:1024] + member.tobuf(tarfile.GNU_FORMAT) + bytes(4096)
+
+
 GOOD = tar_of({f"{i}.jpg": b"abc" * 300 for i in range(4)})
 DAMAGED = bytearray(GOOD)
 DAMAGED[2 * (512 + 1024) + 5] ^= 1  # in the third member's header
@@ -210,6 +217,11 @@ DAMAGED[2 * (512 + 1024) + 5] ^= 1  # in the third member's header
         (with_member(named("/etc/2.jpg")), "holds '/etc/2.jpg', a name that leads out of it"),
         (with_member(named("1.jpg")), "holds 1.jpg twice: make it again with each file once"),
         (with_member(named("d/1.jpg")), "a.tar holds the folder 'd', whose images would be left out: move them"),
+        (with_size(tarfile.REGTYPE, -1536), "a.tar (is damaged: its member '2.jpg' has -1536 bytes|is no whole tar)"),
+        (
+            with_size(tarfile.XHDTYPE, 2**40),
+            "a.tar is no whole tar .*after its member '1.jpg', download or copy it again",
+        ),
         (with_member(kind(tarfile.SYMTYPE)), "holds the link '2.jpg', which cannot be read in place.*--dereference"),
         (with_member(kind(tarfile.LNKTYPE)), "holds the link '2.jpg'"),
         (with_member(kind(tarfile.FIFOTYPE)), "holds the special file '2.jpg'"),
