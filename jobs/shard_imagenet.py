@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,15 +42,16 @@ class ShardConfig:
     all nodes share."""
     source: str
     """Folder with one folder of images a class; or ILSVRC2012_img_train.tar (a tar of class tars); or a folder of class
-    tars; or a folder of WebDataset shards (.jpg and .cls); or a folder that holds one of these as train/ (and val/), or
-    ImageNet's tars. A local path or a URL (s3://, gs://, and http:// for tars); {000..146} in it stands for many tars.
+    tars; or a folder of WebDataset shards (.jpg and .cls), or of tars with a wnid in each image's name, as Hugging
+    Face's; or a folder or tar that holds one of these as train/ (and val/), or ImageNet's tars. A local path or a URL
+    (s3://, gs://, and http:// for tars); {000..146} in it stands for many tars.
     """
     source_val: str | None = None
     """What to validate on, in any of these forms, instead of SOURCE/val; with --val-labels also a folder or a tar of
     images without classes, as ILSVRC2012_img_val.tar is."""
     val_labels: str | None = None
     """Text file with the class of each validation image: a wnid a line, or one of the devkit's ids, in the order of the
-    images' names."""
+    images' names; or 'name class' rows, as in Kaggle's LOC_val_solution.csv and Caffe's val.txt."""
     val_synsets: str | None = None
     """Text file with 'id wnid' a line, which --val-labels with the devkit's ids needs."""
     workers: int | None = None
@@ -92,15 +94,19 @@ class ShardConfig:
 if __name__ == "__main__":
     run(ShardConfig, "jobs.shard_imagenet")  # Before the imports below, which take seconds.
 
+import pyarrow as pa
+
 from jobs.cli.progress import Progress
 from jobs.cluster.build import build_all
 from jobs.cluster.connection import connected
 from pipeline.dataset.info import REJECTS_FILE, DatasetInfo
+from pipeline.dataset.sample_index import SCHEMA
+from pipeline.images.equal_images import equal_images
 from pipeline.images.resize import encoder_settings
 from pipeline.sharding.set_lock import JobLock
 from pipeline.sharding.shard_set import SetPlan, claim_folder, find_finished, finish, is_left_over, make_folder, tidy
-from pipeline.sharding.shards import plan_shards
-from pipeline.sources.sources import read_source
+from pipeline.sharding.shards import BuiltShard, plan_shards
+from pipeline.sources.sources import check_output, read_source
 from pipeline.staging.publish import check_destination, publish
 from pipeline.storage.locations import shown
 
@@ -128,15 +134,14 @@ def main(config: ShardConfig) -> None:
 
 def _make_or_mend(output: Path, config: ShardConfig) -> None:
     """Makes the set, or what is missing of it, and prints what came of it."""
+    check_output(output, config.source, config.source_val)
     listing = read_source(
         config.source, config.source_val, config.val_fraction, config.seed, config.val_labels, config.val_synsets
     )
     counts = ", ".join(f"{len(entries):,} {split}" for split, entries in listing.splits.items())
     print(f"{' and '.join(listing.roots)}: {counts} images of {len(listing.classes):,} classes", flush=True)
-    if listing.ignored:
-        print(f"files ignored, since their extensions are not those of images: {listing.ignored:,}", flush=True)
-    if listing.unread:
-        print(f"folders beside train/ that are not read: {', '.join(listing.unread)}", flush=True)
+    for note in listing.notes:
+        print(note, flush=True)
     shards = plan_shards(listing, config.seed, config.samples_per_shard)
     plan = SetPlan(listing, encoder_settings(config.quality), config.seed, config.samples_per_shard, tuple(shards))
     info, rate = find_finished(output, plan), None
@@ -160,7 +165,21 @@ def _make(output: Path, plan: SetPlan, config: ShardConfig, lock: JobLock) -> tu
         built = build_all(output, plan, config.on_bad_image == "set-aside", config.workers, progress)
         rate = progress.rate
     lock.shut_out_workers()
+    print_equal_images(built)
     return finish(output, plan, built, config.max_bad_fraction), rate
+
+
+def print_equal_images(built: Sequence[BuiltShard]) -> None:
+    """Says how many stored images are stored under another class, too."""
+    rows = pa.Table.from_batches([shard.rows for shard in built if len(shard.rows)], SCHEMA)
+    found = equal_images(*(rows[column].to_numpy() for column in ("size", "crc32", "label")))
+    if found.images:
+        print(
+            f"images that are stored under another class, too, byte for byte: {found.images:,}; one of them "
+            f"{found.most:,} times under {found.classes:,} classes, as {rows['key'][found.example]}: is it what a "
+            "download puts in place of a missing image?",
+            flush=True,
+        )
 
 
 def _print_summary(output: Path, info: DatasetInfo, rate: float | None) -> None:

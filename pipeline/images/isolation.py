@@ -1,34 +1,48 @@
-"""Converting images in a child process: a decoder that crashes or hangs costs that child and no more."""
+"""Decoders that crash or hang: noticed in any process, and in a child process the fault of one image alone."""
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import signal
+import sys
 from multiprocessing.connection import Connection
 from types import TracebackType
 
 from pipeline.images.decode import ImageError
 from pipeline.images.resize import Converted, convert
 
-LIMIT_S = 1200.0  # Of an image. The slowest that is allowed, 80 megapixels of noise in a progressive JPEG, takes 11 s.
+LIMIT_S = 300.0  # Of an image. The slowest that is allowed, 80 megapixels of noise in a progressive JPEG, takes 11 s.
 
 
 class KilledError(RuntimeError):
     """The child was killed from outside, as for lack of memory: no proof against the image."""
 
 
+def convert_or_exit(data: bytes, quality: int) -> Converted:
+    """`convert` that ends this process with status 1 if the decoder hangs: for a worker that is replaced.
+
+    Raises:
+        ImageError: see `pipeline.images.resize.convert`.
+    """
+    # A thread of C code, which needs no lock that the decoder may hold.
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True, file=sys.__stderr__ or sys.stderr)
+    try:
+        return convert(data, quality)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 class IsolatedConverter:
     """`convert` in a child process, which is started anew after each crash or hang.
-
-    Args:
-        limit_s: how long one image may take.
 
     Raises:
         ChildProcessError: if no child can be started.
     """
 
-    def __init__(self, limit_s: float = LIMIT_S) -> None:
-        self.limit_s = limit_s
+    def __init__(self, limit_s: float | None = None) -> None:
+        """Args: limit_s: how long one image may take; LIMIT_S by default."""
+        self.limit_s = LIMIT_S if limit_s is None else limit_s
 
     def __enter__(self) -> IsolatedConverter:
         self._start()

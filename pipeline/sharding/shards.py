@@ -27,8 +27,8 @@ from pipeline.dataset.annotation import Reject, ShardAnnotation, ShardError, rea
 from pipeline.dataset.info import INDEX_VERSION, write_atomically, write_json
 from pipeline.dataset.sample_index import shard_rows
 from pipeline.images.decode import ImageError
-from pipeline.images.isolation import IsolatedConverter, KilledError
-from pipeline.images.resize import Converted, convert, encoder_settings
+from pipeline.images.isolation import IsolatedConverter, KilledError, convert_or_exit
+from pipeline.images.resize import Converted, encoder_settings
 from pipeline.images.rgb_stats import RgbMoments
 from pipeline.sharding.read_ahead import readings
 from pipeline.sources.files import read_bytes, state_of
@@ -182,7 +182,7 @@ def build_in_steps(
         )
     inputs = inputs_digest(plan, image)
     with contextlib.ExitStack() as stack:
-        converter = stack.enter_context(IsolatedConverter()).convert if careful else convert
+        converter = stack.enter_context(IsolatedConverter()).convert if careful else convert_or_exit
         found = _find_shard(root, plan, inputs, image["quality"], converter)
         if found is None:
             every_s = 0.0 if careful else STEP_EVERY_S

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from pipeline.sources.names import is_wnid
+
 IMAGE_COMPONENTS = ("jpg", "jpeg")  # Extensions of a sample's image; this program writes the first.
 LABEL_COMPONENT = "cls"
 # A USTAR member's name has 100 bytes; the rest is room for ".jpg" and what keeps two keys apart.
@@ -39,13 +41,19 @@ def key_of(wnid: str, name: str) -> str:
     """What an image of a class is called, before what makes it unique: it begins with its class.
 
     Args:
-        name: the image's file name.
+        name: the image's file name; a wnid at its end, as in Hugging Face's archives, does not count.
     """
-    stem = os.path.splitext(name)[0]
+    stem = stem_of(wnid, name)
     key = escape(stem if stem.startswith(wnid) else f"{wnid}_{stem}")
     if len(key) <= MAX_KEY:
         return key
     return f"{key[: MAX_KEY - _HASHED]}_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+
+def stem_of(wnid: str, name: str) -> str:
+    """An image's file name without extension and, where its class is a wnid, without that at its end."""
+    stem = os.path.splitext(name)[0]
+    return stem.removesuffix(f"_{wnid}") if stem.endswith(wnid) and is_wnid(wnid) else stem
 
 
 def may_be_of(wnid: str, key: str) -> bool:
@@ -93,24 +101,25 @@ def rename_equal(keys: Iterable[str], count: int, key: Callable[[int], str]) -> 
     given: set[int] = set()
     following: dict[str, int] = {}
 
-    def owners(text: str) -> list[int]:
-        first, last = (np.searchsorted(ordered, np.uint64(key_hash(text)), side=side) for side in ("left", "right"))
-        found: list[int] = order[first:last].tolist()
-        return found
+    def first_with(digest: int) -> int:
+        """The first place whose own key has this hash; `count` if none has."""
+        at = np.searchsorted(ordered, np.uint64(digest))
+        return int(order[at]) if at < count and ordered[at] == digest else count
 
     while again:
         place = heapq.heappop(again)
         text = candidate = key(place)
-        while key_hash(candidate) in given or any(i < place and i not in renamed for i in owners(candidate)):
+        # Where the first one with a key was renamed, that key was given away before.
+        while (digest := key_hash(candidate)) in given or (first := first_with(digest)) < place:
             following[text.lower()] = following.get(text.lower(), 1) + 1
             candidate = f"{text}_{following[text.lower()]}"
         if candidate != text:
             renamed[place] = candidate
-        given.add(key_hash(candidate))
-        for later in owners(candidate):
-            if later > place and later not in queued:
-                queued.add(later)
-                heapq.heappush(again, later)
+        given.add(digest)
+        # All others with this key are queued already, since they are not its first.
+        if place < first < count and first not in queued:
+            queued.add(first)
+            heapq.heappush(again, first)
     return renamed
 
 

@@ -14,10 +14,10 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.sources.class_names import names_of
 from pipeline.sources.file_table import BLOCK, Classes, FileTable, Rows
 from pipeline.sources.files import FileState
 from pipeline.sources.keys import key_of, rename_equal
+from pipeline.sources.names import names_of
 from pipeline.storage.locations import shown
 
 
@@ -148,10 +148,8 @@ class Listing:
     """Sorted: a class's place is its label."""
     splits: dict[str, Entries]
     """train and val, each sorted by class and file name."""
-    ignored: int
-    """How many files were no images by their extension, hidden ones not counted."""
-    unread: tuple[str, ...] = ()
-    """The folders beside train/ that were not looked into."""
+    notes: tuple[str, ...] = ()
+    """What a person should know: which files and folders were not read, which classes have no validation image."""
 
     @property
     def images(self) -> int:

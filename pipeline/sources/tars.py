@@ -8,25 +8,26 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shlex
 import tarfile
-from collections.abc import Generator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
-from pipeline.sources.file_table import Classes, FileTable, Holder
-from pipeline.sources.files import (
-    IMAGE_EXTENSIONS,
-    LISTING_THREADS,
-    FileState,
-    LocalRanges,
-    SourceError,
-    is_image_name,
-    state_of,
-)
+from pipeline.sources.file_table import FileTable, Holder
+from pipeline.sources.files import FileState, LocalRanges, SourceError, state_of
 from pipeline.storage import remote
 from pipeline.storage.locations import is_url, shown
 
 BLOCK = 512  # Bytes
+_ARCHIVES = (
+    (b"\x1f\x8b", "gzip", "gunzip --keep"),
+    (b"BZh", "bzip2", "bunzip2 --keep"),
+    (b"\xfd7zXZ", "xz", "unxz --keep"),
+    (b"\x28\xb5\x2f\xfd", "Zstandard", "unzstd"),
+    (b"PK", "zip", "unzip"),
+    (b"7z\xbc\xaf", "7-Zip", "7z x"),
+    (b"Rar!", "RAR", "unrar x"),
+)
 
 
 class Member(NamedTuple):
@@ -44,7 +45,8 @@ class Member(NamedTuple):
 
     @property
     def hidden(self) -> bool:
-        return self.base.startswith(".")
+        """Whether its name, or that of a folder it lies in, begins with a dot."""
+        return self.name.startswith(".") or "/." in self.name
 
 
 class Stretch(NamedTuple):
@@ -107,101 +109,35 @@ def members_in(file: Window) -> Generator[Member]:
         raise
     # A damaged extended header ends in a ValueError of tarfile's.
     except (tarfile.TarError, ValueError) as error:
-        cure = (
-            f"it is cut off or damaged after its member {last!r}, download or copy it again"
-            if last
-            else "give a tar that is not compressed"
-        )
+        if last:
+            cure = f"it is cut off or damaged after its member {last!r}, download or copy it again"
+        else:
+            file.seek(0)
+            cure = _instead_of_a_tar(tar, file.read(8))
         raise SourceError(f"{tar.where} is no whole tar ({error}): {cure}") from error
     # tarfile takes a damaged header for the end, and what follows would be lost without a word.
     file.seek(end)
-    if file.read(BLOCK) != bytes(BLOCK):
+    rest = file.read(tarfile.RECORDSIZE + BLOCK)
+    if rest[:BLOCK] != bytes(BLOCK):
         raise SourceError(
             f"{tar.where} is cut off or damaged after its member {last!r}, at byte {end}: download or copy it again"
         )
-
-
-def read_tar_of_tars(path: str, flag: str) -> tuple[Classes, int]:
-    """The images of a tar of class tars by class, sorted by name, and how many other files there are.
-
-    Raises:
-        SourceError, OSError: see `members`; also for a class or an image that is there twice.
-    """
-    tars: dict[str, Stretch] = {}
-    ignored = 0
-    outer = whole(path)
-    for member in members(outer):
-        wnid, extension = os.path.splitext(member.base)
-        if member.hidden:
-            continue
-        if extension.lower() != ".tar":
-            ignored += 1
-            continue
-        if wnid in tars:
-            raise SourceError(
-                f"{shown(path)} holds the class tar {member.base} twice: make it again with one tar a class"
-            )
-        tars[wnid] = Stretch(path, member.offset, member.size, member.name, outer.state)
-    if not tars:
+    if rest.strip(b"\0"):
         raise SourceError(
-            f"{shown(path)} holds {ignored or 'no'} files and no class tars: give {flag} a tar of one tar a class"
+            f"{tar.where} holds something behind the tar's end, at byte {end}, as after `cat a.tar b.tar`: "
+            "keep such tars apart"
         )
-    with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        return _by_class(tars, list(pool.map(_read_images, tars.values())), ignored)
 
 
-def read_class_tars(tars: Mapping[str, str]) -> tuple[Classes, int]:
-    """The images of class tars that are files of their own, by class, sorted by name, and how many other files.
-
-    Args:
-        tars: the location of each, by its name.
-
-    Raises:
-        SourceError, OSError: see `members`; also for an image that is there twice.
-    """
-    with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        stretches = list(pool.map(whole, tars.values()))
-        listed = list(pool.map(_read_images, stretches))
-    return _by_class({os.path.splitext(name)[0]: tar for name, tar in zip(tars, stretches, strict=True)}, listed, 0)
-
-
-def _by_class(tars: Mapping[str, Stretch], listed: list[tuple[FileTable, int]], ignored: int) -> tuple[Classes, int]:
-    classes = {}
-    for (wnid, tar), (files, others) in zip(tars.items(), listed, strict=True):
-        if not len(files):
-            raise SourceError(
-                f"the class tar {tar.where} holds {others or 'no'} files and no image "
-                f"({' '.join(sorted(IMAGE_EXTENSIONS))}): add its images or remove it"
-            )
-        classes[wnid] = files
-        ignored += others
-    return classes, ignored
-
-
-def read_flat_tar(path: str) -> tuple[FileTable, int]:
-    """The images of a tar, sorted by name, and how many other files there are.
-
-    Raises:
-        SourceError, OSError: see `members`; also for an image that is there twice.
-    """
-    return _read_images(whole(path))
-
-
-def _read_images(tar: Stretch) -> tuple[FileTable, int]:
-    images: dict[str, Member] = {}
-    others = 0
-    for member in members(tar):
-        if member.hidden:
-            continue
-        if not is_image_name(member.name):
-            others += 1
-            continue
-        # Unpacking would keep the last one alone.
-        if member.base in images:
-            raise SourceError(f"{tar.where} holds {member.base} twice: make it again with each image once")
-        images[member.base] = member
-    found = [images[base] for base in sorted(images)]
-    return table_of(tar, found), others
+def _instead_of_a_tar(tar: Stretch, beginning: bytes) -> str:
+    """What a file is that is no tar, by its first bytes, and what to do about it."""
+    if beginning.lstrip().startswith(b"<"):
+        return "it is a web page, download it again with the login that it asks for"
+    for magic, kind, command in _ARCHIVES:
+        if beginning.startswith(magic):
+            alone = "" if tar.inside or is_url(tar.path) else f", as by `{command} {shlex.quote(tar.path)}`"
+            return f"it is compressed ({kind}), give what it holds{alone}"
+    return "it is empty, download or copy it again" if not beginning else "give a tar"
 
 
 def table_of(tar: Stretch, found: list[Member]) -> FileTable:
@@ -216,6 +152,10 @@ def _member(tar: Stretch, header: tarfile.TarInfo) -> Member | None:
     name = header.name.removeprefix("./")
     if name.startswith("/") or ".." in name.split("/"):
         raise SourceError(f"{tar.where} holds {header.name!r}, a name that leads out of it: make it again without")
+    if header.size < 0:
+        raise SourceError(
+            f"{tar.where} is damaged: its member {header.name!r} has {header.size} bytes, download it again"
+        )
     if header.isdir():
         return None
     if not header.isreg() or header.issparse():
@@ -248,6 +188,11 @@ class Window(io.RawIOBase):
         origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.tar.size}[whence]
         self._position = origin + offset
         return self._position
+
+    def read(self, size: int | None = -1) -> bytes | None:
+        # A damaged header may ask for more than there is memory for.
+        left = max(0, self.tar.size - self._position)
+        return super().read(left if size is None or size < 0 else min(size, left))
 
     def readinto(self, buffer: Any) -> int:
         length = max(0, min(len(buffer), self.tar.size - self._position))

@@ -3,120 +3,192 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.sources.file_table import Classes, FileTable
-from pipeline.sources.files import LISTING_THREADS, SourceError, is_image_name, read_bytes
+from pipeline.sources.files import IMAGE_EXTENSIONS, SourceError, read_bytes
 from pipeline.sources.keys import LABEL_COMPONENT, label_number, split_name
-from pipeline.sources.tars import Member, Window, members, members_in, table_of, whole
+from pipeline.sources.names import is_wnid, wnid_in
+from pipeline.sources.tars import Member, Stretch, Window, table_of
 from pipeline.storage.locations import join, parent, shown
 
 _CURE = "give shards with an image and its .cls in each sample"
+_MAX_LABEL_BYTES = 64
+_MAX_JSON_BYTES = 2**20
+_CLASS_FIELDS = ("wnid", "synset", "class_name", "label_name")  # Of a sample's .json
+_PATH_FIELDS = ("filename", "file_name", "path")
 
-Tars = Mapping[str, str]
-"""The location of each of some tars, by its name, sorted."""
-
-
-def contents_of(tar: str) -> tuple[Literal["samples", "images", "others"], str]:
-    """What a tar holds, as its first sample tells, and the name of its first file, empty where there is none.
-
-    Samples have parts beside an image; images alone are those of one class, or of none.
-
-    Raises:
-        SourceError, OSError: as `members`.
-    """
-    parts: list[Member] = []
-    with contextlib.closing(members(whole(tar))) as found:
-        for member in found:
-            if member.hidden:
-                continue
-            if parts and split_name(member.name)[0] != split_name(parts[0].name)[0]:
-                break
-            parts.append(member)
-    if not parts:
-        return "others", ""
-    images = [is_image_name(member.name) for member in parts]
-    if all(images):
-        return "images", parts[0].name
-    samples = len(parts) > 1 or parts[0].name.lower().endswith(f".{LABEL_COMPONENT}")
-    return "samples" if samples else "others", parts[0].name
+Names = Mapping[int, str]
+"""What each label is called."""
 
 
-def prefix(name: str) -> str:
-    """A shard's file name without its number: train for train-000123.tar."""
-    return os.path.splitext(name)[0].rstrip("0123456789").rstrip("-_.")
+class Samples(NamedTuple):
+    """A shard's samples."""
+
+    where: str
+    files: FileTable
+    """Their images."""
+    labels: NDArray[np.int64]
+    """Of each."""
+    named: frozenset[tuple[int, str]]
+    """Each label with the class names that its samples' keys or .json give."""
+    others: Mapping[str, int]
+    """How many files are neither image nor label, by extension."""
 
 
-def shards_by_split(folder: str, shards: Tars) -> dict[str, Tars]:
-    """The shards that lie in one folder, by split, as their names without numbers tell: all are train's where only one
-    name is used, or those with "train" and those with "val" in their name.
+class SampleReader:
+    """Collects the samples of a tar while its members are read in order."""
 
-    Raises:
-        SourceError: if the names cannot be told apart, since validation images must not get into the training set.
-    """
-    groups: dict[str, dict[str, str]] = collections.defaultdict(dict)
-    for name, location in shards.items():
-        groups[prefix(name)][name] = location
-    if len(groups) == 1:
-        return {"train": shards}
-    train = [name for name in groups if "train" in name]
-    val = [name for name in groups if "val" in name and "train" not in name]
-    if len(train) == len(val) == 1 and len(groups) == 2:
-        return {"train": groups[train[0]], "val": groups[val[0]]}
-    raise SourceError(
-        f"{shown(folder)} holds shards of {len(groups)} names, {', '.join(sorted(groups)[:4])}: "
-        "put those to train on into train/ and those to validate on into val/"
-    )
+    def __init__(self, tar: Stretch) -> None:
+        self._tar = tar
+        self._labels: dict[str, bytes] = {}
+        self._names: dict[str, str] = {}
+
+    @property
+    def found(self) -> bool:
+        """Whether the tar is a shard."""
+        return bool(self._labels)
+
+    def add(self, member: Member, file: Window) -> None:
+        """Reads a member where it is a label or says what its sample's class is called."""
+        key, extension = _parts(member)
+        if extension == LABEL_COMPONENT:
+            if key in self._labels:
+                raise SourceError(f"{self._tar.where} holds two labels of the sample {key!r}: {_CURE}")
+            if member.size > _MAX_LABEL_BYTES:
+                raise SourceError(
+                    f"{self._tar.where}: {member.name!r} has {member.size:,} bytes: a label is a number from 0 on"
+                )
+            self._labels[key] = file.contents(member)
+        elif extension.endswith(f".{LABEL_COMPONENT}"):
+            raise SourceError(
+                f"{self._tar.where} holds {member.name!r}: in a WebDataset the first dot of a file's name ends the "
+                f"sample's key, here {key!r}; write the shards again with keys without dots"
+            )
+        elif extension == "json" and member.size <= _MAX_JSON_BYTES and wnid_in(f"{os.path.basename(key)}.jpg") is None:
+            name = _name_in_json(file.contents(member))
+            if name is not None:
+                self._names[key] = name
+
+    def read(self, members: Iterable[Member]) -> Samples:
+        """The samples of all members of the tar.
+
+        Raises:
+            SourceError: for a sample without an image or a label, or with two images, or whose label is no number.
+        """
+        where = self._tar.where
+        images: dict[str, Member] = {}
+        others: collections.Counter[str] = collections.Counter()
+        for member in members:
+            key, extension = _parts(member)
+            if f".{extension}" in IMAGE_EXTENSIONS:
+                if key in images:
+                    raise SourceError(f"{where} holds two images of the sample {key!r}: {_CURE}")
+                images[key] = member
+            elif extension != LABEL_COMPONENT:
+                others[f".{extension}"] += 1
+        for key in images.keys() ^ self._labels.keys():
+            has, lacks = (
+                ("an image", f"no .{LABEL_COMPONENT}") if key in images else (f"a .{LABEL_COMPONENT}", "no image")
+            )
+            raise SourceError(f"{where}: the sample {key!r} has {has} and {lacks}: {_CURE}")
+        labels = np.zeros(len(images), np.int64)
+        named = set()
+        for i, key in enumerate(images):
+            number = label_number(self._labels[key])
+            if number is None:
+                text = self._labels[key].strip()[:40]
+                raise SourceError(f"{where}: the sample {key!r} has the label {text!r}: a label is a number from 0 on")
+            labels[i] = number
+            folder, _, base = key.rpartition("/")
+            name = wnid_in(f"{base}.jpg") or self._names.get(key) or os.path.basename(folder)
+            if name:
+                named.add((number, name))
+        return Samples(where, table_of(self._tar, list(images.values())), labels, frozenset(named), others)
 
 
-def class_names(shards: Tars) -> tuple[str, ...] | None:
-    """The class names that a `dataset.json` beside some shards, or in the folder above, gives, by label; else None.
+def _parts(member: Member) -> tuple[str, str]:
+    key, extension = split_name(member.name)
+    return key, extension.lower()
+
+
+def _name_in_json(data: bytes) -> str | None:
+    """What a sample's .json calls its class: by a field, or by the folder in its file's path."""
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict):
+        return None
+    for field in _CLASS_FIELDS:
+        if isinstance(name := fields.get(field), str):
+            return name
+    for field in _PATH_FIELDS:
+        if isinstance(path := fields.get(field), str):
+            folder, _, base = path.replace("\\", "/").rpartition("/")
+            return wnid_in(base) or os.path.basename(folder)
+    return None
+
+
+def names_beside(folder: str) -> Names | None:
+    """The class names that a `dataset.json` in the folder of some shards, or in the one above, gives, by label.
 
     Raises:
         SourceError: if there is one and it cannot be understood.
         OSError: if it cannot be read.
     """
-    folder = parent(next(iter(shards.values())))
     for location in (join(folder, "dataset.json"), join(parent(folder), "dataset.json")):
         try:
-            text = read_bytes(location, None, 0).decode("utf-8")
+            text = read_bytes(location, None, 0)
         # A server on the web may forbid what it does not have.
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             continue
         try:
-            return tuple(str(label["wnid"]) for label in json.loads(text)["classes"])
-        except (ValueError, LookupError, TypeError) as error:
+            return dict(enumerate(str(label["wnid"]) for label in json.loads(text)["classes"]))
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise SourceError(
                 f"{shown(location)} does not list classes by their wnid: remove it to name the classes by their labels"
             ) from error
     return None
 
 
-def read_shards(root: str, shards: Tars, names: Sequence[str] | None) -> tuple[Classes, int, tuple[str, ...]]:
-    """The images of some shards by class, sorted by name, how many other files there are, and the names by label.
-
-    Args:
-        names: what each label is called; None for class_0000, class_0001, ..., which must be without a gap then.
+def names_by_samples(shards: Sequence[Samples]) -> Names | None:
+    """What the samples themselves call each label; None where some label has no name or two have the same.
 
     Raises:
-        SourceError: for a sample without image or label, one that is there twice, a label without a name, or a gap.
-        OSError: if a shard cannot be read.
+        SourceError: if samples of one wnid have two labels.
     """
-    with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        listed = list(pool.map(_read_shard, shards.values()))
-    table = FileTable.joined([files for files, _, _ in listed])
-    of_each = np.concatenate([labels for _, labels, _ in listed])
-    others = sum(more for _, _, more in listed)
-    if not len(table):
-        raise SourceError(f"the {len(shards)} tars in {shown(root)} hold no image: {_CURE}")
+    labels = {int(label) for shard in shards for label in np.unique(shard.labels)}
+    pairs = sorted({pair for shard in shards for pair in shard.named})
+    by_name: dict[str, int] = {}
+    for label, name in pairs:
+        if by_name.setdefault(name, label) != label and is_wnid(name):
+            raise SourceError(
+                f"{shards[0].where} and the shards beside it give {name} the labels {by_name[name]} and {label}: "
+                "give shards of one set, which number the classes alike"
+            )
+    names = {label: name for name, label in by_name.items()}
+    return names if len(pairs) == len(names) == len(by_name) and names.keys() == labels else None
+
+
+def by_class(where: str, shards: Sequence[Samples], names: Names | None) -> tuple[Classes, Names]:
+    """The images of some shards by class, and what their labels are called.
+
+    Args:
+        where: the folder or pattern, for people.
+        names: None for class_0000, class_0001, ..., which must be without a gap then.
+
+    Raises:
+        SourceError: for a label without a name, a name that the samples contradict, or a gap.
+    """
+    table = FileTable.joined([shard.files for shard in shards])
+    of_each = np.concatenate([shard.labels for shard in shards])
     labels = np.unique(of_each)
     last = int(labels[-1])
     if names is None:
@@ -124,56 +196,25 @@ def read_shards(root: str, shards: Tars, names: Sequence[str] | None) -> tuple[C
         if missing:
             first = np.flatnonzero(labels != np.arange(len(labels)))[0]
             raise SourceError(
-                f"{shown(root)} has labels up to {last} and none of {first} ({missing} are missing): "
+                f"{where} has labels up to {last} and none of {first} ({missing} are missing): "
                 "number the classes from 0 without a gap"
             )
         digits = max(4, len(str(last)))
-        names = [f"class_{label:0{digits}d}" for label in range(last + 1)]
-    elif last >= len(names):
+        names = {label: f"class_{label:0{digits}d}" for label in range(last + 1)}
+    unknown = [label for label in labels.tolist() if label not in names]
+    if unknown:
         raise SourceError(
-            f"{shown(root)} has the label {last}, but its classes are {len(names)}, numbered from 0: "
+            f"{where} has the label {unknown[-1]}, which is none of its {len(names)} classes: "
             "give shards and the dataset.json or training shards that belong to them"
         )
+    for shard in shards:
+        for label, name in shard.named:
+            if is_wnid(name) and is_wnid(names[label]) and name != names[label]:
+                raise SourceError(
+                    f"{shard.where} gives {name} the label {label}, which elsewhere is {names[label]}: "
+                    "give training and validation shards, and a dataset.json, that number the classes alike"
+                )
     order = np.argsort(of_each, kind="stable")
     starts = np.searchsorted(of_each[order], labels)
-    classes = {}
-    for label, rows in zip(labels.tolist(), np.split(order, starts[1:]), strict=True):
-        keyed = zip(table.names(rows), table.at(rows), rows.tolist(), strict=True)
-        by_name = sorted(keyed, key=lambda one: (one[0], one[1].path, one[1].member))
-        classes[names[label]] = table.take(np.array([row for _, _, row in by_name]))
-    return classes, others, tuple(names)
-
-
-def _read_shard(path: str) -> tuple[FileTable, NDArray[np.int64], int]:
-    """The images of a shard, their labels, and how many files are neither."""
-    images: dict[str, Member] = {}
-    labels: dict[str, bytes] = {}
-    others = 0
-    tar = whole(path)
-    with contextlib.closing(Window(tar)) as file:
-        for member in members_in(file):
-            if member.hidden:
-                continue
-            key, extension = split_name(member.name)
-            if is_image_name(f"x.{extension}"):
-                what, there = "image", key in images
-                images[key] = member
-            elif extension.lower() == LABEL_COMPONENT:
-                what, there = "label", key in labels
-                labels[key] = file.contents(member)
-            else:
-                others += 1
-                continue
-            if there:
-                raise SourceError(f"{tar.where} holds two {what}s of the sample {key!r}: {_CURE}")
-    for key in images.keys() ^ labels.keys():
-        has, lacks = ("an image", f"no .{LABEL_COMPONENT}") if key in images else (f"a .{LABEL_COMPONENT}", "no image")
-        raise SourceError(f"{tar.where}: the sample {key!r} has {has} and {lacks}: {_CURE}")
-    numbers = []
-    for key in images:
-        number = label_number(labels[key])
-        if number is None:
-            text = labels[key].strip()[:40]
-            raise SourceError(f"{tar.where}: the sample {key!r} has the label {text!r}: a label is a number from 0 on")
-        numbers.append(number)
-    return table_of(tar, list(images.values())), np.array(numbers, np.int64), others
+    rows = zip(labels.tolist(), np.split(order, starts[1:]), strict=True)
+    return {names[label]: table.take(mine) for label, mine in rows}, names

@@ -22,22 +22,26 @@ from tests.shard_sets import planned
 
 ROOT = Path(__file__).resolve().parents[2]
 # Read at the start of every Python, Ray's workers and their children included: bytes behind an image do not matter, but
-# these end the process as a fault in a decoder does.
-CRASHING = """
+# these end the process as a fault in a decoder does, or stop it where no signal wakes it.
+FAULTY = """
 import os, signal
 import pipeline.images.resize
 _convert = pipeline.images.resize.convert
 def convert(data, quality):
     if data.endswith(b"CRASH"):
         os.kill(os.getpid(), signal.SIGSEGV)
+    while data.endswith(b"HANG"):
+        signal.pause()
     return _convert(data, quality)
 pipeline.images.resize.convert = convert
+import pipeline.images.isolation
+pipeline.images.isolation.LIMIT_S = {limit_s}
 """
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """One in which an image that ends in CRASH crashes its decoder."""
-    (folder / "sitecustomize.py").write_text(CRASHING)
+def environment(folder: Path, limit_s: float = LIMIT_S) -> dict[str, str]:
+    """One in which an image that ends in CRASH crashes its decoder, and one that ends in HANG never leaves it."""
+    (folder / "sitecustomize.py").write_text(FAULTY.format(limit_s=limit_s))
     kept = outside_clusters()
     return {**kept, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
 
@@ -98,21 +102,40 @@ def test_a_crashing_image_is_named_where_none_may_be_bad(tmp_path: Path, monkeyp
         list(build_in_steps(tmp_path / "out", plan.shards[0], plan.image, set_aside=False, careful=True))
 
 
-@pytest.mark.slow
-def test_the_job_sets_a_crashing_image_aside(tmp_path: Path) -> None:
-    source = write_source(tmp_path / "images", images=3, longest=280)
-    bad = source / "n1" / "n1_1.JPEG"
-    bad.write_bytes(bad.read_bytes() + b"CRASH")
-
-    job = [sys.executable, str(ROOT / "jobs" / "shard_imagenet.py"), "--source", str(source)]
+def test_a_worker_whose_decoder_hangs_ends_itself(tmp_path: Path) -> None:
+    script = "from pipeline.images.isolation import convert_or_exit; convert_or_exit(b'HANG', 90)"
     done = subprocess.run(
-        [*job, "--output", str(tmp_path / "out"), "--workers", "1", "--max-bad-fraction", "0.2"],
-        env=environment(tmp_path),
+        [sys.executable, "-c", script],
+        env=environment(tmp_path, limit_s=0.1),
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
+    assert done.returncode == 1
+    assert "Timeout (0:00:00.1" in done.stderr
+    assert "convert_or_exit" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ending", "reason"),
+    [(b"CRASH", "the decoder crashed (signal 11)"), (b"HANG", "the decoder hangs (no result within 15 s)")],
+)
+def test_the_job_sets_a_faulty_image_aside(tmp_path: Path, ending: bytes, reason: str) -> None:
+    source = write_source(tmp_path / "images", images=3, longest=280)
+    bad = source / "n1" / "n1_1.JPEG"
+    bad.write_bytes(bad.read_bytes() + ending)
+
+    job = [sys.executable, str(ROOT / "jobs" / "shard_imagenet.py"), "--source", str(source)]
+    done = subprocess.run(
+        [*job, "--output", str(tmp_path / "out"), "--workers", "1", "--max-bad-fraction", "0.2"],
+        env=environment(tmp_path, limit_s=15),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
-    assert [(reject["path"], reject["reason"]) for reject in rejects] == [(str(bad), "the decoder crashed (signal 11)")]
+    assert [(reject["path"], reject["reason"]) for reject in rejects] == [(str(bad), reason)]

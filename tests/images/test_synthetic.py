@@ -76,7 +76,7 @@ def test_a_folder_is_shaped_like_imagenet_and_made_once(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()  # An empty one is no obstacle.
     write_folder(tmp_path / "images", 3, 2, 1, 0, lines.append)
     made = files_of(tmp_path / "images")
-    wnids = [wnid for wnid, _ in CLASSES[:3]]
+    wnids = [wnid for wnid, _, _ in CLASSES[:3]]
     assert set(made) == {MARKER} | {f"train/{wnid}/{wnid}_{number}.JPEG" for wnid in wnids for number in range(2)} | {
         f"val/{wnid}/val_{number:08d}.JPEG" for number, wnid in enumerate(wnids, start=1)
     }

@@ -88,7 +88,7 @@ def test_other_files_are_counted_and_hidden_ones_are_not(tmp_path: Path) -> None
         tmp_path, "a/1.jpg", "a/2.jpg", "a/notes.txt", "a/.DS_Store", "b/1.jpg", "b/2.jpg", "LICENSE.txt", ".git/x.jpg"
     )
     listing = listed(tmp_path)
-    assert listing.ignored == 2
+    assert listing.notes == ("files ignored, since their extensions are not those of images: 2 (2 .txt)",)
     assert listing.images == 4
     assert listing.classes == ("a", "b")
 
@@ -99,14 +99,20 @@ def test_a_folder_among_the_images_of_a_class_is_refused_not_passed_over(tmp_pat
         listed(tmp_path)
 
 
-def test_folders_that_are_no_split_are_named(tmp_path: Path) -> None:
-    write(
-        tmp_path, "train/a/1.jpg", "train/a/2.jpg", "train/b/1.jpg", "test/1.jpg", "validation/a/3.jpg", "c/val/a/4.jpg"
-    )
-    assert listed(tmp_path).unread == ("c", "test", "validation")
-    assert listed(tmp_path, tmp_path / "c" / "val").unread == ("c", "test", "validation")
-    assert listed(tmp_path, tmp_path / "validation").unread == ("c", "test")
-    assert listed(tmp_path / "train").unread == ()
+@pytest.mark.parametrize(
+    ("val", "unread"),
+    [
+        (None, "test/, c/, x.tar.gz, 1 images"),
+        ("c/val", "test/, c/, validation/, x.tar.gz, 1 images"),
+        ("validation", "test/, c/, x.tar.gz, 1 images"),
+    ],
+)
+def test_what_lies_beside_the_splits_is_named(tmp_path: Path, val: str | None, unread: str) -> None:
+    write(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "test/1.jpg", "validation/a/3.jpg", "validation/b/3.jpg")
+    write(tmp_path, "c/val/a/4.jpg", "c/val/b/4.jpg", "x.tar.gz", "sample.jpg", "LICENSE.txt")
+    notes = listed(tmp_path, None if val is None else tmp_path / val).notes
+    assert notes == (f"beside the images to train on, not read: {unread}",)
+    assert listed(tmp_path / "train", tmp_path / "validation").notes == ()
 
 
 def test_a_class_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
@@ -184,7 +190,7 @@ FIXED_ORDER = [6, 0, 2, 3, 4, 5, 7, 1]
     [
         ([], "missing", "does not exist: give --source a folder of class folders, a tar"),
         (["x.tar"], "x.tar", "is no whole tar"),
-        (["s/1.jpg"], "s", "1 files and no class folders"),
+        (["s/1.jpg"], "s", "s holds images and not their classes.*: give --source a folder of class folders"),
         (["s/a/1.jpg"], "s", "holds one class, 'a', at least 2"),
         (
             ["s/a/1.jpg", "s/b/notes.txt"],
@@ -196,7 +202,7 @@ FIXED_ORDER = [6, 0, 2, 3, 4, 5, 7, 1]
         (
             ["s/train/a/1.jpg", "s/train/b/1.jpg", "s/val/1.jpg"],
             "s",
-            "val holds 1 files and no class folders: give --source-val .*, or name .*--val-labels",
+            "val holds images and not their classes.*: name these with --val-labels",
         ),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import shutil
@@ -16,8 +17,8 @@ from pipeline.dataset.annotation import ShardError
 from pipeline.images.resize import Converted, convert, encoder_settings
 from pipeline.sharding.shard_set import SetPlan, claim_folder, finish
 from pipeline.sharding.shards import build_shard, plan_shards
-from pipeline.sources.class_names import is_imagenet, names_of
 from pipeline.sources.files import SourceError, read_bytes
+from pipeline.sources.names import is_imagenet, names_of
 from pipeline.sources.sources import Listing, read_source
 from pipeline.storage.retry import SourceReadError
 from tests.photographs import encoded, photograph, write_source
@@ -55,13 +56,13 @@ def comparable(listing: Listing) -> list[tuple[str, str, int, int]]:
     return [(s, e.key, e.label, e.size) for s, entries in listing.splits.items() for e in entries]
 
 
-def made(listing: Listing, output: Path) -> dict[str, bytes]:
+def made(listing: Listing, output: Path, max_bad_fraction: float = 0.0) -> dict[str, bytes]:
     """Every file of the set that a listing gives."""
     image = encoder_settings(90)
     plan = SetPlan(listing, image, 0, 5, tuple(plan_shards(listing, 0, 5)))
     claim_folder(output, plan)
     built = [build_shard(output, shard, image, set_aside=True) for shard in plan.shards]
-    finish(output, plan, built, 0.0)
+    finish(output, plan, built, max_bad_fraction)
     return {str(path.relative_to(output)): path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file()}
 
 
@@ -128,7 +129,7 @@ def test_a_flat_folder_is_labeled_as_a_flat_tar_is(imagenet: Path, tmp_path: Pat
 def test_long_and_foreign_names_are_found_where_every_format_puts_them(tmp_path: Path, form: int) -> None:
     long = "x" * (95 if form == tarfile.USTAR_FORMAT else 180)
     # USTAR keeps names in the file system's encoding, as the others do in pax records or longer headers.
-    images = {f"./{long}.jpg": b"long", "é 日本.png": b"foreign", "sub/deep.jpg": b"deep", "last.jpg": b"L" * 512}
+    images = {f"./{long}.jpg": b"long", "é 日本.png": b"foreign", "last.jpg": b"L" * 512}
     classes = {"a.tar": tar_of(images, form), "b.tar": tar_of({"1.jpg": b"one", "2.jpg": b""}, form)}
     (tmp_path / "s.tar").write_bytes(tar_of(classes, form))
     entries = [entry for split in listed(tmp_path / "s.tar").splits.values() for entry in split]
@@ -136,11 +137,38 @@ def test_long_and_foreign_names_are_found_where_every_format_puts_them(tmp_path:
     assert read == {Path(name).name: data for name, data in [*images.items(), ("1.jpg", b"one"), ("2.jpg", b"")]}
 
 
+def test_names_in_latin_1_are_read_as_a_folder_of_them_is(tmp_path: Path) -> None:
+    for folder, seed in (("a", 0), ("b", 10)):
+        for i in range(2):
+            place = os.path.join(
+                os.fsencode(tmp_path), b"folders", folder.encode(), f"caf\xe9 {i}.JPEG".encode("latin-1")
+            )
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            Path(os.fsdecode(place)).write_bytes(encoded(photograph(seed + i, 270, 260)))
+    Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"folders/a", "na\xefve.JPEG".encode("latin-1")))).write_bytes(
+        b""
+    )
+    with tarfile.open(tmp_path / "s.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        tar.add(tmp_path / "folders", "s")
+    folders, tars = listed(tmp_path / "folders"), listed(tmp_path / "s.tar")
+    assert comparable(tars) == comparable(folders)
+    keys = {entry.key for entries in folders.splits.values() for entry in entries}
+    assert keys == {"a_caf_xE9_x200", "a_caf_xE9_x201", "a_na_xEFve", "b_caf_xE9_x200", "b_caf_xE9_x201"}
+    results: list[dict[str, bytes]] = []
+    for listing in (folders, tars):
+        results.append(made(listing, tmp_path / f"out{len(results)}", max_bad_fraction=0.5))
+        (reject,) = results[-1].pop("rejects.jsonl").splitlines()
+        assert json.loads(reject)["path"].endswith("a/na\udcefve.JPEG")
+    assert {name for name in results[0] if name.endswith(".tar")} == {"train/train-000000.tar", "val/val-000000.tar"}
+    assert all(results[1][name] == data for name, data in results[0].items() if name.endswith((".tar", ".arrow")))
+
+
 def test_what_is_no_image_is_counted_and_hidden_files_are_not(tmp_path: Path) -> None:
     one = {"1.jpg": b"1", "2.jpg": b"2", "notes.txt": b"", "._1.jpg": b"of a Mac"}
     (tmp_path / "s.tar").write_bytes(tar_of({"a.tar": tar_of(one), "b.tar": tar_of(one), "readme.txt": b""}))
     listing = listed(tmp_path / "s.tar")
-    assert (listing.images, listing.ignored, listing.classes) == (4, 3, ("a", "b"))
+    assert (listing.images, listing.classes) == (4, ("a", "b"))
+    assert listing.notes == ("files ignored, since their extensions are not those of images: 3 (3 .txt)",)
 
 
 # Tars that cannot be trusted.
@@ -170,6 +198,13 @@ def kind(type_: bytes) -> Callable[[tarfile.TarInfo], None]:
     return change
 
 
+def with_size(type_: bytes, size: int) -> bytes:
+    """A class tar whose second header claims a size that nothing can have."""
+    member = tarfile.TarInfo("2.jpg")
+    member.type, member.size = type_, size
+    return tar_of({"1.jpg": b"abc"})[:1024] + member.tobuf(tarfile.GNU_FORMAT) + bytes(4096)
+
+
 GOOD = tar_of({f"{i}.jpg": b"abc" * 300 for i in range(4)})
 DAMAGED = bytearray(GOOD)
 DAMAGED[2 * (512 + 1024) + 5] ^= 1  # in the third member's header
@@ -180,7 +215,13 @@ DAMAGED[2 * (512 + 1024) + 5] ^= 1  # in the third member's header
     [
         (with_member(named("../../etc/2.jpg")), "a.tar holds '../../etc/2.jpg', a name that leads out of it"),
         (with_member(named("/etc/2.jpg")), "holds '/etc/2.jpg', a name that leads out of it"),
-        (with_member(named("d/1.jpg")), "holds 1.jpg twice: make it again with each image once"),
+        (with_member(named("1.jpg")), "holds 1.jpg twice: make it again with each file once"),
+        (with_member(named("d/1.jpg")), "a.tar holds the folder 'd', whose images would be left out: move them"),
+        (with_size(tarfile.REGTYPE, -1536), "a.tar (is damaged: its member '2.jpg' has -1536 bytes|is no whole tar)"),
+        (
+            with_size(tarfile.XHDTYPE, 2**40),
+            "a.tar is no whole tar .*after its member '1.jpg', download or copy it again",
+        ),
         (with_member(kind(tarfile.SYMTYPE)), "holds the link '2.jpg', which cannot be read in place.*--dereference"),
         (with_member(kind(tarfile.LNKTYPE)), "holds the link '2.jpg'"),
         (with_member(kind(tarfile.FIFOTYPE)), "holds the special file '2.jpg'"),
@@ -189,8 +230,12 @@ DAMAGED[2 * (512 + 1024) + 5] ^= 1  # in the third member's header
         (GOOD[: 3 * 1536], "cut off or damaged after its member '2.jpg', at byte 4608"),
         (GOOD[: 3 * 1536 + 100], "cut off or damaged after its member '2.jpg', at byte 4608"),
         (bytes(DAMAGED), "cut off or damaged after its member '1.jpg', at byte 3072: download or copy it again"),
-        (b"\x1f\x8b" + bytes(1000), "no whole tar.*: give a tar that is not compressed"),
-        (b"", "no whole tar"),
+        (b"\x1f\x8b" + bytes(1000), r"no whole tar.*: it is compressed \(gzip\), give what it holds$"),
+        (b"PK\3\4" + bytes(1000), r"no whole tar.*: it is compressed \(zip\), give what it holds$"),
+        (b"\n<!DOCTYPE html>" + bytes(1000), "no whole tar.*: it is a web page, download it again with the login"),
+        (b"text " * 200, "no whole tar.*: give a tar"),
+        (GOOD + GOOD, "holds something behind the tar's end, at byte 6144.*: keep such tars apart"),
+        (b"", "no whole tar.*: it is empty, download or copy it again"),
         (tar_of({"notes.txt": b""}), "class tar .*a.tar holds 1 files and no image.*add its images or remove it"),
     ],
 )
@@ -205,10 +250,11 @@ def test_a_bad_class_tar_is_refused_by_name(tmp_path: Path, inner: bytes, messag
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        ({"a.tar": GOOD, "d/a.tar": GOOD}, "holds the class tar a.tar twice"),
-        ({"a/1.jpg": b"", "b/1.jpg": b""}, "begins with 'a/1.jpg' and not with a class tar: give --source a folder"),
-        ({}, "holds no files: give --source"),
-        ({"a.tar": GOOD}, "holds one class, 'a', at least 2"),
+        ({"a.tar": GOOD, "./a.tar": GOOD}, "s.tar holds a.tar twice"),
+        ({"a.tar": GOOD, "d/a.tar": GOOD}, "holds the class folder 'd' and the tar 'a.tar' beside each other"),
+        ({"a/1.jpg": b"", "2.jpg": b""}, "holds the class folder 'a' and 1 images of no class, such as '2.jpg'"),
+        ({}, "holds no files and no image: give --source"),
+        ({"a.tar": GOOD}, "s.tar/a.tar holds images and not their classes"),
     ],
 )
 def test_a_bad_outer_tar_is_refused(tmp_path: Path, contents: Contents, message: str) -> None:
@@ -233,7 +279,7 @@ def test_a_half_copied_training_tar_is_refused_wherever_it_ends(imagenet: Path, 
 @pytest.mark.parametrize(
     ("labels", "synsets", "message"),
     [
-        (None, None, "holds images and not their classes: name these with --val-labels"),
+        (None, None, "holds images and not their classes.*: name these with --val-labels"),
         ("n0\n" * 5, None, "has 5 labels and .*img_val.tar 6 images: give one label a line"),
         ("n0\n" * 5 + "n9\n", None, "line 6 of .* is 'n9', which is no class of --source"),
         ("n0\n\nn1\nn2\nn0\nn1\n", None, "line 2 of .* is ''"),
@@ -242,7 +288,7 @@ def test_a_half_copied_training_tar_is_refused_wherever_it_ends(imagenet: Path, 
         ("1\n" * 6, "1 n8\n", "line 1 of .* is 1, which .* calls 'n8': --source has no such class"),
         ("1\n" * 6, "1 n0\n1 n1\n", "line 2 of .* gives the id 1 again"),
         ("1\n" * 6, "n0 1\n", "line 1 of .* is 'n0 1': give 'id wnid' a line"),
-        ("1\n" * 6, "\x00\udcff", "no text: give --val-synsets a text file"),
+        ("1\n" * 6, "\x00\udcff", "no text in UTF-8: give --val-synsets a text file"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(
@@ -325,7 +371,7 @@ def test_a_tar_that_is_replaced_while_a_shard_is_built_is_noticed(
         converted.append(len(data))
         return convert(data, quality)
 
-    monkeypatch.setattr("pipeline.sharding.shards.convert", convert_and_replace)
+    monkeypatch.setattr("pipeline.images.isolation.convert", convert_and_replace)
     with pytest.raises(ShardError, match=r"images\.tar is not the file that was listed"):
         build_shard(tmp_path / "out", shard, encoder_settings(90), set_aside=True)
     assert len(converted) == len(shard.entries)
@@ -343,7 +389,7 @@ def test_only_imagenets_own_classes_get_its_names() -> None:
 
 @pytest.mark.slow
 def test_imagenets_names_are_in_the_order_of_the_sorted_wnids(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.sources.class_names.is_imagenet", lambda wnids: True)
+    monkeypatch.setattr("pipeline.sources.names.is_imagenet", lambda wnids: True)
     names = names_of(())
     assert len(names) == 1000
     # Well-known places: n01440764, n01443537, n02123045, n07753592, n15075141.
