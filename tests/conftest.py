@@ -16,8 +16,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from xdist.scheduler import LoadFileScheduling
 
-from tests.photographs import write_source
-from tests.shard_sets import make, planned
+from tests.photographs import build_shard_set, write_source
 
 
 class OneRayAtATime(LoadFileScheduling):
@@ -40,7 +39,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileSche
 def shard_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes, 45 training and 15 validation images, ten to a shard."""
     root = tmp_path_factory.mktemp("shard_set")
-    return make(root / "shards", planned(write_source(root / "images", images=20), per_shard=10, val_fraction=0.25))
+    return build_shard_set(write_source(root / "images", images=20), root / "shards")
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tests.shard_sets import make, planned
+
 
 def photograph(seed: int, width: int, height: int) -> NDArray[np.uint8]:
     """A [height, width, 3] image: colored noise at two scales over a gradient."""
@@ -40,3 +42,8 @@ def write_source(root: Path, images: int, classes: int = 3, longest: int = 420, 
             image = photograph(first_seed + 1000 * number + i, width, height)
             (folder / f"n{number}_{i}.JPEG").write_bytes(encoded(image, quality=92))
     return root
+
+
+def build_shard_set(source: Path, output: Path) -> Path:
+    """Shards a folder of class folders, ten images to a shard, a quarter of them to validate with; gives `output`."""
+    return make(output, planned(source, per_shard=10, val_fraction=0.25))

@@ -71,6 +71,26 @@ def test_ray_accepts_it_and_every_promise_is_kept(config: Config) -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(setup_command=[]), "setup_command"),
+        (lambda c: c.update(initialization_commands="apt update"), "is not of type 'array'"),
+        (lambda c: c.update(head_node_type="heads"), "must be one of `available_node_types`"),
+        (lambda c: c["available_node_types"]["gpu_worker"].pop("node_config"), "'node_config' is a required property"),
+        (lambda c: c["available_node_types"]["gpu_worker"]["resources"].update(GPU="8"), "is not of type 'integer'"),
+        (lambda c: c["available_node_types"]["gpu_worker"].update(min_workers=3), "smaller than the sum"),
+        (lambda c: c["provider"]["security_group"].update(Ports=[22]), "Ports"),
+    ],
+)
+def test_ray_refuses_what_is_malformed(config: Config, change: Change, message: str) -> None:
+    change(config)
+    with pytest.raises(
+        Exception, match=message
+    ):  # ValueError, or jsonschema's own class, for which there are no stubs.
+        validated(config)
+
+
+@pytest.mark.parametrize(
     ("promise", "change"),
     [
         ("lock file on all nodes", lambda c: c["file_mounts"].pop("~/requirements.lock")),

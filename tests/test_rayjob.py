@@ -162,3 +162,9 @@ def test_each_promise_can_be_broken(job: Job, promise: str, change: Callable[[Jo
     broken = copy.deepcopy(job)
     change(broken)
     assert promise in promise_faults(broken)
+
+
+def test_a_flag_that_training_does_not_have_is_refused(job: Job) -> None:
+    job["spec"]["entrypoint"] += " --gpu-count 8"
+    with pytest.raises(SystemExit):
+        promise_faults(job)

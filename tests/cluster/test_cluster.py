@@ -11,8 +11,7 @@ import pytest
 from jobs.training import checkpoint
 from tests import hosts
 from tests.hosts import Host
-from tests.photographs import write_source
-from tests.shard_sets import make, planned
+from tests.photographs import build_shard_set, write_source
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_POSSIBLE = hosts.missing()
@@ -48,7 +47,7 @@ def pair(folder: Path) -> Iterator[list[Host]]:
 @pytest.fixture(scope="module")
 def data(folder: Path) -> Path:
     """9 training images, two steps of four, and 3 to validate with."""
-    return make(folder / "shards", planned(write_source(folder / "images", images=4), val_fraction=0.25))
+    return build_shard_set(write_source(folder / "images", images=4), folder / "shards")
 
 
 def submit(host: Host, job: str, *arguments: object) -> tuple[int, str]:

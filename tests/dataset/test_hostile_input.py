@@ -13,6 +13,8 @@ import json
 import os
 import pickle
 import resource
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +37,7 @@ from pipeline.staging.decoded_cache import stage_pixels
 from pipeline.staging.staging import stage
 from tests.damage import overwrite, own_copy, places, resealed
 from tests.model.test_training import IDENTITY, Recorder, SmallData, make_trainer
-from tests.processes import run_here
+from tests.runs import ROOT
 
 ROOM = 2 * 2**30  # Bytes that a reader may take besides what it has; what is claimed here is always more.
 
@@ -151,7 +153,8 @@ def test_what_is_no_description_is_refused(hostile: Path, text: bytes) -> None:
 
 def test_the_command_says_so_in_one_line(hostile: Path, tmp_path: Path) -> None:
     edit(hostile, lambda value: first_row(value).update(name="../../outside"))
-    done = run_here("train", "--data", hostile, "--storage", tmp_path, "--name", "run")
+    command = [sys.executable, "jobs/train.py", "--data", str(hostile), "--storage", str(tmp_path), "--name", "run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {hostile}/dataset.json cannot be used: ")

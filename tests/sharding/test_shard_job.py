@@ -86,8 +86,8 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(images: Path, 
 @pytest.mark.usefixtures("joined")
 def test_verify_names_a_damaged_shard_and_only_mends_it(images: Path, uninterrupted: Path, tmp_path: Path) -> None:
     output = Path(shutil.copytree(uninterrupted, tmp_path / "out"))
-    verify = ["verify_shards", "--data", output, "--decode", "--workers", 1]
-    right = call(*verify)
+    arguments = ["--data", output, "--decode", "--workers", 1]
+    right = call("verify_shards", *arguments)
     assert right.returncode == 0, right.stderr
     assert right.stdout.splitlines() == [
         "OK train: 54 images in 27 shards, 18 to 18 of each of 3 classes, all decoded",
@@ -97,7 +97,7 @@ def test_verify_names_a_damaged_shard_and_only_mends_it(images: Path, uninterrup
     data = bytearray(tar.read_bytes())
     data[9000] ^= 1
     tar.write_bytes(data)
-    wrong = call(*verify)
+    wrong = call("verify_shards", *arguments)
     assert failure(wrong).startswith(f"error: {output} has ")
     assert "OK val" in wrong.stdout
     assert "OK train" not in wrong.stdout
