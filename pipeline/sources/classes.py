@@ -28,7 +28,7 @@ from pipeline.sources.tree import FORMS, Tree, read_all
 from pipeline.sources.webdatasets import Names, Samples, by_class, names_beside, names_by_samples
 
 _NAMED = 4  # So many names stand in a message.
-_DEPTH, _WIDTH = 3, 20  # How far a message looks for the --source that would be right.
+_DEPTH, _WIDTH = 5, 20  # How far a message looks for the --source that would be right.
 
 
 class Content(NamedTuple):
@@ -123,7 +123,7 @@ def in_order(name: str, files: FileTable) -> FileTable:
 
 
 def right_source(tree: Tree, itself: bool = False) -> str | None:
-    """The nearest folder or tar below `tree` that is laid out as a source; None if none is near.
+    """The nearest folder below `tree` that is laid out as a source; None if none is near.
 
     Args:
         itself: whether `tree` may be it.
@@ -131,12 +131,18 @@ def right_source(tree: Tree, itself: bool = False) -> str | None:
     level = [tree]
     for depth in range(_DEPTH):
         for one in level if depth or itself else ():
-            splits = {tar_split(branch.stem) if branch.is_tar else folder_split(branch.name) for branch in one.below}
-            first = [branch.tree for branch in one.below[:2]]
-            if "train" in splits or (len(first) > 1 and all(len(some.images) and not some.below for some in first)):
+            train = [branch for branch in one.below if "train" in (tar_split(branch.stem), folder_split(branch.name))]
+            if _holds_classes(one) or any(branch.is_tar or _holds_classes(branch.tree) for branch in train):
                 return one.where
         level = [branch.tree for one in level for branch in one.below[:_WIDTH] if not branch.is_tar][:_WIDTH]
     return None
+
+
+def _holds_classes(tree: Tree) -> bool:
+    """Whether the first folders in a folder hold images, each by itself or in a folder of its own, or all are tars."""
+    lower = [None if branch.is_tar else branch.tree for branch in tree.below[:2]]
+    lower = [one.below[0].tree if one and len(one.below) == 1 and not len(one.images) else one for one in lower]
+    return len(lower) > 1 and all(one is None or (len(one.images) and not one.below) for one in lower)
 
 
 def _count(others: Mapping[str, int]) -> str:

@@ -132,7 +132,7 @@ def read_source(
         if unknown:
             raise SourceError(
                 f"{roots[1]} has {len(unknown)} classes that {place} has not, the first {unknown[0]!r}: "
-                "name the classes of both alike"
+                f"name the classes of both alike{', or those of its images with --val-labels' if len(val) == 1 else ''}"
             )
     notes += _what_is_missing(classes, val, others)
     splits = {"train": Entries.of(classes, train), "val": Entries.of(classes, val)}

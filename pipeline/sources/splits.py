@@ -122,5 +122,5 @@ def check_whole(tree: Tree) -> None:
 def _unread(tree: Tree, name: str) -> str:
     return (
         f"{tree.where} holds {name!r}, which is compressed or not whole and cannot be read in place: "
-        "unpack it or move it away"
+        "unpack it (gunzip, unzip), download what is missing, or move it away"
     )

@@ -189,10 +189,10 @@ class Window(io.RawIOBase):
         self._position = origin + offset
         return self._position
 
-    def read(self, size: int | None = -1) -> bytes | None:
+    def read(self, size: int = -1) -> bytes:
         # A damaged header may ask for more than there is memory for.
         left = max(0, self.tar.size - self._position)
-        return super().read(left if size is None or size < 0 else min(size, left))
+        return super().read(left if size < 0 else min(size, left)) or b""
 
     def readinto(self, buffer: Any) -> int:
         length = max(0, min(len(buffer), self.tar.size - self._position))

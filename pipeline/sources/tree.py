@@ -23,7 +23,7 @@ from pipeline.storage import remote
 from pipeline.storage.locations import child, is_http, is_url, parent, shown
 from pipeline.storage.remote import Item
 
-FORMS = "a folder of class folders, a tar or a folder of class tars, or a folder of WebDataset shards"
+FORMS = "a folder of class folders, a tar or a folder of class tars, or a folder of WebDataset shards with their .cls"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -207,9 +207,11 @@ def by_class(where: str, shards: Sequence[Samples], names: Names | None) -> tupl
             f"{where} has the label {unknown[-1]}, which is none of its {len(names)} classes: "
             "give shards and the dataset.json or training shards that belong to them"
         )
+    known = set(names.values())
     for shard in shards:
         for label, name in shard.named:
-            if is_wnid(name) and is_wnid(names[label]) and name != names[label]:
+            # The folder in a key may be that of a class, and may be of anything else.
+            if name != names[label] and (name in known or (is_wnid(name) and is_wnid(names[label]))):
                 raise SourceError(
                     f"{shard.where} gives {name} the label {label}, which elsewhere is {names[label]}: "
                     "give training and validation shards, and a dataset.json, that number the classes alike"

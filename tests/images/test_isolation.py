@@ -22,20 +22,33 @@ from tests.shard_sets import planned
 
 ROOT = Path(__file__).resolve().parents[2]
 # Read at the start of every Python, Ray's workers and their children included: bytes behind an image do not matter, but
-# these end the process as a fault in a decoder does, or stop it where no signal wakes it.
+# these end the process as a fault in a decoder does, or stop it where no signal wakes it. Nothing is imported before it
+# is asked for, which would take each of Ray's processes seconds.
 FAULTY = """
-import os, signal
-import pipeline.images.resize
-_convert = pipeline.images.resize.convert
-def convert(data, quality):
-    if data.endswith(b"CRASH"):
-        os.kill(os.getpid(), signal.SIGSEGV)
-    while data.endswith(b"HANG"):
-        signal.pause()
-    return _convert(data, quality)
-pipeline.images.resize.convert = convert
-import pipeline.images.isolation
-pipeline.images.isolation.LIMIT_S = {limit_s}
+import importlib.util, os, signal, sys
+
+class Finder:
+    def find_spec(name, path, target=None):
+        if name != "pipeline.images.isolation":
+            return None
+        sys.meta_path.remove(Finder)
+        spec = importlib.util.find_spec(name)
+        whole = spec.loader.exec_module
+        def exec_module(module):
+            whole(module)
+            convert = module.convert
+            def faulty(data, quality):
+                if data.endswith(b"CRASH"):
+                    os.kill(os.getpid(), signal.SIGSEGV)
+                while data.endswith(b"HANG"):
+                    signal.pause()
+                return convert(data, quality)
+            module.convert = faulty
+            module.LIMIT_S = {limit_s}
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder)
 """
 
 

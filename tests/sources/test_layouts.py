@@ -200,6 +200,11 @@ PLAIN = {"1.jpg": image(1), "2.jpg": image(2)}
             },
             r"train/train holds the folder .*: give --source \S*/train/train --source-val \S*/val/val$",
         ),
+        (
+            {**below("x/data/cls", TRAIN_FOLDERS), "x/boxes/cls/train/1.xml": b"", "x/a/list.txt": b""},
+            "give --source .*/x/data/cls$",
+        ),
+        ({**TRAIN_FOLDERS, "val/images/1.jpg": b""}, "1 classes that .* has not, the first 'images': .*--val-labels"),
         ({**TRAIN_FOLDERS, **below("val/val", class_folder(A), class_folder(B))}, "give --source-val .*/val/val$"),
         (below("data", parts(flat(TRAIN, True), "train", 2)), "give --source .*/data$"),
         (
@@ -227,7 +232,7 @@ PLAIN = {"1.jpg": image(1), "2.jpg": image(2)}
         ({**TRAIN_FOLDERS, f"train/{A}/more.zip": b""}, "holds 'more.zip', which is compressed or not whole"),
         (
             {**TRAIN_FOLDERS, "val.tar.gz": b""},
-            "holds 'val.tar.gz', which .*: unpack it or move it away, or give --source-val",
+            "holds 'val.tar.gz', which .*, or move it away, or give --source-val",
         ),
         (
             {**parts(flat(TRAIN, True), "train", 2), "train_2.tar.gz": b""},
