@@ -17,25 +17,9 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-from nvidia.dali import __version__ as dali_version
-from torch.profiler import ProfilerActivity, profile
-from torchvision.io import decode_jpeg
-
-from jobs.cli.command import run
-from jobs.cli.device import choose_device, processor
-from jobs.diagnostics import gpu_check
-from jobs.training.checkpoint import RunFingerprint
-from jobs.training.worker import make_network
-from model.recipe import RECIPES
-from model.training import Trainer, Worker
-from pipeline.dataset.info import read_dataset, write_json
-from pipeline.dataset.split_reader import SplitReader
-from pipeline.loading.graph import GpuDecoder
-from pipeline.loading.loader import Loader
-from pipeline.loading.plan import Plan, color_matrix
+from jobs.cli.command import GpuChoice, run
 
 IMAGENET_IMAGES = 1_281_167  # ILSVRC-2012's training set
 PAPER_EPOCHS = 90  # The paper, section 5
@@ -50,12 +34,12 @@ class BenchmarkConfig:
     """Also write the figures to this file."""
     check_gpu: bool = False
     """First check the GPU's batches against the CPU's, and memory over 1,000 batches."""
-    gpu_decoder: GpuDecoder = "cuda"
+    gpu_decoder: Literal["cuda", "hardware"] = "cuda"
     """What decodes JPEGs on a GPU, as in jobs/train.py."""
     batch_size: int = 128
     """Images per step of this one process."""
-    gpu: bool = dataclasses.field(default_factory=torch.cuda.is_available)
-    """Measure a GPU; by default, if torch sees one."""
+    gpu: GpuChoice = None
+    """Measure a GPU; None: if torch sees one."""
     threads: int = os.cpu_count() or 1
     """Decoder threads, and the network's threads on CPU."""
     rounds: int = 3
@@ -79,6 +63,27 @@ class BenchmarkConfig:
         if self.network_gbit is None:
             return 0.0
         return 8e3 * gradient_bytes / (self.network_gbit * 1e9) * 2 * (self.machines - 1) / self.machines
+
+
+if __name__ == "__main__":
+    run(BenchmarkConfig, "jobs.benchmark")  # Before the imports below, which take seconds.
+
+import torch
+from nvidia.dali import __version__ as dali_version
+from torch.profiler import ProfilerActivity, profile
+from torchvision.io import decode_jpeg
+
+from jobs.cli.device import choose_device, processor
+from jobs.diagnostics import gpu_check
+from jobs.training.checkpoint import RunFingerprint
+from jobs.training.worker import make_network
+from model.recipe import RECIPES
+from model.training import Trainer, Worker
+from pipeline.dataset.info import read_dataset, write_json
+from pipeline.dataset.split_reader import SplitReader
+from pipeline.loading.graph import GpuDecoder
+from pipeline.loading.loader import Loader
+from pipeline.loading.plan import Plan, color_matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,9 +175,10 @@ def measure(config: BenchmarkConfig) -> tuple[Rates, str]:
     recipe = dataclasses.replace(RECIPES["default"], batch_size=config.batch_size)
     plan = Plan(len(reader), config.batch_size, recipe.seed, color_matrix(info.rgb, recipe.color))
     device = choose_device(config.gpu)
+    gpu = device.type == "cuda"
     torch.set_num_threads(config.threads)
     network = make_network(RunFingerprint.of(recipe, info)).to(memory_format=torch.channels_last).to(device)
-    trainer = Trainer(network, recipe, Worker(0, 1, device, torch.bfloat16 if config.gpu else torch.float32))
+    trainer = Trainer(network, recipe, Worker(0, 1, device, torch.bfloat16 if gpu else torch.float32))
     network.train()
     loader = Loader(reader, info.rgb, config.batch_size, device, config.threads, gpu_decoder=config.gpu_decoder)
     batches = loader.run(plan.endless())
@@ -211,7 +217,7 @@ def measure(config: BenchmarkConfig) -> tuple[Rates, str]:
         for action, count in counts.items():
             started = time.perf_counter()
             action()
-            if config.gpu:
+            if gpu:
                 torch.cuda.synchronize()
             found[action].append(count * config.batch_size / (time.perf_counter() - started))
         shown = ", ".join(f"{action.__name__} {values[-1]:,.1f}" for action, values in found.items())
@@ -229,7 +235,7 @@ def measure(config: BenchmarkConfig) -> tuple[Rates, str]:
         machines=config.machines,
         exchange_ms=config.exchange_ms(sum(4 * parameter.numel() for parameter in network.parameters())),
     )
-    return rates, profiled(lambda: trainer.step([resident]), config.gpu)
+    return rates, profiled(lambda: trainer.step([resident]), gpu)
 
 
 def profiled(action: Callable[[], object], gpu: bool) -> str:
@@ -260,16 +266,16 @@ def row(device: str, gpu_decoder: GpuDecoder, rates: Rates, checked: gpu_check.G
 def main(config: BenchmarkConfig) -> None:
     checked = None
     if config.check_gpu:
-        if not config.gpu or not torch.cuda.is_available():
+        device = choose_device(config.gpu)
+        if device.type != "cuda":
             raise ValueError("--check-gpu needs a GPU, but torch sees none here: run it on a machine with one")
-        device = choose_device(True)
         print(f"{torch.cuda.get_device_name(device)} against this machine's CPU, batch {config.batch_size}", flush=True)
         checked = gpu_check.check(
             config.data, device, config.batch_size, config.steps, config.threads, gpu_decoder=config.gpu_decoder
         )
         print("\n".join(checked.lines()), flush=True)
     rates, kernels = measure(config)
-    name = torch.cuda.get_device_name(0) if config.gpu else processor()
+    name = torch.cuda.get_device_name(0) if choose_device(config.gpu).type == "cuda" else processor()
     print(f"{kernels}\n{name}, {config.threads} thread(s), batch {config.batch_size}; images/s, medians of rounds:")
     print("\n".join(rates.lines()))
     if config.json is not None:
@@ -280,7 +286,3 @@ def main(config: BenchmarkConfig) -> None:
         print(f"for docs/benchmarks.md:\n{row(name, config.gpu_decoder, rates, checked)}")
         # After the file: what a check finds is wanted most where it fails.
         checked.check_problems(device)
-
-
-if __name__ == "__main__":
-    run(BenchmarkConfig, main)

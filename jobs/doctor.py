@@ -18,27 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
 from jobs.cli.command import GpuChoice, run
-from jobs.cluster.connection import connected
-from jobs.cluster.nodes import NoAnswer, alive_nodes, collect, on_each
-from jobs.diagnostics.checks import (
-    NODE_CHECKS,
-    STEP_SECONDS,
-    Finding,
-    Given,
-    check_all_reduce,
-    check_gpus,
-    judge,
-    remove_file,
-    write_file,
-)
-from jobs.diagnostics.probe import Rank
-from pipeline.dataset.info import write_json
-from pipeline.storage.locations import is_url
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +45,31 @@ class DoctorConfig:
             raise ValueError(f"--workers is {self.workers}; it must be at least 1")
         if self.wait < 1:
             raise ValueError(f"--wait is {self.wait}; it must be at least 1 second")
+
+
+if __name__ == "__main__":
+    run(DoctorConfig, "jobs.doctor")  # Before the imports below, which take seconds.
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from jobs.cluster.connection import connected
+from jobs.cluster.nodes import NoAnswer, alive_nodes, collect, on_each
+from jobs.diagnostics.checks import (
+    NODE_CHECKS,
+    STEP_SECONDS,
+    Finding,
+    Given,
+    check_all_reduce,
+    check_gpus,
+    judge,
+    remove_file,
+    write_file,
+)
+from jobs.diagnostics.probe import Rank
+from pipeline.dataset.info import write_json
+from pipeline.storage.locations import is_url
 
 
 def main(config: DoctorConfig) -> None:
@@ -144,7 +149,3 @@ def start_ranks(places: PlacementGroup, bundle: dict[str, int], world: int) -> d
 
 def _absolute(location: str | None) -> str | None:
     return location if location is None or is_url(location) else os.path.abspath(location)
-
-
-if __name__ == "__main__":
-    run(DoctorConfig, main)

@@ -7,20 +7,7 @@ import os
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from jobs.cli.command import run
-from jobs.cli.device import choose_device
-from jobs.cli.progress import counted
-from jobs.training import checkpoint
-from jobs.training.run_storage import local_checkpoint
-from jobs.training.worker import make_network
-from model.metrics import Score, evaluate
-from pipeline.dataset.info import read_dataset, write_json
-from pipeline.dataset.split_reader import SplitReader
-from pipeline.loading.loader import Loader
-from pipeline.loading.plan import TEN_CROPS, center_crops
+from jobs.cli.command import GpuChoice, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +20,8 @@ class EvaluateConfig:
     """Average the softmax over the four corners, the center and their mirror images (the paper, section 4.1)."""
     json: Path | None = None
     """Also write the result to this file."""
-    gpu: bool = dataclasses.field(default_factory=torch.cuda.is_available)
-    """Use a GPU; by default, if torch sees one."""
+    gpu: GpuChoice = None
+    """Use a GPU; None: if torch sees one."""
     batch_size: int = 100
     """Images at a time; with --ten-crop each is seen ten times."""
     threads: int = os.cpu_count() or 1
@@ -43,6 +30,24 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.threads < 1:
             raise ValueError(f"--batch-size is {self.batch_size} and --threads {self.threads}; both must be at least 1")
+
+
+if __name__ == "__main__":
+    run(EvaluateConfig, "jobs.evaluate")  # Before the imports below, which take seconds.
+
+import numpy as np
+import torch
+
+from jobs.cli.device import choose_device
+from jobs.cli.progress import counted
+from jobs.training import checkpoint
+from jobs.training.run_storage import local_checkpoint
+from jobs.training.worker import make_network
+from model.metrics import Score, evaluate
+from pipeline.dataset.info import read_dataset, write_json
+from pipeline.dataset.split_reader import SplitReader
+from pipeline.loading.loader import Loader
+from pipeline.loading.plan import TEN_CROPS, center_crops
 
 
 def main(config: EvaluateConfig) -> None:
@@ -72,7 +77,3 @@ def main(config: EvaluateConfig) -> None:
         if state.origin:
             result["origin"] = state.origin
         write_json(config.json, result)
-
-
-if __name__ == "__main__":
-    run(EvaluateConfig, main)

@@ -10,19 +10,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-import torch
-from safetensors.torch import save
-from torch import nn
-from torch.onnx import ONNXProgram
-
 from jobs.cli.command import run
-from jobs.training import checkpoint
-from jobs.training.checkpoint import State
-from jobs.training.run_storage import local_checkpoint
-from jobs.training.worker import make_network
-from model.alexnet import INPUT_SIZE
-from pipeline.dataset.info import write_atomically
-from pipeline.images.rgb_stats import MAX_LEVEL
 
 PARITY = 1e-4  # Of the largest logit: float32 sums of 9,216 products in another order differ by less.
 IMAGES = 8  # Of the parity check.
@@ -43,6 +31,23 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if self.output.suffix not in SUFFIXES:
             raise ValueError(f"--output is {self.output}; its name must end in {' or '.join(SUFFIXES)}")
+
+
+if __name__ == "__main__":
+    run(ExportConfig, "jobs.export")  # Before the imports below, which take seconds.
+
+import torch
+from safetensors.torch import save
+from torch import nn
+from torch.onnx import ONNXProgram
+
+from jobs.training import checkpoint
+from jobs.training.checkpoint import State
+from jobs.training.run_storage import local_checkpoint
+from jobs.training.worker import make_network
+from model.alexnet import INPUT_SIZE
+from pipeline.dataset.info import write_atomically
+from pipeline.images.rgb_stats import MAX_LEVEL
 
 
 def metadata(state: State) -> dict[str, str]:
@@ -115,7 +120,3 @@ def main(config: ExportConfig) -> None:
         f"{location} is in {config.output}; on {IMAGES} random images ONNX Runtime's logits differ from torch's by at "
         f"most {difference:.1e} of the largest"
     )
-
-
-if __name__ == "__main__":
-    run(ExportConfig, main)

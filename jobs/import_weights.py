@@ -12,19 +12,7 @@ import hashlib
 import pickle
 from pathlib import Path
 
-import torch
-
 from jobs.cli.command import run
-from jobs.training import checkpoint
-from jobs.training.checkpoint import RunFingerprint, State
-from jobs.training.worker import make_network
-from model.recipe import Recipe
-from model.schedule import Plateau
-from model.training import Progress
-from model.weights.caffemodel import read_caffemodel
-from model.weights.interchange import CAFFE_MEAN, Imported, InterchangeError, from_caffe, from_jiecaoyu
-from pipeline.dataset.info import DatasetInfo, read_dataset
-from pipeline.images.rgb_stats import MAX_LEVEL, RgbStatistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +23,23 @@ class ImportConfig:
     """A shard set with the classes that the weights tell apart, in order: for ImageNet, that of the wnids."""
     output: Path
     """The checkpoint's folder; it must not exist."""
+
+
+if __name__ == "__main__":
+    run(ImportConfig, "jobs.import_weights")  # Before the imports below, which take seconds.
+
+import torch
+
+from jobs.training import checkpoint
+from jobs.training.checkpoint import RunFingerprint, State
+from jobs.training.worker import make_network
+from model.recipe import Recipe
+from model.schedule import Plateau
+from model.training import Progress
+from model.weights.caffemodel import read_caffemodel
+from model.weights.interchange import CAFFE_MEAN, Imported, InterchangeError, from_caffe, from_jiecaoyu
+from pipeline.dataset.info import DatasetInfo, read_dataset
+from pipeline.images.rgb_stats import MAX_LEVEL, RgbStatistics
 
 
 def read_source(path: Path) -> Imported:
@@ -92,7 +97,3 @@ def main(config: ImportConfig) -> None:
     checkpoint.save_network(config.output, network, State(identity, progress, origin))
     print(f"{origin}: {imported.classes} classes, normalization {imported.normalization}, BGR turned to RGB")
     print(f"next: python jobs/evaluate.py --data {config.data} --checkpoint {config.output}")
-
-
-if __name__ == "__main__":
-    run(ImportConfig, main)

@@ -13,21 +13,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-import matplotlib as mpl
-import numpy as np
-import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from numpy.typing import NDArray
-
 from jobs.cli.command import run
-from pipeline.dataset.info import DatasetInfo, read_dataset, write_atomically
-from pipeline.dataset.split_reader import SplitReader
-from pipeline.images.decode import IMAGE_SIZE
-from pipeline.images.rgb_stats import MAX_LEVEL
-from pipeline.loading.loader import Loader
-from pipeline.loading.plan import CROP_SIZE, Augmentation, Plan, color_matrix
 
 ROW_INCHES = 3.2
 WIDTH_INCHES = 10.5
@@ -59,6 +45,25 @@ class LookConfig:
     def __post_init__(self) -> None:
         if self.images < 1 or self.batch_size < 1 or self.epoch < 0 or self.step < 0:
             raise ValueError(f"images and batch size must be at least 1, epoch and step at least 0: {self}")
+
+
+if __name__ == "__main__":
+    run(LookConfig, "jobs.look")  # Before the imports below, which take seconds.
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+
+from pipeline.dataset.info import DatasetInfo, read_dataset, write_atomically
+from pipeline.dataset.split_reader import SplitReader
+from pipeline.images.decode import IMAGE_SIZE
+from pipeline.images.rgb_stats import MAX_LEVEL
+from pipeline.loading.loader import Loader
+from pipeline.loading.plan import CROP_SIZE, Augmentation, Plan, color_matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +162,3 @@ def main(config: LookConfig) -> None:
         picture(seen, config, summary).savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     write_atomically(config.output, buffer.getvalue())
     print(f"{len(seen.samples)} images of one batch: {config.output}")
-
-
-if __name__ == "__main__":
-    run(LookConfig, main)

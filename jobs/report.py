@@ -11,19 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from jobs.cli.command import run
-from jobs.cli.device import choose_device
-from jobs.reporting.page import gallery, page, read_rates
-from jobs.reporting.predictions import Predictor
-from jobs.training import checkpoint
-from jobs.training.checkpoint import CheckpointError
-from jobs.training.run_storage import local_checkpoint
-from jobs.training.trackers import EVENTS, read_events
-from jobs.training.worker import make_network
-from pipeline.dataset.info import read_dataset, write_atomically
-from pipeline.storage.locations import join
+from jobs.cli.command import GpuChoice, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +32,8 @@ class ReportConfig:
     """Show the most probable classes of so many validation images."""
     queries: int = 5
     """And the nearest training images of so many."""
-    gpu: bool = dataclasses.field(default_factory=torch.cuda.is_available)
-    """Use a GPU; by default, if torch sees one."""
+    gpu: GpuChoice = None
+    """Use a GPU; None: if torch sees one."""
     batch_size: int = 100
     """Images at a time."""
     threads: int = os.cpu_count() or 1
@@ -55,6 +43,23 @@ class ReportConfig:
         for field in ("images", "shown", "queries", "batch_size", "threads"):
             if getattr(self, field) < 1:
                 raise ValueError(f"--{field.replace('_', '-')} is {getattr(self, field)}; it must be at least 1")
+
+
+if __name__ == "__main__":
+    run(ReportConfig, "jobs.report")  # Before the imports below, which take seconds.
+
+import torch
+
+from jobs.cli.device import choose_device
+from jobs.reporting.page import gallery, page, read_rates
+from jobs.reporting.predictions import Predictor
+from jobs.training import checkpoint
+from jobs.training.checkpoint import CheckpointError
+from jobs.training.run_storage import local_checkpoint
+from jobs.training.trackers import EVENTS, read_events
+from jobs.training.worker import make_network
+from pipeline.dataset.info import read_dataset, write_atomically
+from pipeline.storage.locations import join
 
 
 def main(config: ReportConfig) -> None:
@@ -81,7 +86,3 @@ def main(config: ReportConfig) -> None:
     events = read_events(join(location, EVENTS))
     write_atomically(config.output, page(config.name, state, network, events, rates, images).encode())
     print(f"report: {config.output}")
-
-
-if __name__ == "__main__":
-    run(ReportConfig, main)

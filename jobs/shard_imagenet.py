@@ -28,17 +28,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jobs.cli.command import log, run
-from jobs.cli.progress import Progress
-from jobs.cluster.build import build_all
-from jobs.cluster.connection import connected
-from pipeline.dataset.info import REJECTS_FILE, DatasetInfo
-from pipeline.images.resize import encoder_settings
-from pipeline.sharding.set_lock import JobLock
-from pipeline.sharding.shard_set import SetPlan, claim_folder, find_finished, finish, is_left_over, make_folder, tidy
-from pipeline.sharding.shards import plan_shards
-from pipeline.sources.sources import read_source
-from pipeline.staging.publish import check_destination, check_unwritable, publish
-from pipeline.storage.locations import shown
 
 MAX_SAMPLES_PER_SHARD = 20_000  # A worker holds its shard in memory: 20.7 KB an image, in 3,000 of ImageNet's.
 
@@ -95,7 +84,25 @@ class ShardConfig:
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"--val-fraction {self.val_fraction} must lie between 0 and 1, both excluded")
         if self.copy_to is not None:
+            from pipeline.staging.publish import check_unwritable
+
             check_unwritable(self.copy_to)
+
+
+if __name__ == "__main__":
+    run(ShardConfig, "jobs.shard_imagenet")  # Before the imports below, which take seconds.
+
+from jobs.cli.progress import Progress
+from jobs.cluster.build import build_all
+from jobs.cluster.connection import connected
+from pipeline.dataset.info import REJECTS_FILE, DatasetInfo
+from pipeline.images.resize import encoder_settings
+from pipeline.sharding.set_lock import JobLock
+from pipeline.sharding.shard_set import SetPlan, claim_folder, find_finished, finish, is_left_over, make_folder, tidy
+from pipeline.sharding.shards import plan_shards
+from pipeline.sources.sources import read_source
+from pipeline.staging.publish import check_destination, publish
+from pipeline.storage.locations import shown
 
 
 def main(config: ShardConfig) -> None:
@@ -166,7 +173,3 @@ def _print_summary(output: Path, info: DatasetInfo, rate: float | None) -> None:
         print(f"  speed: {rate:,.1f} images/s")
     values = ", ".join(f"{value:.6f}" for value in info.rgb.eigenvalues)
     print(f"  RGB PCA eigenvalues, RGB scaled to [0, 1]: {values}")
-
-
-if __name__ == "__main__":
-    run(ShardConfig, main)

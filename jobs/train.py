@@ -13,6 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
+from jobs.cli.command import run
+from jobs.training.config import TrainConfig, Workers, from_groups
+
+if __name__ == "__main__":
+    run(from_groups, "jobs.train")  # Before the imports below, which take seconds.
+
 from ray.train import (
     CheckpointConfig,
     ControllerError,
@@ -24,14 +30,12 @@ from ray.train import (
     UserCallback,
 )
 
-from jobs.cli.command import run
 from jobs.cluster.connection import connected, on_cluster
 from jobs.cluster.nodes import Node, alive_nodes, check_shared
 from jobs.diagnostics.checks import remove_file, write_file
 from jobs.training import checkpoint
 from jobs.training.backend import NodeTorchConfig, NodeTrainer
 from jobs.training.checkpoint import RunFingerprint
-from jobs.training.config import TrainConfig, Workers
 from jobs.training.run_storage import FailureReporter, StorageError, repair_checkpoint_list, storage_error
 from jobs.training.stop_signals import clear_stop_request, signals_stop
 from jobs.training.trackers import check_installed
@@ -310,7 +314,3 @@ def print_result(data: str, run: str, history: list[dict[str, float]]) -> None:
     print(f"best checkpoint: {join(run, str(checkpoint.best(checkpoint.committed(run))))}")
     # A URL may have options, whose & a shell would take for its own.
     print(f"next: python jobs/evaluate.py --data {quote(on_disk(data))} --checkpoint {quote(run)} --ten-crop")
-
-
-if __name__ == "__main__":
-    run(TrainConfig, main)

@@ -14,15 +14,7 @@ import logging
 import os
 from pathlib import Path
 
-import numpy as np
-import ray
-
 from jobs.cli.command import run
-from jobs.cli.progress import Progress
-from jobs.cluster.connection import RETRIES, LostError, connected, in_parallel
-from pipeline.dataset.info import DATASET_FILE, DatasetInfo, read_dataset, rebuild_advice, staged_from
-from pipeline.dataset.shard_samples import Fault
-from pipeline.dataset.verify import ShardReport, check_set, check_shard
 
 AGAIN = "run the command that made the set"  # Of a fault of the whole set that names its cure.
 FAULTS_SHOWN = 20  # Of one shard: a cut one may have thousands.
@@ -46,6 +38,19 @@ class VerifyConfig:
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"--workers {self.workers} must be at least 1")
+
+
+if __name__ == "__main__":
+    run(VerifyConfig, "jobs.verify_shards")  # Before the imports below, which take seconds.
+
+import numpy as np
+import ray
+
+from jobs.cli.progress import Progress
+from jobs.cluster.connection import RETRIES, LostError, connected, in_parallel
+from pipeline.dataset.info import DATASET_FILE, DatasetInfo, read_dataset, rebuild_advice, staged_from
+from pipeline.dataset.shard_samples import Fault
+from pipeline.dataset.verify import ShardReport, check_set, check_shard
 
 
 def main(config: VerifyConfig) -> None:
@@ -128,7 +133,3 @@ def _settings(info: DatasetInfo, reports: list[ShardReport]) -> str:
         "samples-per-shard": (max([least, *dealt]) or 1250, 1250),
     }
     return "".join(f"--{name} {value} " for name, (value, default) in values.items() if value not in (default, None))
-
-
-if __name__ == "__main__":
-    run(VerifyConfig, main)

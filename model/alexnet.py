@@ -1,7 +1,7 @@
 """AlexNet as the paper describes it (Krizhevsky, Sutskever, Hinton, NIPS 2012).
 
 One tower by default; `groups=2` cuts conv2, conv4 and conv5 in two, as the paper's two GPUs did (section 3.2). What
-stands in for the paper's normalization, if anything does, has a name: see NORMALIZATIONS.
+stands in for the paper's normalization, if anything does, has a name: see NORMALIZATIONS in model/recipe.py.
 """
 
 from __future__ import annotations
@@ -12,30 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from model.lrn import PAPER_ALPHA, PAPER_K, PAPER_SIZE, LocalResponseNorm
+from model.recipe import NORMALIZATIONS, PAPER_DROPOUT, PAPER_HIDDEN_BIAS
 
 INPUT_SIZE = 227  # The paper says 224 (section 3.5); only 227 gives its 55 x 55 maps with stride 4 and no padding.
 PAPER_WEIGHT_STD = 0.01  # section 5
-PAPER_HIDDEN_BIAS = 1.0  # section 5: conv2, conv4, conv5 and the fully connected hidden layers; 0 elsewhere
-PAPER_DROPOUT = 0.5  # section 4.2
 FEATURES = 256 * 6 * 6
 
 BIASED_LAYERS = ("conv2", "conv4", "conv5", "fc6", "fc7")
 HIDDEN_UNITS = {"conv1": 96, "conv2": 256, "conv3": 384, "conv4": 384, "conv5": 256, "fc6": 4096, "fc7": 4096}
-
-NORMALIZATIONS = ("lrn", "caffe", "caffenet", "batch")
-"""
-lrn: the paper's (section 3.3).
-caffe: with k = 1 and alpha times the mean instead of the sum, as Caffe computes it (models/bvlc_alexnet).
-caffenet: the same, but after the pooling (models/bvlc_reference_caffenet).
-batch: none of it; every hidden layer's sums are normalized over the batch instead, without scale and shift, as in
-    cvjena/cnn-models' AlexNet. A batch is what one worker has in the network at once: the literature keeps it so with
-    many workers, since statistics over all would make another loss (Goyal et al., arXiv 1706.02677, section 2.3), and
-    torch.nn.SyncBatchNorm, which exchanges them, has no CPU form. Evaluation and checkpoints take the mean of all
-    workers' running statistics.
-"""
-
-INITIALIZATIONS = ("gaussian", "he")
-"""gaussian: N(0, 0.01) (section 5); he: N(0, 2 / inputs of a unit) (He et al. 2015), Caffe's "msra"."""
 
 
 class AlexNet(nn.Module):

@@ -1,12 +1,32 @@
-"""How the paper trains (section 5), and the named recipes: complete, frozen configurations."""
+"""How the paper trains (section 5), and the named recipes: complete, frozen configurations.
+
+Without torch, so that a command line can show the recipes at once.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 
-from model.alexnet import INITIALIZATIONS, NORMALIZATIONS, PAPER_DROPOUT, PAPER_HIDDEN_BIAS
 from model.schedule import poly, warm_up
+
+PAPER_HIDDEN_BIAS = 1.0  # section 5: conv2, conv4, conv5 and the fully connected hidden layers; 0 elsewhere
+PAPER_DROPOUT = 0.5  # section 4.2
+
+NORMALIZATIONS = ("lrn", "caffe", "caffenet", "batch")
+"""
+lrn: the paper's (section 3.3).
+caffe: with k = 1 and alpha times the mean instead of the sum, as Caffe computes it (models/bvlc_alexnet).
+caffenet: the same, but after the pooling (models/bvlc_reference_caffenet).
+batch: none of it; every hidden layer's sums are normalized over the batch instead, without scale and shift, as in
+    cvjena/cnn-models' AlexNet. A batch is what one worker has in the network at once: the literature keeps it so with
+    many workers, since statistics over all would make another loss (Goyal et al., arXiv 1706.02677, section 2.3), and
+    torch.nn.SyncBatchNorm, which exchanges them, has no CPU form. Evaluation and checkpoints take the mean of all
+    workers' running statistics.
+"""
+
+INITIALIZATIONS = ("gaussian", "he")
+"""gaussian: N(0, 0.01) (section 5); he: N(0, 2 / inputs of a unit) (He et al. 2015), Caffe's "msra"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +58,7 @@ class Recipe:
     warm_up_epochs: int = 0
     """Epochs over which the rate rises linearly to what the schedule says; the paper has none."""
     normalization: str = "lrn"
-    """lrn (section 3.3), caffe, caffenet or batch: see model/alexnet.py."""
+    """lrn (section 3.3), caffe, caffenet or batch: see NORMALIZATIONS."""
     initialization: str = "gaussian"
     """Of the weights: gaussian, N(0, 0.01) (section 5), or he."""
     hidden_bias: float = PAPER_HIDDEN_BIAS

@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 
 
-def choose_device(gpu: bool) -> torch.device:
-    """The first GPU, or the CPU.
+def choose_device(gpus: bool | None) -> torch.device:
+    """The first GPU, or the CPU; for None, the GPU if torch sees one.
 
     Raises:
         ValueError: if a GPU is asked for and torch sees none.
     """
-    if not gpu:
+    if gpus is False or (gpus is None and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError("--gpu was asked for, but torch sees no GPU here: use --no-gpu, or a machine with one")
+        raise ValueError("--gpus was given, but torch sees no GPU here: leave it out, or use a machine with one")
     return torch.device("cuda", 0)
 
 

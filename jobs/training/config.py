@@ -74,12 +74,16 @@ class Workers:
                     )
 
 
-def choose_workers(workers: Annotated[str | None, tyro.conf.arg(metavar="N|MIN:MAX")] = None) -> Workers | None:
+def choose_workers(
+    workers: Annotated[
+        str | None, tyro.conf.arg(metavar="N|MIN:MAX", help_behavior_hint="(default: one per GPU, or one on CPU)")
+    ] = None,
+) -> Workers | None:
     """One number, or a range.
 
     Args:
-        workers: How many processes train: one per GPU of the cluster, or one on CPU. 2:4: from two to four, as nodes
-            come and go, each time from the last checkpoint, with the same batches.
+        workers: How many processes train. 2:4: from two to four, as nodes come and go, each time from the last
+            checkpoint, with the same batches.
     """
     return None if workers is None else Workers.parse(workers)
 
@@ -87,9 +91,17 @@ def choose_workers(workers: Annotated[str | None, tyro.conf.arg(metavar="N|MIN:M
 WorkersChoice = Annotated[Workers | None, tyro.conf.arg(name="", constructor=choose_workers)]
 
 
+def recipe_value(name: str) -> Any:
+    """Shows a field's value in each recipe as the default of the flag that changes it."""
+    values = {recipe: getattr(made, name) for recipe, made in RECIPES.items()}
+    default = values.pop("default")
+    others = "".join(f"; {recipe}: {value}" for recipe, value in values.items() if value != default)
+    return tyro.conf.arg(help_behavior_hint=f"(default: {default}{others})")
+
+
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Settings whose default is None follow from the recipe or from the machine; the run prints what they became."""
+class DataOptions:
+    """What to train on, and where the run is kept."""
 
     data: str
     """The shard set, made by jobs/shard_imagenet.py: a folder (on a cluster, one that every node sees) or a URL."""
@@ -102,9 +114,12 @@ class TrainConfig:
     stage_as: Literal["jpeg", "pixels"] = "jpeg"
     """What to keep there: the JPEGs, or their pixels, decoded once, so that an epoch only cuts, mirrors and
     shifts. Pixels take 196,608 bytes an image, 252 GB for ImageNet: for memory or fast disks that hold so much."""
-    recipe: Literal["default", "paper", "large-batch", "batchnorm"] = "default"
-    """paper: to the letter; default: but for an initial hidden bias of 0.1, with which it learns reliably; large-batch:
-    LARS, for thousands of images a step; batchnorm: batch normalization for LRN. model/recipe.py has each in full."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HardwareOptions:
+    """What trains."""
+
     workers: WorkersChoice = None
     """How many processes train, or from how many to how many; None: one per GPU of the cluster, or one on CPU."""
     resize_seconds: float = 60.0
@@ -112,63 +127,96 @@ class TrainConfig:
     the last checkpoint."""
     gpus: GpuChoice = None
     """Train on GPUs, or on CPU; None: on GPUs if the cluster has any."""
-    batch_size: int | None = None
-    """Images per step over all workers."""
-    epochs: int | None = None
-    """Stop after so many, if the schedule has not stopped before."""
-    lr: float | None = None
-    """Learning rate at the start."""
-    weight_decay: float | None = None
-    """Of the weights, and by `biases` of the biases."""
-    biases: Literal["paper", "caffe"] | None = None
-    """paper: as the weights; caffe: twice their rate and no decay."""
-    optimizer: Literal["sgd", "lars"] | None = None
-    """sgd: the paper's update; lars: with a rate scaled for each layer."""
-    schedule: Literal["plateau", "poly"] | None = None
-    """plateau: a tenth of the rate when validation stops improving; poly: falling over all epochs."""
-    warm_up_epochs: int | None = None
-    """Epochs over which the rate rises linearly at the start."""
-    normalization: Literal["lrn", "caffe", "caffenet", "batch"] | None = None
-    """lrn: the paper's; caffe, caffenet: as the two networks of Caffe; batch: batch normalization instead."""
-    dropout: float | None = None
-    """On the outputs of fc6 and fc7."""
-    hidden_bias: float | None = None
-    """Initial bias of conv2, conv4, conv5, fc6 and fc7."""
-    groups: Literal[1, 2] | None = None
-    """1: one tower; 2: the paper's two."""
-    color: Literal["eigenvalue", "std", "none"] | None = None
-    """Scale of the color shift: by the paper's eigenvalues, or by the 2012 source's standard deviations."""
-    plateau_metric: Literal["top1_error", "loss"] | None = None
-    """What must improve on the validation set, or the rate drops."""
-    patience: int | None = None
-    """Epochs without an improvement before the rate drops."""
-    seed: int | None = None
-    """Of weights, plan and dropout."""
-    micro_batch: int = 1024
-    """At most this many images per worker are in the network at once; a larger part is accumulated."""
     cpus_per_worker: int | None = None
     """Cores of each worker: the cluster's, shared evenly."""
+    micro_batch: int = 1024
+    """At most this many images per worker are in the network at once; a larger part is accumulated."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on GPU, float32 on CPU."""
     gpu_decoder: Literal["cuda", "hardware"] = "cuda"
     """What decodes JPEGs on a GPU. cuda: the same pixels on every GPU. hardware: the JPEG engine of A100, H100 and
     later, which leaves the GPU to the network; its pixels differ from cuda's by some levels, so a run keeps to one."""
-    tracker: Literal["mlflow", "wandb"] | None = None
-    """Send metrics to MLflow (at MLFLOW_TRACKING_URI) or Weights & Biases (by WANDB_API_KEY) as well as to
-    TensorBoard's events."""
-    log_every: int = 20
-    """Steps between progress lines."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeOptions:
+    """How the network learns: a recipe, and what to change of it."""
+
+    recipe: Literal["default", "paper", "large-batch", "batchnorm"] = "default"
+    """paper: to the letter; default: but for an initial hidden bias of 0.1, with which it learns reliably; large-batch:
+    LARS, for thousands of images a step; batchnorm: batch normalization for LRN. model/recipe.py has each in full."""
+    batch_size: Annotated[int | None, recipe_value("batch_size")] = None
+    """Images per step over all workers."""
+    epochs: Annotated[int | None, recipe_value("epochs")] = None
+    """Stop after so many, if the schedule has not stopped before."""
+    lr: Annotated[float | None, recipe_value("lr")] = None
+    """Learning rate at the start."""
+    weight_decay: Annotated[float | None, recipe_value("weight_decay")] = None
+    """Of the weights, and by `biases` of the biases."""
+    biases: Annotated[Literal["paper", "caffe"] | None, recipe_value("biases")] = None
+    """paper: as the weights; caffe: twice their rate and no decay."""
+    optimizer: Annotated[Literal["sgd", "lars"] | None, recipe_value("optimizer")] = None
+    """sgd: the paper's update; lars: with a rate scaled for each layer."""
+    schedule: Annotated[Literal["plateau", "poly"] | None, recipe_value("schedule")] = None
+    """plateau: a tenth of the rate when validation stops improving; poly: falling over all epochs."""
+    warm_up_epochs: Annotated[int | None, recipe_value("warm_up_epochs")] = None
+    """Epochs over which the rate rises linearly at the start."""
+    normalization: Annotated[Literal["lrn", "caffe", "caffenet", "batch"] | None, recipe_value("normalization")] = None
+    """lrn: the paper's; caffe, caffenet: as the two networks of Caffe; batch: batch normalization instead."""
+    dropout: Annotated[float | None, recipe_value("dropout")] = None
+    """On the outputs of fc6 and fc7."""
+    hidden_bias: Annotated[float | None, recipe_value("hidden_bias")] = None
+    """Initial bias of conv2, conv4, conv5, fc6 and fc7."""
+    groups: Annotated[Literal[1, 2] | None, recipe_value("groups")] = None
+    """1: one tower; 2: the paper's two."""
+    color: Annotated[Literal["eigenvalue", "std", "none"] | None, recipe_value("color")] = None
+    """Scale of the color shift: by the paper's eigenvalues, or by the 2012 source's standard deviations."""
+    plateau_metric: Annotated[Literal["top1_error", "loss"] | None, recipe_value("plateau_metric")] = None
+    """What must improve on the validation set, or the rate drops."""
+    patience: Annotated[int | None, recipe_value("patience")] = None
+    """Epochs without an improvement before the rate drops."""
+    seed: Annotated[int | None, recipe_value("seed")] = None
+    """Of weights, plan and dropout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointOptions:
+    """When the run is saved."""
+
     checkpoint_every: int = 0
     """Steps between checkpoints within an epoch, besides the one at its end."""
     checkpoint_minutes: float | None = None
     """Minutes between checkpoints within an epoch, besides the others."""
     keep: int = 2
     """How many checkpoints to keep besides the newest: those with the lowest validation error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FaultOptions:
+    """What to do when something fails."""
+
     max_failures: int = 3
     """How often to start again from the last checkpoint after losing a worker or a node."""
     hang_seconds: float = 120.0
     """A worker that is longer about one step's images, or does not answer for so long, hangs: it is ended,
     which counts among --max-failures. Give more if the disk may be away for longer and come back."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingOptions:
+    """What is told of the run."""
+
+    log_every: int = 20
+    """Steps between progress lines."""
+    tracker: Literal["mlflow", "wandb"] | None = None
+    """Send metrics to MLflow (at MLFLOW_TRACKING_URI) or Weights & Biases (by WANDB_API_KEY) as well as to
+    TensorBoard's events."""
+
+
+# A dataclass takes the fields of its last base first.
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(LoggingOptions, FaultOptions, CheckpointOptions, RecipeOptions, HardwareOptions, DataOptions):
+    """The whole command line. What is None follows from the recipe or from the machine."""
 
     def __post_init__(self) -> None:
         for field in ("micro_batch", "cpus_per_worker", "log_every", "keep"):
@@ -209,3 +257,22 @@ class TrainConfig:
         """The fields of the recipe that the command line sets."""
         given = {f.name: getattr(self, f.name, None) for f in dataclasses.fields(Recipe)}
         return {name: value for name, value in given.items() if value is not None}
+
+
+def from_groups(
+    data: DataOptions,
+    hardware: HardwareOptions,
+    recipe: RecipeOptions,
+    checkpoint: CheckpointOptions,
+    fault: FaultOptions,
+    logging: LoggingOptions,
+) -> TrainConfig:
+    """The configuration, of the groups that --help shows.
+
+    Raises:
+        ValueError: if a value is wrong, also one of the recipe's.
+    """
+    groups = (data, hardware, recipe, checkpoint, fault, logging)
+    config = TrainConfig(**{name: value for group in groups for name, value in vars(group).items()})
+    config.make_recipe()
+    return config

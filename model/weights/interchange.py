@@ -54,7 +54,7 @@ class Imported:
     description: str
     """What it is."""
     normalization: str
-    """One of `model.alexnet.NORMALIZATIONS`."""
+    """One of `model.recipe.NORMALIZATIONS`."""
     tensors: dict[str, Tensor]
     """By the names of AlexNet's parameters, RGB, float32."""
 

@@ -1,0 +1,47 @@
+"""Whether a location on the command line is of the kind that its flag takes: a shard set, or a run's checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+from shlex import quote
+
+SET_FILES = ("dataset.json", "unfinished.json", "train.arrow")
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".tar")  # Of what jobs/shard_imagenet.py reads.
+DEPTH = 3  # Images of a class lie in ROOT/train/CLASS.
+LOOKED_AT = 20  # Items of a folder: a class may have a million.
+
+
+def check_locations(config: object) -> None:
+    """Looks at a command's --data and --checkpoint, as far as they are on this machine's disk.
+
+    Raises:
+        ValueError: if the one is a source of images or a run, or the other a shard set.
+    """
+    data, checkpoint = (str(getattr(config, name, None) or "") for name in ("data", "checkpoint"))
+    if checkpoint and os.path.exists(os.path.join(checkpoint, SET_FILES[0])):
+        raise ValueError(f"--checkpoint {checkpoint} is a shard set: give a run's folder, and the set as --data")
+    if not data or "://" in data or any(os.path.exists(os.path.join(data, name)) for name in SET_FILES):
+        return
+    if _is_run(Path(data)):
+        raise ValueError(f"--data {data} holds checkpoints: give the shard set that jobs/shard_imagenet.py made")
+    if _is_source(Path(data), DEPTH):
+        made = f"{os.path.abspath(data).removesuffix('.tar')}-shards"
+        raise ValueError(
+            f"--data {data} is a source of images, and no shard set: make one with `python jobs/shard_imagenet.py "
+            f"--source {quote(data)} --output {quote(made)}`, and give --data {quote(made)}"
+        )
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "state.json").exists() or any(folder.glob("checkpoint_*"))
+
+
+def _is_source(path: Path, depth: int) -> bool:
+    """Whether it is an image or a tar, or the first things in it are."""
+    if path.is_file():
+        return path.suffix.lower() in IMAGE_SUFFIXES
+    if depth == 0 or not path.is_dir():
+        return False
+    return any(_is_source(item, depth - 1) for item in itertools.islice(path.iterdir(), LOOKED_AT))
