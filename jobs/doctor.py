@@ -60,7 +60,6 @@ from jobs.diagnostics.checks import (
     NODE_CHECKS,
     STEP_SECONDS,
     Finding,
-    Given,
     check_all_reduce,
     check_gpus,
     judge,
@@ -106,12 +105,13 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
     cure = "look at /tmp/ray/session_latest/logs on that node; end its Ray and start it again"
     yield judge("nodes answer", answers, cure)
     nodes = [node for node, answer in answers.items() if not isinstance(answer, NoAnswer)]
-    given = Given(_absolute(config.data), _absolute(config.storage), config.stage, f".doctor-{secrets.token_hex(8)}")
+    storage, marker = _absolute(config.storage), f".doctor-{secrets.token_hex(8)}"
+    given = {"data": _absolute(config.data), "storage": storage, "stage": config.stage, "marker": marker}
     # What the first node writes, each node must read. If it cannot write, its own row says why.
-    writer = nodes[:1] if config.storage else []
-    on_each(writer, write_file, given.storage, given.marker, seconds=STEP_SECONDS)
+    writer = nodes[:1] if storage else []
+    on_each(writer, write_file, storage, marker, seconds=STEP_SECONDS)
     yield from (check.run(nodes, given) for check in NODE_CHECKS if nodes)
-    on_each(writer, remove_file, given.storage, given.marker, seconds=STEP_SECONDS)
+    on_each(writer, remove_file, storage, marker, seconds=STEP_SECONDS)
     if placed:
         ranks = start_ranks(places, bundle, world)
         if gpus:

@@ -1,8 +1,10 @@
 """One picture of a training batch as the network sees it.
 
-A row an image, from left to right: the stored 256 x 256 pixels with this epoch's crop marked; the crop as the network
-gets it, flipped or not and with its color shift, but for the mean, which is added again; and the same with a larger
-color shift, which the network never sees, since the paper's is hardly visible. `--exaggerate 0` shows it without.
+A row an image, from left to right: the stored 256 x 256 pixels with the crop marked; the crop as the network gets it,
+flipped or not and with its color shift, but with the mean added again; and the same with eight times the color shift,
+since the paper's is hardly visible.
+
+    python jobs/look.py --data SHARDS --output look.png
 """
 
 from __future__ import annotations
@@ -11,13 +13,13 @@ import dataclasses
 import io
 import os
 from pathlib import Path
-from typing import Literal
 
 from jobs.cli.command import run
 
 ROW_INCHES = 3.2
 WIDTH_INCHES = 10.5
 DPI = 100
+EXAGGERATION = 8  # Of the color shift, in the last column.
 MARK = "#ff2d95"  # A color that photographs rarely have.
 
 
@@ -28,23 +30,13 @@ class LookConfig:
     output: Path = Path("look.png")
     """The picture to write."""
     images: int = 6
-    """Rows: the first so many images of the batch."""
-    epoch: int = 0
-    """Which epoch's draws."""
-    step: int = 0
-    """Which batch of that epoch."""
-    batch_size: int = 128
-    """The global batch; smaller where the set is smaller."""
+    """Rows: the first images of the first batch."""
     seed: int = 0
-    """The training run's seed."""
-    color: Literal["eigenvalue", "std", "none"] = "eigenvalue"
-    """How the color shift scales, as in the recipe."""
-    exaggerate: float = 8.0
-    """In the last column the color shift is so many times as large."""
+    """The training run's."""
 
     def __post_init__(self) -> None:
-        if self.images < 1 or self.batch_size < 1 or self.epoch < 0 or self.step < 0:
-            raise ValueError(f"images and batch size must be at least 1, epoch and step at least 0: {self}")
+        if self.images < 1:
+            raise ValueError(f"--images is {self.images}; it must be at least 1")
 
 
 if __name__ == "__main__":
@@ -84,15 +76,9 @@ class Seen:
 
 
 def look(config: LookConfig, info: DatasetInfo, reader: SplitReader) -> Seen:
-    """Runs the loader on one batch and adds, to the pixels that come out of it, the mean and more of the color shift.
-
-    Raises:
-        ValueError: if the epoch has no such step.
-    """
-    plan = Plan(len(reader), min(config.batch_size, len(reader)), config.seed, color_matrix(info.rgb, config.color))
-    if config.step >= plan.steps:
-        raise ValueError(f"step {config.step} was asked for, but an epoch has {plan.steps}: use a lower --step")
-    planned = next(next(plan.epoch(config.epoch, config.step)).chunks(config.images))
+    """Runs the loader on one batch; adds the mean, and more of the color shift, to the pixels that come out of it."""
+    plan = Plan(len(reader), min(config.images, len(reader)), config.seed, color_matrix(info.rgb))
+    planned = next(plan.epoch(0))
     drawn = planned.draw(planned.samples)
     loader = Loader(reader, info.rgb, len(planned), torch.device("cpu"), os.cpu_count() or 1)
     (batch,) = loader.run([planned])
@@ -102,7 +88,7 @@ def look(config: LookConfig, info: DatasetInfo, reader: SplitReader) -> Seen:
     return Seen(
         stored=np.stack([reader.decoded(sample) for sample in planned.samples.tolist()]),
         network=levels(network),
-        exaggerated=levels(network + (config.exaggerate - 1) * shift),
+        exaggerated=levels(network + (EXAGGERATION - 1) * shift),
         drawn=drawn,
         samples=planned.samples,
         names=[info.classes[label].name for label in reader.labels[planned.samples]],
@@ -114,7 +100,7 @@ def levels(values: NDArray[np.float64]) -> NDArray[np.uint8]:
     return np.clip(np.rint(values), 0, MAX_LEVEL).astype(np.uint8)
 
 
-def picture(seen: Seen, config: LookConfig, summary: str) -> Figure:
+def picture(seen: Seen, summary: str) -> Figure:
     """The rows, under a heading for each column."""
     rows = len(seen.samples)
     figure = Figure(figsize=(WIDTH_INCHES, ROW_INCHES * rows + 1.5), layout="constrained")
@@ -122,7 +108,7 @@ def picture(seen: Seen, config: LookConfig, summary: str) -> Figure:
     headings = (
         "stored, 256 x 256,\nand the crop",
         "what the network sees,\n227 x 227",
-        f"color shift x {config.exaggerate:g}: for the eye only,\nthe network never sees this",
+        f"color shift x {EXAGGERATION}: for the eye only,\nthe network never sees this",
     )
     grid = figure.subplots(rows, len(headings), squeeze=False)
     for row, axes in enumerate(grid):
@@ -132,7 +118,7 @@ def picture(seen: Seen, config: LookConfig, summary: str) -> Figure:
         show(axes[0], seen.stored[row], f"{seen.names[row]}, image {seen.samples[row]}\n{crop}")
         axes[0].add_patch(Rectangle((left - 0.5, top - 0.5), CROP_SIZE, CROP_SIZE, fill=False, color=MARK, linewidth=2))
         show(axes[1], seen.network[row], "red {:+.1f}, green {:+.1f}, blue {:+.1f} levels".format(*shift))
-        show(axes[2], seen.exaggerated[row], "{:+.0f}, {:+.0f}, {:+.0f}".format(*config.exaggerate * shift))
+        show(axes[2], seen.exaggerated[row], "{:+.0f}, {:+.0f}, {:+.0f}".format(*EXAGGERATION * shift))
     for axes, heading in zip(grid[0], headings, strict=True):
         axes.set_title(heading, fontsize=11, fontweight="bold")
     return figure
@@ -153,12 +139,11 @@ def main(config: LookConfig) -> None:
     seen = look(config, info, reader)
     shares = ", ".join(f"{value / sum(info.rgb.eigenvalues):.1%}" for value in info.rgb.eigenvalues)
     summary = (
-        f"Epoch {config.epoch + 1}, step {config.step + 1} of {config.data.name}, seed {config.seed}: "
-        f"the first {len(seen.samples)} images of the batch.\n"
+        f"The first {len(seen.samples)} images of the first batch of {config.data.name}, seed {config.seed}.\n"
         f"Color: three draws of N(0, 0.1) along the components of the set's RGB, {shares} of its variance"
     )
     buffer = io.BytesIO()
     with mpl.rc_context({"font.family": "sans-serif"}):
-        picture(seen, config, summary).savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+        picture(seen, summary).savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     write_atomically(config.output, buffer.getvalue())
     print(f"{len(seen.samples)} images of one batch: {config.output}")

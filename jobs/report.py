@@ -2,12 +2,13 @@
 
 It shows the curves with the schedule's decisions, the first layer's filters and the settings. With --data it also shows
 images with their most probable classes, nearest neighbors by fc7, and the classes most often confused.
+
+    python jobs/report.py --storage RUNS --name first --data SHARDS --output report.html
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +27,8 @@ class ReportConfig:
     """A shard set of the run's classes, to show images of."""
     benchmark: Path | None = None
     """What jobs/benchmark.py --json wrote on the same machine, to show its rates."""
-    images: int = 10_000
-    """Look at no more than so many images of each split."""
-    shown: int = 12
-    """Show the most probable classes of so many validation images."""
-    queries: int = 5
-    """And the nearest training images of so many."""
     gpu: GpuChoice = None
     """Use a GPU; None: if torch sees one."""
-    batch_size: int = 100
-    """Images at a time."""
-    threads: int = os.cpu_count() or 1
-    """Decoder threads."""
-
-    def __post_init__(self) -> None:
-        for field in ("images", "shown", "queries", "batch_size", "threads"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"--{field.replace('_', '-')} is {getattr(self, field)}; it must be at least 1")
 
 
 if __name__ == "__main__":
@@ -52,7 +38,7 @@ import torch
 
 from jobs.cli.device import choose_device
 from jobs.reporting.page import gallery, page, read_rates
-from jobs.reporting.predictions import Predictor
+from jobs.reporting.predictions import predict
 from jobs.training import checkpoint
 from jobs.training.checkpoint import CheckpointError
 from jobs.training.run_storage import local_checkpoint
@@ -80,9 +66,7 @@ def main(config: ReportConfig) -> None:
     if config.data is not None:
         info = read_dataset(config.data)
         checkpoint.check_other_classes(state.identity, info, location, str(config.data))
-        predictor = Predictor(network, state.identity.rgb, config.batch_size, device, config.threads)
-        predictions = predictor.predict(config.data, info, config.images, config.shown, config.queries)
-        images = gallery(predictions, config.data, info)
+        images = gallery(predict(network, state.identity.rgb, device, config.data, info), config.data, info)
     events = read_events(join(location, EVENTS))
     write_atomically(config.output, page(config.name, state, network, events, rates, images).encode())
     print(f"report: {config.output}")

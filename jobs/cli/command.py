@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -71,7 +72,7 @@ def run(config: Callable[..., Config], main: Callable[[Config], None] | str) -> 
                 description=sys.modules["__main__"].__doc__,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
             )
-            _check_urls(parsed)
+            parsed = _with_home(parsed)
         except ValueError as error:
             print(f"error: {one_line(error)}", file=sys.stderr)
             sys.exit(2)
@@ -97,13 +98,20 @@ def _check_foreign_flags(config: Callable[..., object]) -> None:
                 raise ValueError(f"there is no {given}: give {ours}")
 
 
-def _check_urls(config: object) -> None:
-    """Raises ValueError for a URL where only a path will do: as a path it would name a folder "s3:" right here."""
-    assert dataclasses.is_dataclass(config)
+def _with_home(config: Any) -> Any:
+    """The same, with ~ as the home folder: in --output=~/set, the shell leaves it.
+
+    Raises:
+        ValueError: for a URL where only a path will do: as a path it would name a folder "s3:" right here.
+    """
+    changed = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, Path) and re.match("[a-z][a-z0-9]+:/", str(value)):
             raise ValueError(f"--{field.name.replace('_', '-')} is a URL: it takes a path on a disk here")
+        if isinstance(value, str | Path) and str(value).startswith("~"):
+            changed[field.name] = type(value)(os.path.expanduser(value))
+    return dataclasses.replace(config, **changed)
 
 
 def log(line: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pyarrow import fs
 
 from jobs.cluster.nodes import NoAnswer, Node, collect, on_each
 from jobs.diagnostics.probe import GRADIENT
@@ -44,36 +45,25 @@ class Finding:
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
-    """What the nodes are to try, as each of them can use it."""
-
-    data: str | None = None
-    """The shard set: an absolute path or a URL."""
-    storage: str | None = None
-    """Where runs are kept: an absolute path or a URL."""
-    stage: str | None = None
-    """The folder on each node's own disk to copy the set to."""
-    marker: str = ""
-    """The name of a file in `storage` that one node has written."""
-
-
-@dataclasses.dataclass(frozen=True)
 class NodeCheck:
     """A row about all nodes."""
 
     name: str
-    function: Callable[[Given], str]
+    function: Callable[..., str]
     """Runs on each node. Returns what is there, or raises ValueError or OSError with what is wrong."""
     cure: str
     needs: tuple[str, ...] = ()
-    """Fields of `Given` without which it is skipped."""
+    """The flags whose values it takes; it is skipped where one is not given."""
     must_match: bool = False
     """Whether all nodes must return the same."""
 
-    def run(self, nodes: Iterable[Node], given: Given) -> Finding:
-        if missing := [f"--{name}" for name in self.needs if getattr(given, name) is None]:
+    def run(self, nodes: Iterable[Node], given: Mapping[str, str | None]) -> Finding:
+        """Runs it on all nodes, with the values of the flags: absolute paths, or URLs."""
+        if missing := [f"--{name}" for name in self.needs if given[name] is None]:
             return Finding(self.name, "skipped", f"give {' and '.join(missing)} to check it")
-        return judge(self.name, on_each(nodes, self.function, given, seconds=STEP_SECONDS), self.cure, self.must_match)
+        arguments = [given[name] for name in self.needs]
+        answers = on_each(nodes, self.function, *arguments, seconds=STEP_SECONDS)
+        return judge(self.name, answers, self.cure, self.must_match)
 
 
 def judge(name: str, answers: Mapping[Any, Any], cure: str, must_match: bool = False) -> Finding:
@@ -89,7 +79,7 @@ def judge(name: str, answers: Mapping[Any, Any], cure: str, must_match: bool = F
     return Finding(name, "failed", text, cure) if wrong else Finding(name, "ok", text)
 
 
-def versions(given: Given) -> str:
+def versions() -> str:
     """Python, the packages and a digest of this project's code."""
     found = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
     root = Path(__file__).resolve().parents[2]
@@ -99,7 +89,7 @@ def versions(given: Given) -> str:
     return ", ".join(f"{name} {version}" for name, version in {**found, "code": code.hexdigest()[:12]}.items())
 
 
-def open_files(given: Given) -> str:
+def open_files() -> str:
     """A process may have all shards open."""
     count = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if count < MIN_FILES:
@@ -107,7 +97,7 @@ def open_files(given: Given) -> str:
     return f"{count:,}"
 
 
-def shared_memory(given: Given) -> str:
+def shared_memory() -> str:
     """/dev/shm is large enough."""
     size = shutil.disk_usage("/dev/shm").total / 2**30 if os.path.isdir("/dev/shm") else 0.0
     if size < MIN_SHM_GIB:
@@ -115,39 +105,34 @@ def shared_memory(given: Given) -> str:
     return f"{size:.1f} GiB"
 
 
-def storage(given: Given) -> str:
-    """This node can write, and reads what another one wrote."""
+def storage(location: str, marker: str) -> str:
+    """This node can write, and finds the file that another one wrote."""
     own = f".doctor-{secrets.token_hex(8)}"
-    write_file(given.storage, own)
-    remove_file(given.storage, own)
-    filesystem, path = open_location(str(given.storage))
-    try:
-        with filesystem.open_input_stream(f"{path}/{given.marker}") as stream:
-            found = stream.read()
-    except FileNotFoundError:
-        found = b""
-    if found != given.marker.encode():
+    write_file(location, own)
+    remove_file(location, own)
+    filesystem, path = open_location(location)
+    if filesystem.get_file_info(f"{path}/{marker}").type != fs.FileType.File:
         raise ValueError("does not read what another node wrote")
     return "written and read on each node"
 
 
-def write_file(storage: str | None, name: str) -> None:
+def write_file(storage: str, name: str) -> None:
     """Writes a small file that holds its own name."""
-    filesystem, path = open_location(str(storage))
+    filesystem, path = open_location(storage)
     filesystem.create_dir(path, recursive=True)
     with filesystem.open_output_stream(f"{path}/{name}") as stream:
         stream.write(name.encode())
 
 
-def remove_file(storage: str | None, name: str) -> None:
-    filesystem, path = open_location(str(storage))
+def remove_file(storage: str, name: str) -> None:
+    filesystem, path = open_location(storage)
     filesystem.delete_file(f"{path}/{name}")
 
 
-def data(given: Given) -> str:
+def data(location: str) -> str:
     """The set is there, and a shard of each split has the right bytes."""
-    info = _read_set(given)
-    filesystem, path = open_location(str(given.data))
+    info = _read_set(location)
+    filesystem, path = open_location(location)
     for split, row in [(split, random.choice(part.shards)) for split, part in info.splits.items() if part.shards]:
         digest = hashlib.sha256()
         for chunk in chunks(filesystem, f"{path}/{split}/{row.name}.tar"):
@@ -160,10 +145,10 @@ def data(given: Given) -> str:
     return f"{sum(part.samples for part in info.splits.values())} images, fingerprint {info.fingerprint[:12]}"
 
 
-def disk(given: Given) -> str:
+def disk(location: str, stage: str) -> str:
     """The set has room in the folder to stage to."""
-    need = sum(part.bytes for part in _read_set(given).splits.values())
-    folder = Path(str(given.stage))
+    need = sum(part.bytes for part in _read_set(location).splits.values())
+    folder = Path(stage)
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     found = f"{free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed"
     if free < need:
@@ -171,8 +156,7 @@ def disk(given: Given) -> str:
     return found
 
 
-def _read_set(given: Given) -> DatasetInfo:
-    location = str(given.data)
+def _read_set(location: str) -> DatasetInfo:
     return read_remote_dataset(location) if is_url(location) else read_dataset(Path(location))
 
 
@@ -189,20 +173,20 @@ NODE_CHECKS = (
         "storage",
         storage,
         "give a --storage that every node can write and read: a URL (s3://, gs://) or a shared mount",
-        needs=("storage",),
+        ("storage", "marker"),
     ),
     NodeCheck(
         "data",
         data,
         "give a finished set on a mount that every node has; or one in an object store, with --stage",
-        needs=("data",),
+        ("data",),
         must_match=True,
     ),
     NodeCheck(
         "disk",
         disk,
         "free some, or give a larger disk with --stage; what was staged there before counts as used",
-        needs=("data", "stage"),
+        ("data", "stage"),
     ),
 )
 """In the order in which one explains the next."""

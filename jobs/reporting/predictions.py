@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,10 @@ from pipeline.images.rgb_stats import RgbStatistics
 from pipeline.loading.loader import Batch, Loader
 from pipeline.loading.plan import center_crops
 
-TOP = 5
+IMAGES = 10_000  # Of each split, at most
+BATCH_SIZE = 100
+SHOWN, TOP = 12, 5  # Validation images, and each one's most probable classes
+QUERIES = 5  # Validation images whose nearest training images are shown
 NEAREST = 6  # The paper's figure 4 (right)
 
 
@@ -52,61 +56,42 @@ class Confusion:
     """In how many images."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Predictor:
-    """Runs a network on the images of a shard set."""
+@torch.no_grad()
+def predict(network: AlexNet, rgb: RgbStatistics, device: torch.device, data: Path, info: DatasetInfo) -> Predictions:
+    """Runs a network on the first images of each split of a shard set.
 
-    network: AlexNet
-    """In evaluation mode, on the device."""
-    rgb: RgbStatistics
-    """The training run's statistics: their mean is part of what was learned."""
-    batch_size: int
-    device: torch.device
-    threads: int
-    """Decoder threads."""
+    Args:
+        network: in evaluation mode, on the device.
+        rgb: the training run's statistics: their mean is part of what was learned.
+        device: where the loader puts the images.
+        data: the shard set, of the network's classes.
+        info: its description.
+    """
 
-    @torch.no_grad()
-    def predict(self, data: Path, info: DatasetInfo, images: int, shown: int, queries: int) -> Predictions:
-        """Runs the first `images` images of each split.
+    def batches(reader: SplitReader) -> Iterator[Batch]:
+        samples = np.arange(min(IMAGES, len(reader)))
+        loader = Loader(reader, rgb, BATCH_SIZE, device, os.cpu_count() or 1)
+        return counted(loader.run(center_crops(samples).chunks(BATCH_SIZE)), len(samples))
 
-        Args:
-            data: the shard set, of the network's classes.
-            info: its description.
-            images: at most so many of each split.
-            shown: return the five most probable classes of so many validation images.
-            queries: return the nearest training images of so many validation images.
-        """
-        logits: list[torch.Tensor] = []
-        codes: list[torch.Tensor] = []
-        val, train = (SplitReader(data, info, split) for split in ("val", "train"))
-        for batch in self._batches(val, images):
-            hidden = self.network.last_hidden(batch.images)
-            logits.append(self.network.fc8(hidden).float().cpu())
-            if sum(len(code) for code in codes) < queries:
-                codes.append(hidden[:queries].float())
-        probabilities = F.softmax(torch.cat(logits), dim=1)
-        top = probabilities[:shown].topk(min(TOP, probabilities.shape[1]), dim=1)
-        return Predictions(
-            val_labels=val.labels[: len(probabilities)].astype(np.int64),
-            predicted=probabilities.argmax(dim=1).numpy(),
-            top=[list(zip(*row, strict=True)) for row in zip(top.indices.tolist(), top.values.tolist(), strict=True)],
-            nearest=self._nearest(torch.cat(codes)[:queries], train, images),
-            train_images=min(images, len(train)),
-        )
-
-    def _nearest(self, codes: torch.Tensor, train: SplitReader, images: int) -> NDArray[np.int64]:
-        """By Euclidean distance of fc7's outputs (section 6.1); a batch's distances are kept, not its outputs."""
-        distances = [
-            torch.cdist(codes, self.network.last_hidden(batch.images).float()).cpu()
-            for batch in self._batches(train, images)
-        ]
-        whole = torch.cat(distances, dim=1)
-        return whole.topk(min(NEAREST, whole.shape[1]), largest=False).indices.numpy()
-
-    def _batches(self, reader: SplitReader, images: int) -> Iterator[Batch]:
-        samples = np.arange(min(images, len(reader)))
-        loader = Loader(reader, self.rgb, self.batch_size, self.device, self.threads)
-        return counted(loader.run(center_crops(samples).chunks(self.batch_size)), len(samples))
+    val, train = (SplitReader(data, info, split) for split in ("val", "train"))
+    logits: list[torch.Tensor] = []
+    queries = torch.empty(0)
+    for batch in batches(val):
+        hidden = network.last_hidden(batch.images)
+        logits.append(network.fc8(hidden).float().cpu())
+        queries = queries if len(queries) else hidden[:QUERIES].float()
+    # A batch's distances are kept, not its outputs.
+    distances = [torch.cdist(queries, network.last_hidden(batch.images).float()).cpu() for batch in batches(train)]
+    probabilities = F.softmax(torch.cat(logits), dim=1)
+    top = probabilities[:SHOWN].topk(min(TOP, probabilities.shape[1]), dim=1)
+    whole = torch.cat(distances, dim=1)
+    return Predictions(
+        val_labels=val.labels[: len(probabilities)].astype(np.int64),
+        predicted=probabilities.argmax(dim=1).numpy(),
+        top=[list(zip(*row, strict=True)) for row in zip(top.indices.tolist(), top.values.tolist(), strict=True)],
+        nearest=whole.topk(min(NEAREST, whole.shape[1]), largest=False).indices.numpy(),
+        train_images=whole.shape[1],
+    )
 
 
 def confusions(labels: NDArray[np.int64], predicted: NDArray[np.int64], classes: int) -> list[Confusion]:

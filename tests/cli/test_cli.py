@@ -85,6 +85,12 @@ def test_a_source_a_run_and_a_set_are_told_apart(shard_set: Path, tmp_path: Path
     assert "is unfinished" in refused("look", "--data", tmp_path / "begun")
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = run_here("look", "--data=~/none")
+    assert done.stderr.startswith(f"error: the shard set {tmp_path}/none does not exist")
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [

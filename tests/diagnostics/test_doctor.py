@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import shutil
@@ -13,7 +14,7 @@ import pytest
 
 from jobs.cluster.nodes import NoAnswer
 from jobs.diagnostics import checks
-from jobs.diagnostics.checks import Given, judge, write_file
+from jobs.diagnostics.checks import judge, write_file
 from jobs.diagnostics.probe import Rank
 from tests import hosts
 from tests.processes import outside_clusters
@@ -39,22 +40,22 @@ def test_where_all_must_be_alike_what_differs_is_named() -> None:
 
 
 def test_a_node_without_room_is_refused(shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = Given(data=str(shard_set), stage=str(tmp_path / "not" / "yet"))
-    assert "GB free" in checks.disk(given)
+    disk = functools.partial(checks.disk, str(shard_set), str(tmp_path / "not" / "yet"))
+    assert "GB free" in disk()
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=64 * 2**20, free=1000))
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
-    for check in (checks.disk, checks.shared_memory, checks.open_files):
+    for check in (disk, checks.shared_memory, checks.open_files):
         with pytest.raises(ValueError, match="needed"):
-            check(given)
+            check()
 
 
 def test_a_storage_must_show_what_another_node_wrote(tmp_path: Path) -> None:
-    given = Given(storage=str(tmp_path / "runs"), marker=".doctor-1")
+    given = (str(tmp_path / "runs"), ".doctor-1")
     with pytest.raises(ValueError, match="does not read what another node wrote"):
-        checks.storage(given)
-    write_file(given.storage, given.marker)
-    checks.storage(given)
+        checks.storage(*given)
+    write_file(*given)
+    checks.storage(*given)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [".doctor-1"]
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from jobs.reporting import charts
 from jobs.reporting.page import gallery, page
-from jobs.reporting.predictions import Confusion, Predictor, confusions
+from jobs.reporting.predictions import Confusion, confusions, predict
 from jobs.training import checkpoint
 from jobs.training.checkpoint import RunFingerprint
 from jobs.training.trackers import EVENTS, TrackedRun, make_trackers, read_events
@@ -175,8 +175,7 @@ def test_a_plateau_run_ends_itself_the_same_when_it_was_interrupted(
     info = read_dataset(tiny_set)
     # A class's name is text, never markup or a formula.
     info = dataclasses.replace(info, classes=tuple(dataclasses.replace(c, name="<b>$x$ 中") for c in info.classes))
-    predictor = Predictor(network, state.identity.rgb, 4, CPU.device, 1)
-    predictions = predictor.predict(tiny_set, info, images=100, shown=8, queries=3)
+    predictions = predict(network, state.identity.rgb, CPU.device, tiny_set, info)
     events = read_events(str(tmp_path / "parts" / EVENTS))
     # One value an epoch: what the interruption made happen twice is there once.
     assert [step for step, _ in events.scalars["train/loss"]] == [2 * row["epoch"] for row in parts.progress.history]
@@ -185,7 +184,7 @@ def test_a_plateau_run_ends_itself_the_same_when_it_was_interrupted(
     for epoch in decisions:
         assert text.count(f"<li>epoch {epoch}: error ") == 1
     assert text.count("stopping, the rate was reduced 3 times</li>") == 1
-    assert (text.count("<svg"), text.count("<image")) == (3 + 1 + 8 + 3, 96 + 8 + 3 * 7)
+    assert (text.count("<svg"), text.count("<image")) == (3 + 1 + 8 + 5, 96 + 8 + 5 * 7)
     assert "<b>" not in text
     assert "&lt;b&gt;$x$ 中" in text
     assert text.count("this machine") == 1
