@@ -76,7 +76,7 @@ def test_a_source_a_run_and_a_set_are_told_apart(shard_set: Path, tmp_path: Path
         line = refused("look", "--data", source)
         assert f"--data {source} is a source of images, and no shard set" in line
         assert f"--source {quote(str(source))} --output {quote(made)}`" in line
-    assert f"--data {run} holds checkpoints" in refused("evaluate", "--data", run, "--checkpoint", shard_set)
+    assert f"--data {run} holds checkpoints" in refused("evaluate", "--data", run, "--checkpoint", run)
     assert "is a shard set: give a run's folder" in refused("evaluate", "--data", shard_set, "--checkpoint", shard_set)
     # A set that is being made holds tars too.
     (tmp_path / "begun" / "train").mkdir(parents=True)
