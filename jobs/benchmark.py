@@ -4,6 +4,8 @@ Four rates over the same shard set, in one run: decoding its JPEGs whole and not
 the network alone on a batch that stays where it is, and both together. Then torch.profiler's table of what takes the
 network longest.
 
+    python jobs/benchmark.py --data SHARDS
+
 With --check-gpu: first compares the GPU's loader with the CPU's (`make gpu` is the whole command).
 """
 

@@ -2,6 +2,8 @@
 
 Each command is shown before it runs, so that this doubles as a tutorial. A Ray cluster of its own is started for it,
 on loopback and with token authentication, and ended with it.
+
+    python jobs/demo.py --output demo
 """
 
 from __future__ import annotations

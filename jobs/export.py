@@ -2,6 +2,8 @@
 
 Either file says what it holds: the input's mean, the classes, the recipe. An ONNX file is written only if ONNX Runtime
 gives the same logits as this program.
+
+    python jobs/export.py --checkpoint RUNS/first --output alexnet.onnx
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ from jobs.training.worker import make_network
 from model.alexnet import INPUT_SIZE
 from pipeline.dataset.info import write_atomically
 from pipeline.images.rgb_stats import MAX_LEVEL
+from pipeline.storage.locations import shown
 
 
 def metadata(state: State) -> dict[str, str]:
@@ -106,7 +109,7 @@ def main(config: ExportConfig) -> None:
     if config.output.suffix == ".safetensors":
         tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
         write_atomically(config.output, save(tensors, about))
-        print(f"{location} is in {config.output}")
+        print(f"{shown(location)} is in {config.output}")
         return
     program = to_onnx(network, about)
     difference = parity(program, network)
@@ -117,6 +120,6 @@ def main(config: ExportConfig) -> None:
         )
     write_atomically(config.output, program.model_proto.SerializeToString())
     print(
-        f"{location} is in {config.output}; on {IMAGES} random images ONNX Runtime's logits differ from torch's by at "
-        f"most {difference:.1e} of the largest"
+        f"{shown(location)} is in {config.output}; on {IMAGES} random images ONNX Runtime's logits differ from torch's "
+        f"by at most {difference:.1e} of the largest"
     )

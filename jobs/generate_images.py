@@ -1,4 +1,7 @@
-"""Writes photograph-like images of a few made-up classes, laid out like ImageNet, to try everything with."""
+"""Writes photograph-like images of a few made-up classes, laid out like ImageNet, to try everything with.
+
+python jobs/generate_images.py --output images
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Makes a checkpoint of published AlexNet weights, so that jobs/evaluate.py can judge them on a shard set.
 
 Known files: Caffe's bvlc_alexnet.caffemodel and bvlc_reference_caffenet.caffemodel, and alexnet.pth.tar of
-jiecaoyu/pytorch_imagenet. Which one it is, the file's contents say. Pickled dumps (.npy) are not read: they can run
-code.
+jiecaoyu/pytorch_imagenet; the contents decide which. Pickled dumps (.npy) are not read: they can run code.
+
+    python jobs/import_weights.py --source bvlc_alexnet.caffemodel --data SHARDS --output imported
 """
 
 from __future__ import annotations
