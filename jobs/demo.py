@@ -10,21 +10,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
+import functools
 import os
 import secrets
 import shlex
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from jobs.cli.command import run
 from pipeline.dataset.info import read_dataset
+from pipeline.images.synthetic import write_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 RAY = str(Path(sys.executable).with_name("ray"))
+HOST = "127.0.0.1"
+STOP_SECONDS = 20
+CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS = 6, 150, 30  # Of the generated images.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,35 +57,76 @@ class CommandError(ValueError):
     """One of the demo's commands failed; it has said why."""
 
 
-def call(arguments: list[str]) -> None:
-    """Shows a command, as a person would type it, and runs it from the project's root.
+def call(arguments: list[str], environment: dict[str, str]) -> None:
+    """Shows a command and runs it from the project's root.
 
     Raises:
         CommandError: if its exit status is not 0.
     """
-    names = {sys.executable: "python", RAY: "ray"}
-    print(f"\n$ {shlex.join(names.get(a, a) for a in arguments)}", flush=True)
-    status = subprocess.run(arguments, cwd=ROOT, check=False).returncode
+    show(arguments)
+    status = subprocess.run(arguments, cwd=ROOT, env=environment, check=False).returncode
     if status != 0:
         raise CommandError(f"`{shlex.join(arguments)}` failed with exit status {status}; what it said stands above")
 
 
+def show(arguments: list[str]) -> None:
+    """Prints a command as a person would type it in the project's environment."""
+    names = {sys.executable: "python", RAY: "ray"}
+    print(f"\n$ {shlex.join(names.get(a, a) for a in arguments)}", flush=True)
+
+
 @contextlib.contextmanager
-def ray_with_dashboard(cpus: int) -> Iterator[str]:
-    """Starts Ray on loopback, with a dashboard that takes jobs; gives its address, and ends Ray with the context."""
-    # Only now: Ray reads the token's variables when it is imported.
-    import ray
+def ray_cluster(environment: dict[str, str], cpus: int) -> Iterator[str]:
+    """Starts a one-node Ray cluster on loopback; gives the dashboard's address and ends the cluster afterwards.
 
-    from jobs.cluster.connection import LOOPBACK_INTERFACE, LOOPBACK_SWITCH
-    from jobs.cluster.ray_private import local_start
+    Raises:
+        CommandError: if it does not come up.
+    """
+    port, dashboard, client = free_ports(3)
+    with tempfile.TemporaryFile("w+") as log:
+        command = [RAY, "start", "--head", "--block", "--disable-usage-stats"]
+        command += [f"--node-ip-address={HOST}", f"--port={port}", f"--num-cpus={cpus}"]
+        command += [f"--dashboard-host={HOST}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+        show([*command, "&"])
+        # A session of its own: all that it starts is ended with it, and no other Ray on this machine.
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            address = f"http://{HOST}:{dashboard}"
+            wait_for_dashboard(process, dashboard)
+            yield address
+        except CommandError:
+            log.seek(0)
+            sys.stderr.write(log.read())
+            raise
+        finally:
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
-    os.environ.update(LOOPBACK_SWITCH | LOOPBACK_INTERFACE)
-    with local_start():
-        context = ray.init("local", num_cpus=cpus, include_dashboard=True, logging_level=logging.WARNING)
-    try:
-        yield f"http://{context.dashboard_url}"
-    finally:
-        ray.shutdown()
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind((HOST, 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def wait_for_dashboard(process: subprocess.Popen[bytes], port: int, seconds: float = 90) -> None:
+    """Returns when the dashboard accepts connections; raises CommandError if it never does."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        with socket.socket() as probe:
+            probe.settimeout(1)
+            if probe.connect_ex((HOST, port)) == 0:
+                return
+        time.sleep(0.2)
+    raise CommandError("the local Ray cluster did not start; what it said stands above")
 
 
 def main(config: DemoConfig) -> None:
@@ -90,21 +138,22 @@ def main(config: DemoConfig) -> None:
     # The token mode is explicit on both sides: Ray turns it on by itself for some clusters, and then refuses a client
     # that was not told. The token is this cluster's alone. A job's `python` is the one that the cluster finds first.
     path = f"{Path(python).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PATH": path})
-    os.environ.pop("RAY_ADDRESS", None)
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PATH": path}
+    environment.pop("RAY_ADDRESS", None)
     if config.source is None:
-        call([python, "jobs/generate_images.py", "--output", str(images)])
-    call([python, "jobs/shard_imagenet.py", "--source", str(images), "--output", str(shards)])
-    with ray_with_dashboard(max(os.cpu_count() or 1, config.workers)) as address:
+        # A line when it is true, into a pipe too.
+        write_folder(images, CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS, 0, functools.partial(print, flush=True))
+    call([python, "jobs/shard_imagenet.py", "--source", str(images), "--output", str(shards)], environment)
+    with ray_cluster(environment, max(os.cpu_count() or 1, config.workers)) as address:
         train = ["python", "jobs/train.py", "--data", str(shards), "--storage", str(runs), "--name", "demo"]
         train += ["--workers", str(config.workers), "--batch-size", str(config.batch_size)]
         train += ["--epochs", str(config.epochs), "--log-every", "5"]
-        call([RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", *train])
+        call([RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", *train], environment)
 
     evaluate = [python, "jobs/evaluate.py", "--data", str(shards), "--checkpoint", str(runs / "demo")]
-    call(evaluate)
-    call([*evaluate, "--ten-crop"])
-    call([python, "jobs/report.py", "--storage", str(runs), "--name", "demo", "--output", str(report)])
+    call(evaluate, environment)
+    call([*evaluate, "--ten-crop"], environment)
+    call([python, "jobs/report.py", "--storage", str(runs), "--name", "demo", "--output", str(report)], environment)
 
     classes = len(read_dataset(shards).classes)
     print(f"\nGuessing among {classes} classes would have {1 - 1 / classes:.1%} top-1 error.")

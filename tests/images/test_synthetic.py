@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,6 @@ import pytest
 from PIL import Image
 
 from pipeline.images.synthetic import ASPECT, CLASSES, MARKER, SHORTER_SIDE, draw, encode, write_folder
-from tests.processes import run_here
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -119,10 +119,8 @@ def test_what_is_left_of_a_killed_run_of_other_settings_does_not_get_in(tmp_path
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.tex").write_text("years of work")
-    done = run_here("generate_images", "--output", tmp_path / "images")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert f"{tmp_path / name} is not empty" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name} is not empty")):
+        write_folder(tmp_path / "images", 2, 1, 1, 0, lambda line: None)
     assert files_of(tmp_path) == {f"{name}/thesis.tex": b"years of work"}
 
 
