@@ -19,7 +19,8 @@ install: .venv/.installed ## make the environment .venv (7 GB); then: . .venv/bi
 .venv/.installed: requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 with its venv module is here: install one (Debian, \
 	Ubuntu: apt install python3-venv), or name it with make PYTHON=PATH" >&2; exit 1; }
-	$(PYTHON) -m venv --clear .venv
+	rm -rf .venv  # Not venv --clear: where .venv is a link, that would empty what it leads to.
+	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
