@@ -3,9 +3,11 @@
 b[c] = a[c] / (k + alpha * sum of a[j]^2 over the n maps nearest to c) ** beta
 
 The paper multiplies the *sum* by alpha; `torch.nn.LocalResponseNorm` (and Caffe) multiply the *mean*, so their alpha
-is n times ours. The sums over neighboring maps are, at each pixel, a product with a banded matrix of ones; on a CPU, a
-few shifted additions. Both are quickest in channels_last memory. The backward is written by hand: it is one more such
-sum, and of the forward only the roots are kept.
+is n times ours. On a GPU one kernel does it (`model.lrn_triton`). On a CPU the sums over neighboring maps are some
+shifted additions; in an exported graph they are, at each pixel, a product with a banded matrix of ones. All are
+quickest in channels_last memory. The backward is written by hand: it is one more such sum, and of the forward only the
+roots are kept. Sums and powers are float32 or wider, also of bfloat16 maps: rounded to bfloat16, they would turn the
+gradient of conv1.
 """
 
 from __future__ import annotations
@@ -37,10 +39,8 @@ class _ShiftedSums:
     def __init__(self, part: Tensor, size: int) -> None:
         images, self._channels, height, width = part.shape
         self._shifts = 2 * (size // 2)
-        # Sums of many roundings to bfloat16 would not be its sums.
-        dtype = torch.promote_types(part.dtype, torch.float32)
         shape = images, height, width, self._channels + self._shifts
-        self._padded, self._sums = part.new_zeros(shape, dtype=dtype), part.new_empty(shape, dtype=dtype)
+        self._padded, self._sums = part.new_zeros(shape), part.new_empty(shape)
         self._inner = self._padded.narrow(-1, size // 2, self._channels).movedim(-1, 1)
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class _ShiftedSums:
 
 
 class _BandedSums:
-    """The same by one product with the banded matrix: on a GPU, and in an exported graph."""
+    """The same by one product with the banded matrix: in an exported graph, and on devices without Triton."""
 
     def __init__(self, band: Tensor) -> None:
         self._band = band
@@ -87,11 +87,12 @@ def _power(root: Tensor, beta: float) -> Tensor:
 class _LocalResponse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, band: Tensor, size: int, k: float, alpha: float, beta: float) -> Tensor:
-        out, root = torch.empty_like(x), torch.empty_like(x)
-        sums, constant = _sums(x, band, size), x.new_full((), k)
+        out, root = torch.empty_like(x), torch.empty_like(x, dtype=band.dtype)
+        sums, constant = _sums(root, band, size), root.new_full((), k)
         for part, to, its_root in zip(*_parts(x, out, root), strict=True):
-            torch.add(constant, sums(part, part), alpha=alpha, out=its_root).rsqrt_()
-            torch.mul(part, _power(its_root, beta), out=to)
+            wide = part.to(band.dtype)
+            torch.add(constant, sums(wide, wide), alpha=alpha, out=its_root).rsqrt_()
+            torch.mul(wide, _power(its_root, beta), out=to)
         ctx.save_for_backward(x, band, root)
         ctx.constants = size, alpha, beta  # type: ignore[attr-defined]
         return out
@@ -102,11 +103,12 @@ class _LocalResponse(torch.autograd.Function):
         size, alpha, beta = ctx.constants  # type: ignore[attr-defined]
         # d b[c] / d a[j] = [c = j] scale[c]^-beta - 2 alpha beta a[c] a[j] scale[c]^(-beta - 1) band[c, j],
         # and band is its own transpose.
-        out, sums = torch.empty_like(x), _sums(x, band, size)
+        out, sums = torch.empty_like(x), _sums(root, band, size)
         for part, its_root, its_grad, to in zip(*_parts(x, root, grad, out), strict=True):
+            wide = part.to(band.dtype)
             direct = _power(its_root, beta).mul_(its_grad)
-            shared = sums((direct * part).mul_(its_root), its_root)
-            torch.addcmul(direct, part, shared, value=-2.0 * alpha * beta, out=to)
+            shared = sums((direct * wide).mul_(its_root), its_root)
+            torch.addcmul(direct, wide, shared, value=-2.0 * alpha * beta, out=to)
         return out, None, None, None, None, None
 
 
@@ -129,7 +131,13 @@ class LocalResponseNorm(nn.Module):
         self.register_buffer("band", neighbor_matrix(channels, size), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _LocalResponse.apply(x, self.band.to(x.dtype), self.size, self.k, self.alpha, self.beta)
+        constants = self.size, self.k, self.alpha, self.beta
+        if x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_exporting():
+            # Only torch's builds for GPUs bring Triton.
+            from model.lrn_triton import FusedLocalResponse
+
+            return FusedLocalResponse.apply(x, *constants)
+        return _LocalResponse.apply(x, self.band.to(torch.promote_types(x.dtype, torch.float32)), *constants)
 
     def extra_repr(self) -> str:
         return f"{self.band.shape[0]}, size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -83,7 +84,8 @@ def evaluate(network: nn.Module, batches: Iterable[LabeledImages], device: torch
     for batch in batches:
         log_probabilities = F.log_softmax(network(batch.images).float(), dim=1)
         if crops > 1:
-            log_probabilities = log_probabilities.exp().unflatten(0, (-1, crops)).mean(dim=1).log()
+            # The logarithm of the mean: of the mean itself, rounded to 0, it would be infinite.
+            log_probabilities = log_probabilities.unflatten(0, (-1, crops)).logsumexp(dim=1) - math.log(crops)
         sums += batch_metrics(log_probabilities, batch.labels[::crops])
     network.train(was_training)
     return sums

@@ -1,13 +1,12 @@
 """What keeps several workers, and a host and its GPU, in step."""
 
-from __future__ import annotations
+# Without postponed annotations: DDP reads those of its hook.
 
 import collections
 import contextlib
-import warnings
 
 import torch
-from torch import nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 STEPS_AHEAD = 2  # That a GPU has queued, so that it never waits for the host; each holds a batch in its memory.
@@ -17,12 +16,21 @@ def data_parallel(network: nn.Module, world: int) -> nn.Module:
     """The network, whose gradients are averaged over `world` workers as they arise in its backward pass."""
     if world == 1:
         return network
-    # Else torch would cut the gradients into buckets anew after the first step. In which order a bucket is summed
-    # depends on where it begins, so a resumed run, whose first step comes later, would end with other weights.
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-    return DistributedDataParallel(
-        network, gradient_as_bucket_view=True, forward_sync_buffers=False, find_unused_parameters=True
-    )
+    parallel = DistributedDataParallel(network, gradient_as_bucket_view=True, forward_sync_buffers=False)
+    parallel.register_comm_hook(world, _average_each)
+    return parallel
+
+
+def _average_each(world: int, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:
+    """Averages each parameter's gradient by itself.
+
+    In which order the workers' values are added depends on a value's place in what is exchanged. DDP arranges buckets
+    anew after its first step, so that a resumed run, whose first step is another's later one, would end with other
+    weights.
+    """
+    gradients = bucket.buffer().div_(world).split([gradient.numel() for gradient in bucket.gradients()])
+    done = [distributed.all_reduce(gradient, async_op=True).get_future() for gradient in gradients]
+    return torch.futures.collect_all(done).then(lambda _: bucket.buffer())
 
 
 def no_sync(network: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -93,7 +93,7 @@ def paper_lrn(a: NDArray[np.float64], k: float, n: int, alpha: float, beta: floa
 
 @pytest.fixture(params=["image by image", "whole"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LRN as on a CPU, and as on a GPU."""
+    """LRN as on a CPU, and as in an exported graph."""
     if request.param == "whole":
         monkeypatch.setattr("model.lrn._in_parts", lambda x: False)
 
