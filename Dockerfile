@@ -1,5 +1,5 @@
-# The image for Kubernetes (k8s/rayjob.yaml) and for cluster.yaml's `docker:`: Ray's own of the locked version, the locked
-# wheels, and this project. In the project's root:
+# The image for k8s/rayjob.yaml and for cluster.yaml's `docker:`: Ray's own of the locked version, the locked wheels, and
+# this project. In the project's root:
 #   docker build --platform linux/amd64 -t REGISTRY/alexnet:1 . && docker push REGISTRY/alexnet:1
 FROM rayproject/ray:2.60.0-py311
 
