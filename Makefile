@@ -1,60 +1,66 @@
-# Everything works from a fresh clone: each target makes .venv first when it is missing or older than the lock.
-PYTHON ?= python3.11
+# Each target that needs it makes .venv first, when it is missing or older than the lock.
+# The first Python here that is one of these and can make environments.
+PYTHON ?= $(shell for v in 3.11 3.12 3.13; do python$$v -c 'import ensurepip' 2>/dev/null && echo python$$v && break; done)
 BIN := .venv/bin
 DEMO ?= demo
 SOURCE ?=
 DATA ?= $(DEMO)/shards
 LOOK ?= look.png
+need_data = test -e "$(DATA)/dataset.json" || { echo "error: there is no shard set at $(DATA): make one with 'make demo', or \
+	name one with 'make $@ DATA=SHARDS'" >&2; exit 1; }
 
-.PHONY: demo look gpu test test-fast test-long lint format lock clean
+.PHONY: help install demo look gpu figures test test-fast test-long lint format lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: .venv/.installed ## make the environment .venv (7 GB); then: . .venv/bin/activate
 
 .venv/.installed: requirements.lock pyproject.toml
-	$(PYTHON) -m venv --clear .venv
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 with its venv module is here: install one (Debian, \
+	Ubuntu: apt install python3-venv), or name it with make PYTHON=PATH" >&2; exit 1; }
+	rm -rf .venv  # Not venv --clear: where .venv is a link, that would empty what it leads to.
+	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-# Shards, trains, evaluates and reports on generated images, or on your own: make demo SOURCE=FOLDER
-demo: .venv/.installed
-	$(BIN)/python jobs/demo.py --output $(DEMO) $(if $(SOURCE),--source $(SOURCE))
+demo: .venv/.installed ## shard, train, evaluate and report on generated images, or on your own: make demo SOURCE=FOLDER
+	$(BIN)/python jobs/demo.py --output "$(DEMO)" $(if $(SOURCE),--source "$(SOURCE)")
 
-# Draws a batch as the network sees it, of the demo's set or of another: make look DATA=SHARDS
-look: .venv/.installed
-	@test -e $(DATA)/dataset.json || { echo "error: there is no shard set at $(DATA): make one with 'make demo', or name one with" \
-		"'make look DATA=SHARDS'" >&2; exit 1; }
-	$(BIN)/python jobs/look.py --data $(DATA) --output $(LOOK)
+look: .venv/.installed ## draw a batch as the network sees it: make look DATA=SHARDS
+	@$(need_data)
+	$(BIN)/python jobs/look.py --data "$(DATA)" --output "$(LOOK)"
 
-# On a machine with a GPU: checks its loader against the CPU's, times loader, network and both, and writes gpu.json
-gpu: .venv/.installed
-	@test -e $(DATA)/dataset.json || { echo "error: there is no shard set at $(DATA): make one with 'make demo', or name one with" \
-		"'make gpu DATA=SHARDS'" >&2; exit 1; }
-	$(BIN)/python jobs/benchmark.py --data $(DATA) --check-gpu --json gpu.json
+gpu: .venv/.installed ## check the GPU's loader against the CPU's, time it, write gpu.json: make gpu DATA=SHARDS
+	@$(need_data)
+	$(BIN)/python jobs/benchmark.py --data "$(DATA)" --check-gpu --json gpu.json
+
+figures: .venv/.installed ## draw the README's pictures anew, from docs/benchmarks/*.json and generated images
+	$(BIN)/python -m tests.benchmarks.figures
 
 # As many processes as cores, at most four, of which one starts Ray and trains.
-test: .venv/.installed
+test: .venv/.installed ## everything but test-long
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-# Without Ray and without training, for while one works.
-test-fast: .venv/.installed
+test-fast: .venv/.installed ## the tests that start no Ray and train nothing, for while one works
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not long and not slow"
 
-# Faults and resizes in the midst of whole training runs: twenty minutes more.
-test-long: .venv/.installed
+test-long: .venv/.installed ## faults and resizes in the midst of whole training runs, twenty minutes
 	$(BIN)/python -m pytest -m long
 
-lint: .venv/.installed
+lint: .venv/.installed ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: .venv/.installed
+format: .venv/.installed ## let ruff format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Writes the versions that this pyproject.toml resolves to today; commit the result.
-lock: .venv/.installed
+lock: .venv/.installed ## write requirements.lock anew from pyproject.toml
 	$(BIN)/pip-compile --quiet --extra dev --extra aws --strip-extras --no-emit-index-url --no-emit-find-links \
 		--output-file requirements.lock pyproject.toml
 
-clean:
+clean: ## remove .venv and demo
 	rm -rf .venv demo

@@ -1,4 +1,4 @@
-"""cluster.yaml and its Google twin pass Ray's validator and keep what users rely on; their commands do what they say.
+"""The files that launch clusters pass Ray's validator and keep what users rely on; their commands do what they say.
 
 No network, AWS account or boto3: the commands run here with stand-ins for what would touch a machine.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import os
+import re
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +35,10 @@ def validated(config: Config) -> Config:
     return prepared
 
 
+def gpu(config: Config) -> Config:
+    return config["available_node_types"]["gpu"]
+
+
 def broken_promises(config: Config) -> set[str]:
     """The names of the promises that a configuration breaks once Ray's defaults are filled in."""
     prepared = validated(config)
@@ -51,7 +57,8 @@ def broken_promises(config: Config) -> set[str]:
         "token not in the file": "RAY_AUTH_TOKEN" not in yaml.safe_dump(prepared),
         "nodes are terminated": prepared["provider"].get("cache_stopped_nodes") is False,
         "head trains nothing": not head["resources"].get("GPU") and head["resources"].get("CPU") == 0,
-        "eight GPUs a worker": all(node["resources"].get("GPU") == 8 for node in workers) and bool(workers),
+        "one kind of GPU node on": sorted(bool(node["max_workers"]) for node in workers) == [False, True],
+        "GPUs named": [node["resources"].get("GPU") for node in workers] == [1, 8],
         "ports closed": not prepared["provider"].get("security_group", {}).get("IpPermissions")
         and "--dashboard-host=127.0.0.1 " in start["head"],
         "workers reach S3": all("IamInstanceProfile" in node["node_config"] for node in [head, *workers]),
@@ -59,6 +66,7 @@ def broken_promises(config: Config) -> set[str]:
             node["node_config"].get("InstanceMarketOptions") == {"MarketType": "spot"} for node in workers
         ),
         "head is kept": "InstanceMarketOptions" not in head["node_config"],
+        "local disk mounted": all("/mnt/nvme" in " ".join(node["initialization_commands"]) for node in workers),
         "idle outlasts set-up": prepared["idle_timeout_minutes"] >= 20,
         "cost bounded": 0 < prepared["max_workers"] <= 4 and all(node["min_workers"] == 0 for node in workers),
     }
@@ -76,9 +84,9 @@ def test_ray_accepts_it_and_every_promise_is_kept(config: Config) -> None:
         (lambda c: c.update(setup_command=[]), "setup_command"),
         (lambda c: c.update(initialization_commands="apt update"), "is not of type 'array'"),
         (lambda c: c.update(head_node_type="heads"), "must be one of `available_node_types`"),
-        (lambda c: c["available_node_types"]["gpu_worker"].pop("node_config"), "'node_config' is a required property"),
-        (lambda c: c["available_node_types"]["gpu_worker"]["resources"].update(GPU="8"), "is not of type 'integer'"),
-        (lambda c: c["available_node_types"]["gpu_worker"].update(min_workers=3), "smaller than the sum"),
+        (lambda c: gpu(c).pop("node_config"), "'node_config' is a required property"),
+        (lambda c: gpu(c)["resources"].update(GPU="8"), "is not of type 'integer'"),
+        (lambda c: gpu(c).update(min_workers=3), "smaller than the sum"),
         (lambda c: c["provider"]["security_group"].update(Ports=[22]), "Ports"),
     ],
 )
@@ -101,15 +109,17 @@ def test_ray_refuses_what_is_malformed(config: Config, change: Change, message: 
         ("token not in the file", lambda c: c["setup_commands"].append("export RAY_AUTH_TOKEN=secret")),
         ("nodes are terminated", lambda c: c["provider"].pop("cache_stopped_nodes")),
         ("head trains nothing", lambda c: c["available_node_types"]["head"]["resources"].update(GPU=1)),
-        ("eight GPUs a worker", lambda c: c["available_node_types"]["gpu_worker"]["resources"].clear()),
+        ("one kind of GPU node on", lambda c: c["available_node_types"]["gpu8"].update(max_workers=1)),
+        ("GPUs named", lambda c: gpu(c)["resources"].clear()),
+        ("local disk mounted", lambda c: gpu(c).update(initialization_commands=[])),
         ("ports closed", lambda c: c["provider"]["security_group"].update(IpPermissions=[{"FromPort": 8265}])),
         (
             "workers reach S3",
-            lambda c: c["available_node_types"]["gpu_worker"]["node_config"].pop("IamInstanceProfile"),
+            lambda c: gpu(c)["node_config"].pop("IamInstanceProfile"),
         ),
         (
             "spot workers",
-            lambda c: c["available_node_types"]["gpu_worker"]["node_config"].pop("InstanceMarketOptions"),
+            lambda c: gpu(c)["node_config"].pop("InstanceMarketOptions"),
         ),
         (
             "head is kept",
@@ -118,7 +128,7 @@ def test_ray_refuses_what_is_malformed(config: Config, change: Change, message: 
             ),
         ),
         ("idle outlasts set-up", lambda c: c.pop("idle_timeout_minutes")),
-        ("cost bounded", lambda c: c["available_node_types"]["gpu_worker"].update(min_workers=1)),
+        ("cost bounded", lambda c: gpu(c).update(min_workers=1)),
     ],
 )
 def test_each_promise_can_be_broken(config: Config, promise: str, change: Change) -> None:
@@ -223,12 +233,36 @@ def test_the_instance_store_is_mounted_at_mnt_nvme(
     shell.program("systemctl", "exit 5")  # No such service.
     for name in ("mkdir", "mount", "mdadm", "mkfs.ext4", "chown"):
         shell.program(name)
-    done = shell.run(config["worker_setup_commands"][0])
+    done = shell.run(gpu(config)["initialization_commands"][0])
     changes = [call for call in shell.calls if call.split()[0] in ("mount", "mdadm", "mkfs.ext4", "chown")]
     if expected is None:
         assert (done.returncode, "no NVMe instance store" in done.stderr, changes) == (1, True, [])
     else:
         assert (done.returncode, changes) == (0, expected)
+
+
+def test_with_its_docker_block_ray_accepts_it_and_the_image_has_what_the_commands_call(config: Config) -> None:
+    text = (ROOT / "cluster.yaml").read_text()
+    block = re.search(r"^# docker:\n(#   .*\n)+", text, re.MULTILINE)
+    assert block is not None
+    docker = yaml.safe_load(re.sub("^# ", "", block[0], flags=re.MULTILINE))
+    validated({**config, **docker})
+    image = (ROOT / "Dockerfile").read_text()
+    assert "/home/ray/venv" in image
+    assert " iproute2 " in image
+    # The node's disk is mounted outside of the container.
+    assert "-v /mnt/nvme:/mnt/nvme" in docker["docker"]["worker_run_options"]
+
+
+def test_an_environment_that_is_there_is_kept(config: Config, shell: Shell) -> None:
+    [command] = [command for command in config["setup_commands"] if "uv venv" in command]
+    shell.program("curl")
+    shell.program("uv", folder=shell.home / ".local" / "bin")
+    assert shell.run(command).returncode == 0
+    assert [call.split()[0] for call in shell.calls] == ["curl", "uv"]
+    shell.program("python", folder=shell.home / "venv" / "bin")
+    shell.run(command)
+    assert len(shell.calls) == 2
 
 
 def test_the_google_twin_is_accepted_and_starts_ray_as_the_other_does(config: Config) -> None:
@@ -238,8 +272,92 @@ def test_the_google_twin_is_accepted_and_starts_ray_as_the_other_does(config: Co
         assert twin[key] == config[key]
     assert prepared["idle_timeout_minutes"] >= 20
     assert prepared["provider"]["cache_stopped_nodes"] is False
-    worker = prepared["available_node_types"]["gpu_worker"]
-    assert (worker["resources"]["GPU"], worker["min_workers"]) == (8, 0)
-    assert worker["node_config"]["scheduling"]["provisioningModel"] == "SPOT"
-    assert [disk["type"] for disk in worker["node_config"]["disks"]].count("SCRATCH") == 8
+    types = prepared["available_node_types"]
+    assert [(types[n]["resources"]["GPU"], types[n]["max_workers"]) for n in ("gpu", "gpu8")] == [(1, 1), (8, 0)]
+    account = f"ray-autoscaler-sa-v1@{twin['provider']['project_id']}.iam.gserviceaccount.com"
+    for name, ssds in (("gpu", 1), ("gpu8", 8)):
+        assert types[name]["min_workers"] == 0
+        node = types[name]["node_config"]
+        assert node["scheduling"]["provisioningModel"] == "SPOT"
+        assert [disk["type"] for disk in node["disks"]].count("SCRATCH") == ssds
+        assert [given["email"] for given in node["serviceAccounts"]] == [account]
     assert not any("ray-3.0.0" in command for command in prepared["head_setup_commands"])
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/cluster-aws.md", "docs/cluster-gcp.md", "k8s/rayjob.yaml"])
+def test_training_on_spot_nodes_writes_checkpoints_by_the_clock(page: str) -> None:
+    text = (ROOT / page).read_text().replace("\\\n", " ").replace("\n    --", " --")
+    runs = [line for line in text.splitlines() if "jobs/train.py" in line and "/mnt/nvme" in line]
+    assert runs
+    assert all("--checkpoint-minutes" in line for line in runs)
+
+
+EKS_POLICY = {"s3:ListBucket", "s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"}
+
+
+def test_the_eks_cluster_keeps_no_gpu_node_and_opens_one_bucket() -> None:
+    cluster = yaml.safe_load((ROOT / "k8s" / "eks.yaml").read_text())
+    [group] = [group for group in cluster["managedNodeGroups"] if group["name"] == "gpu"]
+    assert (group["minSize"], group["desiredCapacity"], group["spot"]) == (0, 0, True)
+    job = yaml.safe_load((ROOT / "k8s" / "rayjob.yaml").read_text())
+    pod = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]
+    assert [taint["key"] for taint in group["taints"]] == [one["key"] for one in pod["tolerations"]]
+    roles = {one["serviceAccountName"]: one for one in cluster["iam"]["podIdentityAssociations"]}
+    statements = roles[pod["serviceAccountName"]]["permissionPolicy"]["Statement"]
+    assert {action for one in statements for action in one["Action"]} == EKS_POLICY
+    assert all(one["Resource"].startswith("arn:aws:s3:::BUCKET") for one in statements)
+    assert "cluster-autoscaler" in roles
+    assert "eks-pod-identity-agent" in [addon["name"] for addon in cluster["addons"]]
+
+
+@pytest.fixture
+def slurm(shell: Shell, tmp_path: Path) -> Shell:
+    """Stand-ins for Slurm's programs: `srun` runs what it is given, and ray what comes after its --."""
+    for name in ("jobs", ".venv/bin", "runs/first"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    shell.program("scontrol", "echo node7; echo node8")
+    shell.program("srun", '"$@"')
+    shell.program("ray", 'while [ "$1" != -- ]; do shift; done; shift; "$@"')
+    return shell
+
+
+SLURM = {
+    "SLURM_JOB_NODELIST": "node[7-8]",
+    "SLURM_JOB_ID": "41",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_CPUS_PER_TASK": "48",
+}
+
+
+def sbatch(slurm: Shell, arguments: str) -> subprocess.CompletedProcess[str]:
+    script = shlex.quote(str(ROOT / "slurm" / "train.sbatch"))
+    return slurm.run(f"bash {script} {arguments}", SLURM_SUBMIT_DIR=str(slurm.home), SLURM_GPUS_ON_NODE="4", **SLURM)
+
+
+def test_slurm_starts_ray_on_all_nodes_and_training_on_the_first(slurm: Shell) -> None:
+    slurm.program("python", 'echo "RAY_ADDRESS=$RAY_ADDRESS"; exit 3')
+    done = sbatch(slurm, f"--storage {slurm.home}/runs --name first --gpus")
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.splitlines() == ["RAY_ADDRESS=node7:20041"]
+    assert f"python jobs/train.py --storage {slurm.home}/runs --name first --gpus" in slurm.calls
+    [ray] = [call for call in slurm.calls if call.startswith("ray")]
+    assert ray.startswith("ray symmetric-run --address node7:20041 --min-nodes 2 --num-cpus=48 --num-gpus=4 -- env")
+
+
+def test_slurms_signal_becomes_the_runs_stop_file(slurm: Shell) -> None:
+    stop = slurm.home / "runs" / "first" / "STOP"
+    # As training does: ends with 1 once it finds the file. Its parents are env, ray's and srun's stand-ins, the script.
+    slurm.program("python", f'kill -TERM "$SCRIPT"; until test -s {stop}; do sleep 0.1; done; exit 1')
+    slurm.program("activate", folder=slurm.home / ".venv" / "bin")
+    (slurm.home / ".venv" / "bin" / "activate").write_text("export SCRIPT=$$\n")
+    done = sbatch(slurm, f"--storage {slurm.home}/runs --name first")
+    assert done.returncode == 1, done.stderr
+    assert "Slurm ends this job soon" in stop.read_text()
+
+
+@pytest.mark.parametrize("arguments", ["--name first", "--storage s3://BUCKET/runs --name first", "--storage runs"])
+def test_slurm_cannot_stop_a_run_whose_folder_it_does_not_see(slurm: Shell, arguments: str) -> None:
+    done = sbatch(slurm, arguments)
+    assert (done.returncode, done.stderr.startswith("error: ")) == (1, True)
+    assert slurm.calls == []

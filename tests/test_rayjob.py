@@ -1,4 +1,4 @@
-"""k8s/rayjob.yaml keeps KubeRay's structure, what the run needs, and a command line that jobs/train.py takes."""
+"""k8s/rayjob.yaml keeps KubeRay's structure, what the run needs, and command lines that the jobs take."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ import pytest
 import tyro
 import yaml
 
+from jobs.doctor import DoctorConfig
 from jobs.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 Job = dict[str, Any]
 
 # KubeRay 1.6, ray.io_rayjobs.yaml: of each part that we use, which fields it knows, those that it requires marked "!".
-RAY_JOB = "entrypoint shutdownAfterJobFinishes ttlSecondsAfterFinished backoffLimit rayClusterSpec!"
+RAY_JOB = (
+    "entrypoint shutdownAfterJobFinishes ttlSecondsAfterFinished activeDeadlineSeconds backoffLimit rayClusterSpec!"
+)
 RAY_CLUSTER = "rayVersion authOptions headGroupSpec! workerGroupSpecs enableInTreeAutoscaling"
 HEAD = "rayStartParams template!"
 WORKERS = "groupName! replicas minReplicas maxReplicas rayStartParams template!"
@@ -80,13 +83,19 @@ def promise_faults(job: Job) -> set[str]:
     [head] = cluster["headGroupSpec"]["template"]["spec"]["containers"]
     volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
     mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in worker.get("volumeMounts", [])}
-    python, script, *flags = shlex.split(spec["entrypoint"])
+    shell, option, text = shlex.split(spec["entrypoint"])
+    doctor, training = (shlex.split(command) for command in text.split("&&"))
+    python, script, *flags = training
     run = tyro.cli(TrainConfig, args=flags)
+    checked = tyro.cli(DoctorConfig, args=doctor[2:])
     limits = worker["resources"]["limits"]
     locked = re.search(r"^ray==(\S+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
     assert locked is not None
-    image = (ROOT / "k8s" / "Dockerfile").read_text()
+    image = (ROOT / "Dockerfile").read_text()
     promises = {
+        "doctor first": (shell, option, doctor[1]) == ("bash", "-c", script.replace("train.py", "doctor.py"))
+        and (checked.data, checked.storage, checked.stage) == (run.data, run.storage, run.stage)
+        and (str(checked.workers), checked.gpus) == (str(run.workers), run.gpus),
         "runs training": python == "python" and Path(script).is_relative_to("/home/ray/alexnet"),
         "script in the image": (ROOT / Path(script).relative_to("/home/ray/alexnet")).is_file()
         and all(f"COPY {name} /home/ray/alexnet/{name}\n" in image for name in ("jobs", "model", "pipeline")),
@@ -100,12 +109,14 @@ def promise_faults(job: Job) -> set[str]:
         "head trains nothing": cluster["headGroupSpec"]["rayStartParams"].get("num-cpus") == "0",
         "in an object store": all(location.startswith("s3://BUCKET/") for location in (run.data, run.storage)),
         "staged on the node": run.stage is not None and bool({"emptyDir", "hostPath"} & set(mounts.get(run.stage, ()))),
-        # ImageNet's shard set is 20 GB.
-        "room to stage": size(mounts[str(run.stage)].get("emptyDir", {}).get("sizeLimit", "0")) >= 50 * 2**30,
-        "shared memory": mounts.get("/dev/shm", {}).get("emptyDir", {}).get("medium") == "Memory"
-        and 2 * 2**30 <= size(mounts["/dev/shm"]["emptyDir"]["sizeLimit"]) < size(limits["memory"]),
+        # ImageNet's decoded pixels.
+        "room to stage": size(mounts[str(run.stage)].get("emptyDir", {}).get("sizeLimit", "0")) > 252e9,
+        # KubeRay mounts it, as large as the pod's memory.
+        "shared memory": "/dev/shm" not in mounts,
         "time to drain": pod.get("terminationGracePeriodSeconds", 30) > 30,
-        "cost bounded": spec.get("shutdownAfterJobFinishes") is True and group["maxReplicas"] == group["replicas"],
+        "cost bounded": spec.get("shutdownAfterJobFinishes") is True
+        and 0 < spec.get("activeDeadlineSeconds", 0) <= 7 * 24 * 3600
+        and group["maxReplicas"] == group["replicas"],
         "continued after a loss": run.max_failures > 0 and spec.get("backoffLimit", 0) > 0,
     }
     return {name for name, kept in promises.items() if not kept}
@@ -152,7 +163,13 @@ def test_each_fault_of_structure_is_found(job: Job, fault: str, change: Callable
         ),
         ("in an object store", lambda j: j["spec"].update(entrypoint=j["spec"]["entrypoint"].replace("s3://", "/"))),
         ("staged on the node", lambda j: pod(j)["volumes"][0].update(nfs=pod(j)["volumes"][0].pop("emptyDir"))),
-        ("shared memory", lambda j: pod(j)["volumes"][1]["emptyDir"].pop("medium")),
+        (
+            "shared memory",
+            lambda j: pod(j)["containers"][0]["volumeMounts"].append({"name": "nvme", "mountPath": "/dev/shm"}),
+        ),
+        ("room to stage", lambda j: pod(j)["volumes"][0]["emptyDir"].update(sizeLimit="200Gi")),
+        ("doctor first", lambda j: j["spec"].update(entrypoint=j["spec"]["entrypoint"].replace("--workers 1", "", 1))),
+        ("cost bounded", lambda j: j["spec"].pop("activeDeadlineSeconds")),
         ("time to drain", lambda j: pod(j).pop("terminationGracePeriodSeconds")),
         ("cost bounded", lambda j: j["spec"].pop("shutdownAfterJobFinishes")),
         ("continued after a loss", lambda j: j["spec"].pop("backoffLimit")),
@@ -165,6 +182,6 @@ def test_each_promise_can_be_broken(job: Job, promise: str, change: Callable[[Jo
 
 
 def test_a_flag_that_training_does_not_have_is_refused(job: Job) -> None:
-    job["spec"]["entrypoint"] += " --gpu-count 8"
+    job["spec"]["entrypoint"] = job["spec"]["entrypoint"].replace("--max-failures", "--gpu-count 8 --max-failures")
     with pytest.raises(SystemExit):
         promise_faults(job)
