@@ -25,6 +25,7 @@ from jobs.cli.command import GpuChoice, run
 
 IMAGENET_IMAGES = 1_281_167  # ILSVRC-2012's training set
 PAPER_EPOCHS = 90  # The paper, section 5
+COMPARED = 8  # Batches of a GPU, with the CPU's.
 COMFORT = 1.1  # A loader less than this much faster than the network will now and then keep it waiting.
 
 
@@ -46,8 +47,9 @@ class BenchmarkConfig:
     """Decoder threads, and the network's threads on CPU."""
     rounds: int = 3
     """Each rate is measured so often; the median counts."""
-    steps: int = 8
-    """Training steps in a round; loader and decoder go through four times as many batches."""
+    steps: int | None = None
+    """Training steps in a round, and a quarter of the loader's and the decoder's batches; None: 8 on a CPU, 200 on a
+    GPU."""
     machines: int = 1
     """Estimate the paper's 90 epochs for so many of these, one process each."""
     network_gbit: float | None = None
@@ -55,8 +57,9 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "threads", "rounds", "steps", "machines"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
         if self.network_gbit is not None and not self.network_gbit > 0:
             raise ValueError(f"--network-gbit is {self.network_gbit}; it must be above 0")
 
@@ -84,7 +87,8 @@ from model.training import Trainer, Worker
 from pipeline.dataset.info import read_dataset, write_json
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.loading.graph import GpuDecoder
-from pipeline.loading.loader import Loader
+from pipeline.loading.graph import PREFETCH
+from pipeline.loading.loader import GROUP, Loader
 from pipeline.loading.plan import Plan, color_matrix
 
 
@@ -179,14 +183,16 @@ def measure(config: BenchmarkConfig) -> tuple[Rates, str]:
     batches = loader.run(plan.endless())
     resident = next(batches)
     trainer.step([resident])
-    many = 4 * config.steps
-    encoded = [torch.from_numpy(reader.image(i % len(reader)).copy()) for i in range(many * config.batch_size)]
+    steps = config.steps or (200 if gpu else 8)
+    many = 4 * steps
+    images = range(many * config.batch_size)
+    encoded = [torch.from_numpy(reader.image(i).copy()) for i in range(min(len(reader), len(images)))]
     waits: list[float] = []
     host: list[float] = []
 
     def decode() -> None:
         with concurrent.futures.ThreadPoolExecutor(config.threads) as pool:
-            for _ in pool.map(decode_jpeg, encoded):
+            for _ in pool.map(lambda i: decode_jpeg(encoded[i % len(encoded)]), images):
                 pass
 
     def load() -> None:
@@ -196,20 +202,23 @@ def measure(config: BenchmarkConfig) -> tuple[Rates, str]:
         host.append(time.thread_time() - worked)
 
     def compute() -> None:
-        for _ in range(config.steps):
+        for _ in range(steps):
             trainer.step([resident])
 
     def train() -> None:
-        for _ in range(config.steps):
+        for _ in range(steps):
             asked = time.perf_counter()
             batch = next(batches)
             waits.append(time.perf_counter() - asked)
             trainer.step([batch])
 
-    counts = {decode: many, load: many, compute: config.steps, train: config.steps}
+    counts = {decode: many, load: many, compute: steps, train: steps}
     found: dict[Callable[[], None], list[float]] = {action: [] for action in counts}
     for number in range(1, config.rounds + 1):
         for action, count in counts.items():
+            # What was decoded while others were timed is not this action's.
+            for _ in itertools.islice(batches, PREFETCH * -(-GROUP // config.batch_size)):
+                pass
             started = time.perf_counter()
             action()
             if gpu:
@@ -224,7 +233,7 @@ def measure(config: BenchmarkConfig) -> tuple[Rates, str]:
         network_images_per_s=computing,
         train_images_per_s=training,
         data_wait=statistics.mean(waits) * training / config.batch_size,
-        host_us_per_image=1e6 * statistics.median(host) / (many * config.batch_size),
+        host_us_per_image=1e6 * statistics.median(host) / len(images),
         threads=config.threads,
         batch_size=config.batch_size,
         machines=config.machines,
@@ -266,7 +275,7 @@ def main(config: BenchmarkConfig) -> None:
             raise ValueError("--check-gpu needs a GPU, but torch sees none here: run it on a machine with one")
         print(f"{torch.cuda.get_device_name(device)} against this machine's CPU, batch {config.batch_size}", flush=True)
         checked = gpu_check.check(
-            config.data, device, config.batch_size, config.steps, config.threads, gpu_decoder=config.gpu_decoder
+            config.data, device, config.batch_size, COMPARED, config.threads, gpu_decoder=config.gpu_decoder
         )
         print("\n".join(checked.lines()), flush=True)
     rates, kernels = measure(config)
