@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import posixpath
 import shlex
 import tarfile
 from collections.abc import Generator
@@ -34,7 +35,7 @@ class Member(NamedTuple):
     """A regular file in a tar."""
 
     name: str
-    """With its folders, without a leading "./"."""
+    """With its folders, without "./" and double slashes."""
     offset: int
     """Of its first byte, in the outermost file."""
     size: int
@@ -149,7 +150,7 @@ def table_of(tar: Stretch, found: list[Member]) -> FileTable:
 
 def _member(tar: Stretch, header: tarfile.TarInfo) -> Member | None:
     """A header's file; None for a folder."""
-    name = header.name.removeprefix("./")
+    name = header.name
     if name.startswith("/") or ".." in name.split("/"):
         raise SourceError(f"{tar.where} holds {header.name!r}, a name that leads out of it: make it again without")
     if header.size < 0:
@@ -164,7 +165,7 @@ def _member(tar: Stretch, header: tarfile.TarInfo) -> Member | None:
             f"{tar.where} holds the {kind} {header.name!r}, which cannot be read in place: "
             "make it again with tar --dereference --hard-dereference and without --sparse"
         )
-    return Member(name, tar.start + header.offset_data, header.size)
+    return Member(posixpath.normpath(name), tar.start + header.offset_data, header.size)
 
 
 class Window(io.RawIOBase):

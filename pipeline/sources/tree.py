@@ -211,18 +211,16 @@ def read_tar(tar: Stretch) -> Tree:
     if samples.found:
         shard = samples.read(found)
         return Tree(tar.where, parent(tar.path), others=shard.others, samples=shard, is_tar=True)
-    root = _Folder()
-    folders = {"": root}
+    by_folder = collections.defaultdict(list)
     for member in found:
-        _folder_at(os.path.dirname(member.name), folders).members.append(member)
+        by_folder[os.path.dirname(member.name)].append(member)
+    root = _Folder()
+    for path, members in by_folder.items():
+        folder = root
+        for name in path.split("/") if path else ():
+            folder = folder.folders.setdefault(name, _Folder())
+        folder.members = members
     return _tar_tree(tar, tar.where, root)
-
-
-def _folder_at(path: str, folders: dict[str, _Folder]) -> _Folder:
-    if path not in folders:
-        above, _, name = path.rpartition("/")
-        folders[path] = _folder_at(above, folders).folders.setdefault(name, _Folder())
-    return folders[path]
 
 
 def _tar_tree(tar: Stretch, where: str, folder: _Folder) -> Tree:

@@ -132,6 +132,11 @@ def parts(whole: Mapping[str, bytes], name: str, count: int) -> Layout:
         {"train.tar": TRAIN_FOLDERS, "val.tar": VAL_FOLDERS},
         {"imagenet_train_2012.tar": TRAIN_FOLDERS, "val/x.tar": VAL_FOLDERS},
         {"train.tar": {name.removeprefix("train/"): data for name, data in TRAIN_FOLDERS.items()}, **VAL_FOLDERS},
+        {
+            "train.tar": below("././train//.", {n.removeprefix("train/"): d for n, d in TRAIN_FOLDERS.items()}),
+            **VAL_FOLDERS,
+        },
+        {"train.tar": below("/".join("a" * 3000), TRAIN_TARS), **VAL_FOLDERS},
         {"train.tar": below("a/train", TRAIN_TARS), "val.tar": below("a/val", VAL_TARS)},
         {**parts(flat(TRAIN, end=True), "train_images", 3), "val_images.tar": flat(VAL, end=True)},
         {**below("train", flat(TRAIN, end=False)), **below("val", flat(VAL, end=True))},

@@ -164,7 +164,7 @@ def test_names_in_latin_1_are_read_as_a_folder_of_them_is(tmp_path: Path) -> Non
 
 
 def test_what_is_no_image_is_counted_and_hidden_files_are_not(tmp_path: Path) -> None:
-    one = {"1.jpg": b"1", "2.jpg": b"2", "notes.txt": b"", "._1.jpg": b"of a Mac"}
+    one = {"1.jpg": b"1", "2.jpg": b"2", "notes.txt": b"", "._1.jpg": b"of a Mac", ".git/3.jpg": b""}
     (tmp_path / "s.tar").write_bytes(tar_of({"a.tar": tar_of(one), "b.tar": tar_of(one), "readme.txt": b""}))
     listing = listed(tmp_path / "s.tar")
     assert (listing.images, listing.classes) == (4, ("a", "b"))
