@@ -48,6 +48,7 @@ def test_the_help_of_training_has_groups_and_each_recipes_values() -> None:
         ("train", ["-j", "8"], "there is no -j: give --cpus-per-worker"),
         ("evaluate", ["-j", "8"], "there is no -j: give --threads"),
         ("train", ["--max_epochs", "9"], "there is no --max_epochs: give --epochs"),
+        ("doctor", ["--gpu", "--no-gpus"], "--gpus and --no-gpus exclude each other"),
         ("train", ["--data", "x", "--storage", "y", "--name", "z", "--lr", "-1"], "lr is -1.0; it must be"),
         ("train", ["--data", "x", "--storage", "y", "--name", "z", "--keep", "0"], "--keep is 0; it must be"),
     ],

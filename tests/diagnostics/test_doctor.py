@@ -16,6 +16,7 @@ from jobs.cluster.nodes import NoAnswer
 from jobs.diagnostics import checks
 from jobs.diagnostics.checks import judge, write_file
 from jobs.diagnostics.probe import Rank
+from jobs.doctor import DoctorConfig, examine
 from tests import hosts
 from tests.processes import outside_clusters
 
@@ -57,6 +58,13 @@ def test_a_storage_must_show_what_another_node_wrote(tmp_path: Path) -> None:
     write_file(*given)
     checks.storage(*given)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [".doctor-1"]
+
+
+def test_gpus_where_there_are_none_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    with pytest.raises(ValueError, match="Ray sees no GPU on this machine: leave it out"):
+        next(examine(DoctorConfig(gpus=True)))
 
 
 def test_the_graph_of_training_runs_where_a_worker_would() -> None:
