@@ -102,13 +102,12 @@ class Rates:
     host_us_per_image: float
     """Processor time that the loader takes of the thread that trains, in microseconds."""
     threads: int
-    """Of the loader."""
     batch_size: int
-    """Images per step of one process."""
+    """Of one process."""
     machines: int
-    """Processes, one a machine, that the estimate is for."""
+    """Each with one process."""
     exchange_ms: float
-    """The all-reduce of a step between the machines; 0 where their bandwidth is not stated."""
+    """A step's all-reduce; 0 where the bandwidth is not stated."""
 
     @property
     def step_ms(self) -> float:
@@ -121,10 +120,7 @@ class Rates:
         return PAPER_EPOCHS * IMAGENET_IMAGES / (self.batch_size * self.machines) * self.step_ms / 3.6e6
 
     def verdict(self) -> tuple[str, str]:
-        """What is the limit, and what would change it.
-
-        Loader and network work side by side, so the slower of them decides, unless the exchange takes longer.
-        """
+        """What is the limit, and what would change it: loader and network work side by side."""
         if self.exchange_ms > self.step_ms / 2:
             share = self.exchange_ms / self.step_ms
             return (
@@ -168,10 +164,7 @@ class Rates:
 
 
 def measure(config: BenchmarkConfig) -> tuple[Rates, str]:
-    """The rates, and the profiler's table of a step of the network.
-
-    Each round measures all of them in turn, so that a machine that slows down slows them all.
-    """
+    """The rates, and the profiler's table of a step of the network. A machine that slows down slows all rates alike."""
     info = read_dataset(config.data)
     reader = SplitReader(config.data, info, "train")
     recipe = dataclasses.replace(RECIPES["default"], batch_size=config.batch_size)

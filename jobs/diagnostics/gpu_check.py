@@ -1,13 +1,11 @@
 """Whether a GPU's loader does what the CPU's does.
 
-Given the same decoded pixels, both must give the same batches, bit for bit: crop, flip, mean and color are exact.
-From JPEGs, the GPU's images must not depend on how a plan is cut into batches. Its decoder is another one than the
-CPU's, so that these two are compared with a tolerance.
+From equal pixels, both must give the same batches, bit for bit. From JPEGs, the GPU's images must not depend on how a
+plan is cut into batches; its decoder is another one than the CPU's, so these two are compared with a tolerance.
 
-Two correct JPEG decoders differ. Their inverse DCTs may differ by 1, interpolating chroma rounds once more, and the
-conversion to RGB weighs chroma by up to 1.772: blue may differ by 1 + 1.772 * 2 + 0.5, that is 5 levels. So values may
-differ by 5, one in a thousand by more, and an image by 1 level on average. What this finds: another channel
-order, and chroma that is repeated instead of interpolated.
+Two correct decoders differ: their inverse DCTs by 1, interpolating chroma rounds once more, and RGB weighs chroma by up
+to 1.772, so that blue may differ by 1 + 1.772 * 2 + 0.5, that is 5 levels. Another channel order is beyond that, and so
+is chroma that is repeated instead of interpolated.
 """
 
 from __future__ import annotations
@@ -52,7 +50,7 @@ class Comparison:
 
     images: int
     mean: float
-    """Mean absolute difference over all values of all images."""
+    """Absolute, over all values of all images."""
     worst: tuple[float, ...]
     """What LIMITS are for, of the worst image each."""
     problems: tuple[str, ...]
@@ -141,11 +139,9 @@ class Agreement:
     """How two streams compare."""
 
     of: str
-    """Of what."""
     exact: bool
     """Whether every bit must be equal, as where no two decoders are compared."""
     found: str
-    """In words."""
     problems: tuple[str, ...]
 
 
@@ -155,9 +151,8 @@ class GpuCheck:
 
     agreements: tuple[Agreement, ...]
     host_mb_grown: float
-    """Growth of the process's memory over `memory_batches`."""
+    """Of this process, over `memory_batches`."""
     device_mb_grown: float
-    """The same of the device's."""
     memory_batches: int
 
     @property
@@ -189,12 +184,7 @@ def check(
     memory_batches: int = 1000,
     gpu_decoder: GpuDecoder = "cuda",
 ) -> GpuCheck:
-    """Compares a loader on `device` with one on the CPU.
-
-    Args:
-        batch_size: images a batch.
-        steps: how many training batches, and as many of center crops, are compared.
-    """
+    """Compares a loader on `device` with one on the CPU, over `steps` training batches and as many of center crops."""
     info = read_dataset(data)
     reader = SplitReader(data, info, "train")
     plan = Plan(len(reader), min(batch_size, len(reader)), 0, color_matrix(info.rgb))
