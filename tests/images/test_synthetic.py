@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,6 @@ import pytest
 from PIL import Image
 
 from pipeline.images.synthetic import ASPECT, CLASSES, MARKER, SHORTER_SIDE, draw, encode, write_folder
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -122,16 +119,8 @@ def test_what_is_left_of_a_killed_run_of_other_settings_does_not_get_in(tmp_path
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.tex").write_text("years of work")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "jobs" / "generate_images.py"), "--output", str(tmp_path / "images")],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (1, "")
-    assert f"{tmp_path / name} is not empty" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name} is not empty")):
+        write_folder(tmp_path / "images", 2, 1, 1, 0, lambda line: None)
     assert files_of(tmp_path) == {f"{name}/thesis.tex": b"years of work"}
 
 

@@ -193,7 +193,7 @@ def test_wrong_usage_exits_with_2(tmp_path: Path) -> None:
     assert run_here("evaluate", "--nonsense").returncode == 2
 
 
-@pytest.mark.parametrize("job", ["shard_imagenet", "train", "evaluate", "report", "demo", "generate_images"])
+@pytest.mark.parametrize("job", ["shard_imagenet", "train", "evaluate", "report", "demo"])
 def test_help_describes_every_flag(job: str) -> None:
     done = run_here(job, "--help")
     assert done.returncode == 0
