@@ -122,4 +122,4 @@ def log(line: str) -> None:
 def one_line(error: BaseException) -> str:
     """The message of an error without its line breaks, and without the user and the query of a URL: they hold keys."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"(\w://)(?:[^\s/@]*@)?([^\s?'\"]*)(?:\?[^\s'\"]*)?", r"\1\2", text)
+    return re.sub(r"(\w://)(?:[^\s/@]*@)?([^\s?'\"]*)(?:\?[^\s'\"]*[^\s'\":;,.)])?", r"\1\2", text)

@@ -97,6 +97,7 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [
         ("no s3://KEY:SECRET@bucket/set here", "no s3://bucket/set here"),
         ("at 'https://host/a.tar?sig=SECRET': gone", "at 'https://host/a.tar': gone"),
+        ("--data is s3://bucket/set?key=SECRET: give another", "--data is s3://bucket/set: give another"),
         ("an@address and a? b", "an@address and a? b"),
         ("two\nlines", "two lines"),
     ],
