@@ -86,8 +86,7 @@ from model.recipe import RECIPES
 from model.training import Trainer, Worker
 from pipeline.dataset.info import read_dataset, write_json
 from pipeline.dataset.split_reader import SplitReader
-from pipeline.loading.graph import GpuDecoder
-from pipeline.loading.graph import PREFETCH
+from pipeline.loading.graph import PREFETCH, GpuDecoder
 from pipeline.loading.loader import GROUP, Loader
 from pipeline.loading.plan import Plan, color_matrix
 
