@@ -1,4 +1,7 @@
-"""Top-1 and top-5 validation error of a checkpoint, by the center crop or the paper's ten crops, each image once."""
+"""Top-1 and top-5 validation error of a checkpoint, by the center crop or the paper's ten crops, each image once.
+
+    python jobs/evaluate.py --data SHARDS --checkpoint RUNS/first --ten-crop
+"""
 
 from __future__ import annotations
 
@@ -65,6 +68,7 @@ from pipeline.dataset.info import read_dataset, write_json
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.loading.loader import Loader
 from pipeline.loading.plan import TEN_CROPS, center_crops
+from pipeline.storage.locations import shown
 
 
 def main(config: EvaluateConfig) -> None:
@@ -87,11 +91,11 @@ def main(config: EvaluateConfig) -> None:
     score = Score.of(evaluate(network, counted(batches, len(reader)), device, crops))
     kind = "ten crops" if config.ten_crop else "center crop"
     if state.origin:
-        print(f"{location} is {state.origin}")
-    print(f"{location}, {kind}, {score.images} images in {time.perf_counter() - started:.0f} s")
+        print(f"{shown(location)} is {state.origin}")
+    print(f"{shown(location)}, {kind}, {score.images} images in {time.perf_counter() - started:.0f} s")
     print(f"top-1 error {score.top1_error:.2%}, top-5 error {score.top5_error:.2%}, loss {score.loss:.4f}")
     if config.json is not None:
-        result = {**dataclasses.asdict(score), "crops": crops, "checkpoint": location, "data": str(config.data)}
+        result = {**dataclasses.asdict(score), "crops": crops, "checkpoint": shown(location), "data": str(config.data)}
         if state.origin:
             result["origin"] = state.origin
         write_json(config.json, result)

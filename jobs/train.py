@@ -1,8 +1,9 @@
 """Trains AlexNet on a shard set, on any number of workers, as the paper did (or by a named deviation).
 
+    python jobs/train.py --data SHARDS --storage RUNS --name first
+
 Ctrl-C, SIGTERM or a hangup writes a checkpoint and leaves; the same command continues any run that was stopped. Started
-plainly, it uses this machine; under `ray job submit --working-dir . -- python jobs/train.py ...` it uses the cluster. A
-setting whose default is None follows from the recipe or from the machine; the run begins by printing what came of it.
+plainly, it uses this machine; under `ray job submit --working-dir . -- python jobs/train.py ...` it uses the cluster.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 import socket
 import uuid
 from pathlib import Path
@@ -270,6 +272,7 @@ def print_result(data: str, run: str, history: list[dict[str, float]]) -> None:
         f"done: {len(history)} epochs; lowest validation error {lowest['top1_error']:.1%} top-1, "
         f"{lowest['top5_error']:.1%} top-5, after epoch {lowest['epoch']}"
     )
-    print(f"best checkpoint: {join(run, str(checkpoint.best(checkpoint.committed(run))))}")
-    # A URL may have options, whose & a shell would take for its own.
-    print(f"next: python jobs/evaluate.py --data {quote(on_disk(data))} --checkpoint {quote(run)} --ten-crop")
+    print(f"best checkpoint: {shown(join(run, str(checkpoint.best(checkpoint.committed(run)))))}")
+    # With the URL's options, which say where it is, and whose & a shell would take for its own; without its keys.
+    checkpoint_flag = quote(re.sub("//[^/@]*@", "//", run))
+    print(f"next: python jobs/evaluate.py --data {quote(on_disk(data))} --checkpoint {checkpoint_flag} --ten-crop")

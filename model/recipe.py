@@ -120,17 +120,17 @@ CHOICES = {
 
 RECIPES = {
     # The smallest deviation from the paper that learns reliably: BVLC's Caffe reproduction starts the same layers at
-    # 0.1; see "Deviations from the paper" in the README for why.
+    # 0.1; docs/paper.md says why.
     #   Command:   python jobs/train.py --data SHARDS --storage RUNS --name NAME
     #   Hardware:  one GPU; with --workers, as many as divide 128 images sensibly (up to 8).
     #   Expected:  42.9 % top-1, 19.8 % top-5 error by the center crop: BVLC's AlexNet, two towers, by
     #              models/bvlc_alexnet/readme.md (57.1 and 80.2 % right). Not run to its end here.
     "default": Recipe(hidden_bias=0.1),
-    # To the letter, as far as the letter goes; the README's table "The paper, claim by claim" names the rest.
+    # To the letter, as far as the letter goes; docs/paper.md names the rest.
     #   Command:   python jobs/train.py --recipe paper --groups 2 ...
     #   Hardware:  one GPU; the paper's were two GTX 580 for five to six days.
     #   Expected:  40.7 % top-1, 18.2 % top-5 by ten crops: the paper's table 2, one network of five convolutions. With
-    #              ten classes and biases of 1 most units fell asleep at once (README), and BVLC saw flat loss.
+    #              ten classes and biases of 1 most units fell asleep at once (docs/paper.md), and BVLC saw flat loss.
     "paper": Recipe(),
     # Thousands of images a step: LARS with warm-up (You, Gitman, Ginsburg, arXiv 1708.03888; arXiv 1709.05011 goes to
     # 32,768 images with batch normalization). The rate of 10, the trust of 0.001, poly of power 2 and 100 epochs are

@@ -1,4 +1,4 @@
-"""The order of the rooms: each imports only what stands before it, as the README says. Read from the source alone."""
+"""The order of the rooms (docs/architecture.md): each imports only what stands before it. Read from the source."""
 
 from __future__ import annotations
 

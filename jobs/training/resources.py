@@ -30,10 +30,15 @@ class Resources:
             nodes: those that are there now; others may come.
 
         Raises:
-            ValueError: if the cores of a worker cannot be told, as no node with a GPU is there yet.
+            ValueError: if there is no GPU for --gpus, or the cores of a worker cannot be told, as no node with one is
+                there yet.
         """
         found = sum(node.gpus for node in nodes)
         gpus = config.gpus if config.gpus is not None else found > 0
+        if gpus and not found and not on_cluster():
+            raise ValueError(
+                "--gpus was given, and Ray sees no GPU on this machine: leave it out, or see what nvidia-smi says"
+            )
         present = max(found, 1) if gpus else 1
         workers = config.workers or Workers(present, present)
         if config.cpus_per_worker:

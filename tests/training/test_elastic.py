@@ -117,8 +117,12 @@ def test_a_worker_has_its_share_of_the_cores_of_its_node(
     assert found == Resources(workers or default, gpus > 0, cores)
 
 
-def test_a_share_that_nothing_tells_is_asked_for() -> None:
+def test_gpus_are_refused_on_a_machine_without_and_awaited_on_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig("data", "storage", "run", workers=Workers(8, 8), gpus=True)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ValueError, match="--gpus was given, and Ray sees no GPU on this machine: leave it out"):
+        Resources.of(config, cluster((8, 0)))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.0:6379")
     with pytest.raises(ValueError, match=r"no node with a GPU is there yet.*: give --cpus-per-worker, as 12"):
         Resources.of(config, cluster((0, 0)))
     assert Resources.of(dataclasses.replace(config, cpus_per_worker=12), cluster((0, 0))).cpus_per_worker == 12
