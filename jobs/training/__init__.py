@@ -1,4 +1,4 @@
-"""A training run: configuration, worker, data, checkpoints, stop signals, watchdog, trackers.
+"""A training run: configuration, owner, worker, data, checkpoints, stop signals, failures, watchdog, trackers.
 
 May import cli and cluster.
 """
