@@ -34,7 +34,16 @@ from jobs.cluster.connection import connected
 from pipeline.dataset.info import REJECTS_FILE, DatasetInfo
 from pipeline.images.resize import encoder_settings
 from pipeline.sharding.set_lock import JobLock
-from pipeline.sharding.shard_set import SetPlan, claim_folder, find_finished, finish, is_left_over, make_folder, tidy
+from pipeline.sharding.shard_set import (
+    SetPlan,
+    claim_folder,
+    find_finished,
+    finish,
+    is_left_over,
+    make_folder,
+    tidy,
+    with_encoder_of,
+)
 from pipeline.sharding.shards import plan_shards
 from pipeline.sources.sources import read_source
 from pipeline.staging.publish import check_destination, check_unwritable, publish
@@ -132,6 +141,7 @@ def _make_or_mend(output: Path, config: ShardConfig) -> None:
         print(f"folders beside train/ that are not read: {', '.join(listing.unread)}", flush=True)
     shards = plan_shards(listing, config.seed, config.samples_per_shard)
     plan = SetPlan(listing, encoder_settings(config.quality), config.seed, config.samples_per_shard, tuple(shards))
+    plan = with_encoder_of(output, plan)
     info, rate = find_finished(output, plan), None
     if info is None or is_left_over(output):
         make_folder(output)
@@ -139,7 +149,7 @@ def _make_or_mend(output: Path, config: ShardConfig) -> None:
             if info is None:
                 info, rate = _make(output, plan, config, lock)
             else:
-                tidy(output)
+                tidy(output, info, log)
     if rate is None:
         print("This set was finished before; nothing to do.")
     _print_summary(output, info, rate)
@@ -153,7 +163,7 @@ def _make(output: Path, plan: SetPlan, config: ShardConfig, lock: JobLock) -> tu
         built = build_all(output, plan, config.on_bad_image == "set-aside", config.workers, progress)
         rate = progress.rate
     lock.shut_out_workers()
-    return finish(output, plan, built, config.max_bad_fraction), rate
+    return finish(output, plan, built, config.max_bad_fraction, log), rate
 
 
 def _print_summary(output: Path, info: DatasetInfo, rate: float | None) -> None:

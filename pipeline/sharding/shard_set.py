@@ -6,11 +6,12 @@ things in it, or another set, is refused by name: nothing that this program did 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from pipeline.dataset.info import (
 )
 from pipeline.dataset.sample_index import describe_index, index_file, index_is_whole, pack_index
 from pipeline.images.rgb_stats import RgbMoments, RgbStatistics
-from pipeline.sharding.pictures import write_pictures
+from pipeline.sharding.pictures import PCA_FILE, SHEET_FILE, write_pictures
 from pipeline.sharding.set_lock import LOCK_FILE
 from pipeline.sharding.shards import BuiltShard, ShardPlan, annotation_path, inputs_digest
 from pipeline.sources.listing import Listing
@@ -58,6 +59,19 @@ class SetPlan:
         return {**self.image, "seed": self.seed, "samples_per_shard": self.samples_per_shard}
 
 
+def with_encoder_of(root: Path, plan: SetPlan) -> SetPlan:
+    """The plan with the encoder versions of the set in ROOT, finished or not, if there is one.
+
+    An upgrade then changes nothing of what is there: versions matter where an image is encoded, and are compared there.
+    """
+    for name, field in ((UNFINISHED_FILE, "settings"), (DATASET_FILE, "image")):
+        # What cannot be read is refused by name where it is used.
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            encoder = dict(json.loads((root / name).read_bytes())[field]["encoder"])
+            return dataclasses.replace(plan, image={**plan.image, "encoder": encoder})
+    return plan
+
+
 def find_finished(root: Path, plan: SetPlan) -> DatasetInfo | None:
     """The set in ROOT if it is finished and is what `plan` would make; None if it is still to be made or repaired.
 
@@ -76,8 +90,20 @@ def is_left_over(root: Path) -> bool:
     return (root / UNFINISHED_FILE).exists() or (root / LOCK_FILE).exists()
 
 
-def tidy(root: Path) -> None:
-    """Removes from a finished set's folder what only the making of it needed, and what kills left half written."""
+def tidy(root: Path, info: DatasetInfo, report: Callable[[str], None]) -> None:
+    """Draws the pictures of a set that has its `dataset.json`, and removes what only the making of it needed.
+
+    Args:
+        report: told if there are no pictures, and why.
+    """
+    try:
+        write_pictures(root, info)
+    # matplotlib and Pillow raise whatever a font or a user's settings lead them to, and a picture only informs.
+    except Exception as error:
+        report(
+            f"warning: the set is finished, without {SHEET_FILE} and {PCA_FILE}, which could not be drawn "
+            f"({type(error).__name__}: {' '.join(str(error).split())})"
+        )
     _remove_passing(root)
     (root / UNFINISHED_FILE).unlink(missing_ok=True)
 
@@ -191,12 +217,19 @@ def claim_folder(root: Path, plan: SetPlan) -> None:
                 path.unlink()
 
 
-def finish(root: Path, plan: SetPlan, built: Sequence[BuiltShard], max_bad_fraction: float) -> DatasetInfo:
-    """Merges the shards' moments and rows and writes the set's own files, `dataset.json` last.
+def finish(
+    root: Path,
+    plan: SetPlan,
+    built: Sequence[BuiltShard],
+    max_bad_fraction: float,
+    report: Callable[[str], None] = print,
+) -> DatasetInfo:
+    """Merges the shards' moments and rows and writes the set's own files: `dataset.json` last, but for the pictures.
 
     Args:
         built: one for each of `plan.shards`, in the same order.
         max_bad_fraction: how much of the whole set may be set aside.
+        report: told if the pictures could not be drawn.
 
     Raises:
         ShardSetError: if too many images were set aside or a split has none left; `rejects.jsonl` is written then, and
@@ -251,11 +284,8 @@ def finish(root: Path, plan: SetPlan, built: Sequence[BuiltShard], max_bad_fract
         source_fingerprint=plan.listing.fingerprint,
         set_aside=len(rejected),
     )
-    write_pictures(root, info)
-    # A worker that was killed leaves half a file.
-    _remove_passing(root)
     write_json(root / DATASET_FILE, info.to_json())
-    (root / UNFINISHED_FILE).unlink()
+    tidy(root, info, report)
     return info
 
 

@@ -170,23 +170,18 @@ def build_in_steps(
 
     Raises:
         BadImageError: for a bad image, unless it may be set aside.
-        ShardError: if this machine would not encode as `image` says, an image or a tar of the source has
-            changed since it was listed, or, being careful, decoding an image was ended from outside.
+        ShardError: if an image must be encoded and this machine would not encode as `image` says, an image or a tar of
+            the source has changed since it was listed, or, being careful, decoding an image was ended from outside.
         SourceReadError: if the source's disk or network failed.
         OSError: if the shard cannot be written.
     """
-    if encoder_settings(image["quality"]) != image:
-        here = encoder_settings(image["quality"])["encoder"]
-        raise ShardError(
-            f"a node encodes JPEGs with {here}, the set with {image['encoder']}: install the same versions on all nodes"
-        )
     inputs = inputs_digest(plan, image)
     with contextlib.ExitStack() as stack:
         converter = stack.enter_context(IsolatedConverter()).convert if careful else convert
         found = _find_shard(root, plan, inputs, image["quality"], converter)
         if found is None:
             every_s = 0.0 if careful else STEP_EVERY_S
-            built = yield from _write_shard(root, plan, inputs, image["quality"], set_aside, converter, every_s)
+            built = yield from _write_shard(root, plan, inputs, image, set_aside, converter, every_s)
         else:
             built = found
     if built.annotation.rejected and not set_aside:
@@ -199,8 +194,9 @@ def annotation_path(root: Path, plan: ShardPlan) -> Path:
 
 
 def _write_shard(
-    root: Path, plan: ShardPlan, inputs: str, quality: int, set_aside: bool, converter: Convert, every_s: float
+    root: Path, plan: ShardPlan, inputs: str, image: dict[str, Any], set_aside: bool, converter: Convert, every_s: float
 ) -> Generator[Step, None, BuiltShard]:
+    here = encoder_settings(image["quality"])
     samples: list[tuple[str, int, bytes]] = []
     rejected: list[Reject] = []
     _check_tars(plan.entries)
@@ -211,12 +207,20 @@ def _write_shard(
             yield Step(len(samples) + len(rejected), len(rejected), entry.where)
             told = time.monotonic()
         try:
-            converted = _convert(entry, read(), quality, converter)
+            data = read()
+            converted = _convert(entry, data, image["quality"], converter)
         except ImageError as error:
             rejected.append(Reject(entry.where, plan.split, entry.wnid, str(error)))
             if not set_aside:
                 raise _bad_image(rejected[-1]) from error
             continue
+        # An image that is stored as it came needs no encoder.
+        if here != image and converted.jpeg != data:
+            raise ShardError(
+                f"{plan.name} must be encoded by {_versions(image)}, as the rest of the set, and "
+                f"{socket.gethostname()} has {_versions(here)}: install the set's versions on all nodes and run the "
+                "same command again; the shards that are there can be kept"
+            )
         samples.append((entry.key, entry.label, converted.jpeg))
         moments += converted.moments
     _check_tars(plan.entries)
@@ -317,6 +321,10 @@ def _convert(entry: Entry, data: bytes, quality: int, converter: Convert) -> Con
             f"{entry.where}: {error}, as the system does where memory is short; give fewer --workers or remove the "
             "image, and run the same command again to continue"
         ) from error
+
+
+def _versions(image: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in image["encoder"].items())
 
 
 def _bad_image(reject: Reject) -> BadImageError:
