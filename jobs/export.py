@@ -21,8 +21,8 @@ from jobs.training.checkpoint import State
 from jobs.training.run_storage import local_checkpoint
 from jobs.training.worker import make_network
 from model.alexnet import INPUT_SIZE
-from pipeline.dataset.info import write_atomically
 from pipeline.images.rgb_stats import MAX_LEVEL
+from pipeline.storage.remote import write_atomically
 
 PARITY = 1e-4  # Of the largest logit: float32 sums of 9,216 products in another order differ by less.
 IMAGES = 8  # Of the parity check.

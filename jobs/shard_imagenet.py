@@ -16,14 +16,14 @@ Any of them may be a URL, as s3://BUCKET/ILSVRC2012_img_train.tar or http://HOST
 OUT/dataset.json is written last. An image that already is a 256 x 256 baseline JPEG is stored byte for byte, so that a
 set made elsewhere is taken over without loss: --source SET.
 
-With --copy-to s3://BUCKET/SET a finished set is copied there and read back, for `jobs/train.py --data s3://BUCKET/SET`.
+OUT may be a URL, too, as s3://BUCKET/SET: each worker writes its shards there, and no disk is shared or needed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,8 +46,7 @@ from pipeline.sharding.shard_set import (
 )
 from pipeline.sharding.shards import plan_shards
 from pipeline.sources.sources import read_source
-from pipeline.staging.publish import check_destination, check_unwritable, publish
-from pipeline.storage.locations import shown
+from pipeline.storage.locations import is_http, is_url, join, shown
 
 MAX_SAMPLES_PER_SHARD = 20_000  # A worker holds its shard in memory: 20.7 KB an image, in 3,000 of ImageNet's.
 
@@ -56,9 +55,9 @@ MAX_SAMPLES_PER_SHARD = 20_000  # A worker holds its shard in memory: 20.7 KB an
 class ShardConfig:
     """The command line of this job."""
 
-    output: Path
-    """Folder for the shard set: a new or empty one, or one where the same set was begun. On a cluster, on a disk that
-    all nodes share."""
+    output: str
+    """Folder for the shard set: a new or empty one, or one where the same set was begun. A URL (s3://, gs://) or a
+    path, on a cluster on a disk that all nodes share."""
     source: str
     """Folder with one folder of images a class; or ILSVRC2012_img_train.tar (a tar of class tars); or a folder of class
     tars; or a folder of WebDataset shards (.jpg and .cls); or a folder that holds one of these as train/ (and val/), or
@@ -86,9 +85,6 @@ class ShardConfig:
     """Fail if more than this part of all images was set aside."""
     val_fraction: float = 0.1
     """Part of each class to validate on where there is no validation folder."""
-    copy_to: str | None = None
-    """A URL (s3://, gs://) to copy the set to once it is finished, also if it was before: what is not
-    there or is damaged is sent, and every file is read back. The same command goes on after a failure."""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
@@ -103,33 +99,17 @@ class ShardConfig:
             raise ValueError(f"--max-bad-fraction {self.max_bad_fraction} must lie between 0 and 1")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"--val-fraction {self.val_fraction} must lie between 0 and 1, both excluded")
-        if self.copy_to is not None:
-            check_unwritable(self.copy_to)
+        if is_http(self.output) or self.output.startswith("file:"):
+            raise ValueError(f"--output {shown(self.output)} cannot be written: give a folder, s3://... or gs://...")
 
 
 def main(config: ShardConfig) -> None:
-    """Makes the set, prints what it holds, and copies it to where it is wanted.
+    """Makes the set, or what is missing of it, and prints what it holds.
 
     Raises:
-        SourceError, ShardSetError, ShardError, DatasetError, StoreError, OSError: with one line for the user.
+        SourceError, ShardSetError, ShardError, DatasetError, OSError: with one line for the user.
     """
-    output = Path(os.path.abspath(config.output))
-    if config.copy_to is not None:
-        check_destination(config.copy_to)
-    _make_or_mend(output, config)
-    if config.copy_to is not None:
-        published = publish(output, config.copy_to, log)
-        if published.sent:
-            print(
-                f"The set is at {shown(config.copy_to)}, read back: {published.sent:,} of {published.files:,} files "
-                f"were sent, {published.bytes_sent:,} bytes"
-            )
-        else:
-            print(f"The set was at {shown(config.copy_to)} before, all {published.files:,} files right; nothing to do.")
-
-
-def _make_or_mend(output: Path, config: ShardConfig) -> None:
-    """Makes the set, or what is missing of it, and prints what came of it."""
+    output = join(config.output)
     listing = read_source(
         config.source, config.source_val, config.val_fraction, config.seed, config.val_labels, config.val_synsets
     )
@@ -145,7 +125,8 @@ def _make_or_mend(output: Path, config: ShardConfig) -> None:
     info, rate = find_finished(output, plan), None
     if info is None or is_left_over(output):
         make_folder(output)
-        with JobLock(output, log) as lock:
+        # A store has no locks: see `pipeline.sharding.claim`.
+        with contextlib.nullcontext() if is_url(output) else JobLock(Path(output), log) as lock:
             if info is None:
                 info, rate = _make(output, plan, config, lock)
             else:
@@ -155,22 +136,23 @@ def _make_or_mend(output: Path, config: ShardConfig) -> None:
     _print_summary(output, info, rate)
 
 
-def _make(output: Path, plan: SetPlan, config: ShardConfig, lock: JobLock) -> tuple[DatasetInfo, float]:
+def _make(output: str, plan: SetPlan, config: ShardConfig, lock: JobLock | None) -> tuple[DatasetInfo, float]:
     """Makes the set, and says how many images a second were converted."""
     claim_folder(output, plan)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     with connected(config.workers, **quiet), Progress(plan.listing.images, "images") as progress:
         built = build_all(output, plan, config.on_bad_image == "set-aside", config.workers, progress)
         rate = progress.rate
-    lock.shut_out_workers()
+    if lock is not None:
+        lock.shut_out_workers()
     return finish(output, plan, built, config.max_bad_fraction, log), rate
 
 
-def _print_summary(output: Path, info: DatasetInfo, rate: float | None) -> None:
-    print(f"The shard set is in {output}")
+def _print_summary(output: str, info: DatasetInfo, rate: float | None) -> None:
+    print(f"The shard set is in {shown(output)}")
     for name, split in info.splits.items():
         print(f"  {name}: {split.samples:,} images, {len(split.shards):,} shards, {split.bytes:,} bytes")
-    aside = f", listed in {output / REJECTS_FILE}" if info.set_aside else ""
+    aside = f", listed in {shown(join(output, REJECTS_FILE))}" if info.set_aside else ""
     print(f"  images set aside: {info.set_aside:,}{aside}")
     if rate:
         print(f"  speed: {rate:,.1f} images/s")

@@ -40,7 +40,6 @@ from model.recipe import Recipe
 from pipeline.dataset.info import DATASET_FILE, DatasetError, DatasetInfo, is_decoded, read_dataset
 from pipeline.loading.graph import decoder_name
 from pipeline.loading.plan import Plan, color_matrix
-from pipeline.staging.staging import read_remote_dataset
 from pipeline.storage.locations import is_url, join, on_disk, open_location, shown
 
 ROOM_SECONDS = "20"
@@ -166,7 +165,7 @@ def open_dataset(config: TrainConfig) -> tuple[str, DatasetInfo]:
     if is_url(config.data) and config.stage is None:
         raise DatasetError(f"--data is {config.data}: give a folder on each node's own disk to copy it to with --stage")
     location = config.data if is_url(config.data) else os.path.abspath(config.data)
-    info = read_remote_dataset(location) if is_url(location) else read_dataset(Path(location))
+    info = read_dataset(location)
     for split in ("train", "val"):
         if split not in info.splits or info.splits[split].samples == 0:
             raise DatasetError(

@@ -18,7 +18,7 @@ from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
 from pipeline.dataset.annotation import ShardAnnotation, ShardError, read_annotation
-from pipeline.dataset.info import DatasetError, read_dataset, write_json
+from pipeline.dataset.info import read_dataset, write_json
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.sharding.shard_set import (
     SetPlan,
@@ -288,9 +288,17 @@ def test_a_finished_set_is_found_and_a_holed_one_mended(images: Path, tmp_path: 
     assert contents(output) == whole
     tars(output, "train")[2].unlink()
     assert find_finished(output, plan) is None
-    claim_folder(output, plan)
-    with pytest.raises(DatasetError, match="is unfinished"):
-        read_dataset(output)
+    assert contents(make(output, plan)) == whole
+
+
+def test_a_repair_that_was_killed_before_its_end_goes_on(images: Path, tmp_path: Path) -> None:
+    plan = planned(images)
+    output = make(tmp_path / "out", plan)
+    whole = contents(output)
+    tars(output, "train")[2].unlink()
+    build_all(output, plan)
+    # Every tar is there, and the annotation of one says nothing of the set.
+    assert find_finished(output, plan) is None
     assert contents(make(output, plan)) == whole
 
 
@@ -317,7 +325,7 @@ def test_a_finished_set_outlives_an_upgrade_and_what_is_missing_wants_the_old_ve
         made = dataclasses.replace(built.annotation, inputs=inputs_digest(shard, then.image))
         write_json(tmp_path / "now" / shard.split / f"{shard.name}.json", made.to_json())
     output = tmp_path / "now"
-    write_json(output / "unfinished.json", {"settings": then.settings()})
+    then.claim.write(output)
     plan = with_encoder_of(output, planned(images))
     assert plan.image == then.image
     finish(output, plan, [build_shard(output, shard, plan.image, set_aside=True) for shard in plan.shards], 0.0)
