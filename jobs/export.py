@@ -48,9 +48,9 @@ from jobs.training.checkpoint import State
 from jobs.training.run_storage import local_checkpoint
 from jobs.training.worker import make_network
 from model.alexnet import INPUT_SIZE
-from pipeline.dataset.info import write_atomically
 from pipeline.images.rgb_stats import MAX_LEVEL
 from pipeline.storage.locations import shown
+from pipeline.storage.remote import write_atomically
 
 
 def metadata(state: State) -> dict[str, str]:

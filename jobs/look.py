@@ -50,12 +50,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from pipeline.dataset.info import DatasetInfo, read_dataset, write_atomically
+from pipeline.dataset.info import DatasetInfo, read_dataset
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.images.decode import IMAGE_SIZE
 from pipeline.images.rgb_stats import MAX_LEVEL
 from pipeline.loading.loader import Loader
 from pipeline.loading.plan import CROP_SIZE, Augmentation, Plan, color_matrix
+from pipeline.storage.remote import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)

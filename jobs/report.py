@@ -44,8 +44,9 @@ from jobs.training.checkpoint import CheckpointError
 from jobs.training.run_storage import local_checkpoint
 from jobs.training.trackers import EVENTS, read_events
 from jobs.training.worker import make_network
-from pipeline.dataset.info import read_dataset, write_atomically
+from pipeline.dataset.info import read_dataset
 from pipeline.storage.locations import join
+from pipeline.storage.remote import write_atomically
 
 
 def main(config: ReportConfig) -> None:

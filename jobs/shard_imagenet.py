@@ -16,19 +16,20 @@ Any of them may be a URL, as s3://BUCKET/ILSVRC2012_img_train.tar or http://HOST
 OUT/dataset.json is written last. An image that already is a 256 x 256 baseline JPEG is stored byte for byte, so that a
 set made elsewhere is taken over without loss: --source SET.
 
-With --copy-to s3://BUCKET/SET a finished set is copied there and read back, for `jobs/train.py --data s3://BUCKET/SET`.
+OUT may be a URL, too, as s3://BUCKET/SET: each worker writes its shards there, and no disk is shared or needed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from jobs.cli.command import log, run
+from pipeline.storage.locations import is_http, is_url, join, shown
 
 MAX_SAMPLES_PER_SHARD = 20_000  # A worker holds its shard in memory: 20.7 KB an image, in 3,000 of ImageNet's.
 
@@ -37,9 +38,9 @@ MAX_SAMPLES_PER_SHARD = 20_000  # A worker holds its shard in memory: 20.7 KB an
 class ShardConfig:
     """The command line of this job."""
 
-    output: Path
-    """Folder for the shard set: a new or empty one, or one where the same set was begun. On a cluster, on a disk that
-    all nodes share."""
+    output: str
+    """Folder for the shard set: a new or empty one, or one where the same set was begun. A URL (s3://, gs://) or a
+    path, on a cluster on a disk that all nodes share."""
     source: str
     """Folder with one folder of images a class; or ILSVRC2012_img_train.tar (a tar of class tars); or a folder of class
     tars; or a folder of WebDataset shards (.jpg and .cls), or of tars with a wnid in each image's name, as Hugging
@@ -68,9 +69,6 @@ class ShardConfig:
     """Fail if more than this part of all images was set aside."""
     val_fraction: float = 0.1
     """Part of each class to validate on where there is no validation folder."""
-    copy_to: str | None = None
-    """A URL (s3://, gs://) to copy the set to once it is finished, also if it was before: what is not
-    there or is damaged is sent, and every file is read back. The same command goes on after a failure."""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
@@ -85,10 +83,8 @@ class ShardConfig:
             raise ValueError(f"--max-bad-fraction {self.max_bad_fraction} must lie between 0 and 1")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"--val-fraction {self.val_fraction} must lie between 0 and 1, both excluded")
-        if self.copy_to is not None:
-            from pipeline.staging.publish import check_unwritable
-
-            check_unwritable(self.copy_to)
+        if is_http(self.output) or self.output.startswith("file:"):
+            raise ValueError(f"--output {shown(self.output)} cannot be written: give a folder, s3://... or gs://...")
 
 
 if __name__ == "__main__":
@@ -104,36 +100,27 @@ from pipeline.dataset.sample_index import SCHEMA
 from pipeline.images.equal_images import equal_images
 from pipeline.images.resize import encoder_settings
 from pipeline.sharding.set_lock import JobLock
-from pipeline.sharding.shard_set import SetPlan, claim_folder, find_finished, finish, is_left_over, make_folder, tidy
+from pipeline.sharding.shard_set import (
+    SetPlan,
+    claim_folder,
+    find_finished,
+    finish,
+    is_left_over,
+    make_folder,
+    tidy,
+    with_encoder_of,
+)
 from pipeline.sharding.shards import BuiltShard, plan_shards
 from pipeline.sources.sources import check_output, read_source
-from pipeline.staging.publish import check_destination, publish
-from pipeline.storage.locations import shown
 
 
 def main(config: ShardConfig) -> None:
-    """Makes the set, prints what it holds, and copies it to where it is wanted.
+    """Makes the set, or what is missing of it, and prints what it holds.
 
     Raises:
-        SourceError, ShardSetError, ShardError, DatasetError, StoreError, OSError: with one line for the user.
+        SourceError, ShardSetError, ShardError, DatasetError, OSError: with one line for the user.
     """
-    output = Path(os.path.abspath(config.output))
-    if config.copy_to is not None:
-        check_destination(config.copy_to)
-    _make_or_mend(output, config)
-    if config.copy_to is not None:
-        published = publish(output, config.copy_to, log)
-        if published.sent:
-            print(
-                f"The set is at {shown(config.copy_to)}, read back: {published.sent:,} of {published.files:,} files "
-                f"were sent, {published.bytes_sent:,} bytes"
-            )
-        else:
-            print(f"The set was at {shown(config.copy_to)} before, all {published.files:,} files right; nothing to do.")
-
-
-def _make_or_mend(output: Path, config: ShardConfig) -> None:
-    """Makes the set, or what is missing of it, and prints what came of it."""
+    output = join(config.output)
     check_output(output, config.source, config.source_val)
     listing = read_source(
         config.source, config.source_val, config.val_fraction, config.seed, config.val_labels, config.val_synsets
@@ -144,29 +131,32 @@ def _make_or_mend(output: Path, config: ShardConfig) -> None:
         print(note, flush=True)
     shards = plan_shards(listing, config.seed, config.samples_per_shard)
     plan = SetPlan(listing, encoder_settings(config.quality), config.seed, config.samples_per_shard, tuple(shards))
+    plan = with_encoder_of(output, plan)
     info, rate = find_finished(output, plan), None
     if info is None or is_left_over(output):
         make_folder(output)
-        with JobLock(output, log) as lock:
+        # A store has no locks: see `pipeline.sharding.claim`.
+        with contextlib.nullcontext() if is_url(output) else JobLock(Path(output), log) as lock:
             if info is None:
                 info, rate = _make(output, plan, config, lock)
             else:
-                tidy(output)
+                tidy(output, info, log)
     if rate is None:
         print("This set was finished before; nothing to do.")
     _print_summary(output, info, rate)
 
 
-def _make(output: Path, plan: SetPlan, config: ShardConfig, lock: JobLock) -> tuple[DatasetInfo, float]:
+def _make(output: str, plan: SetPlan, config: ShardConfig, lock: JobLock | None) -> tuple[DatasetInfo, float]:
     """Makes the set, and says how many images a second were converted."""
     claim_folder(output, plan)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     with connected(config.workers, **quiet), Progress(plan.listing.images, "images") as progress:
         built = build_all(output, plan, config.on_bad_image == "set-aside", config.workers, progress)
         rate = progress.rate
-    lock.shut_out_workers()
+    if lock is not None:
+        lock.shut_out_workers()
     print_equal_images(built)
-    return finish(output, plan, built, config.max_bad_fraction), rate
+    return finish(output, plan, built, config.max_bad_fraction, log), rate
 
 
 def print_equal_images(built: Sequence[BuiltShard]) -> None:
@@ -182,11 +172,11 @@ def print_equal_images(built: Sequence[BuiltShard]) -> None:
         )
 
 
-def _print_summary(output: Path, info: DatasetInfo, rate: float | None) -> None:
-    print(f"The shard set is in {output}")
+def _print_summary(output: str, info: DatasetInfo, rate: float | None) -> None:
+    print(f"The shard set is in {shown(output)}")
     for name, split in info.splits.items():
         print(f"  {name}: {split.samples:,} images, {len(split.shards):,} shards, {split.bytes:,} bytes")
-    aside = f", listed in {output / REJECTS_FILE}" if info.set_aside else ""
+    aside = f", listed in {shown(join(output, REJECTS_FILE))}" if info.set_aside else ""
     print(f"  images set aside: {info.set_aside:,}{aside}")
     if rate:
         print(f"  speed: {rate:,.1f} images/s")

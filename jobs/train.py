@@ -42,7 +42,6 @@ from model.recipe import Recipe
 from pipeline.dataset.info import DATASET_FILE, DatasetError, DatasetInfo, is_decoded, read_dataset
 from pipeline.loading.graph import decoder_name
 from pipeline.loading.plan import Plan, color_matrix
-from pipeline.staging.staging import read_remote_dataset
 from pipeline.storage.locations import is_url, join, on_disk, open_location, shown
 
 ROOM_SECONDS = "20"
@@ -111,7 +110,7 @@ def open_dataset(config: TrainConfig) -> DatasetInfo:
         raise DatasetError(
             f"--data is {shown(config.data)}: give a folder on each node's own disk to copy it to with --stage"
         )
-    info = read_remote_dataset(config.data) if is_url(config.data) else read_dataset(Path(config.data))
+    info = read_dataset(config.data)
     for split in ("train", "val"):
         if split not in info.splits or info.splits[split].samples == 0:
             raise DatasetError(

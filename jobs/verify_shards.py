@@ -11,8 +11,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
-import os
-from pathlib import Path
 
 from jobs.cli.command import run
 
@@ -28,8 +26,8 @@ class VerifyError(ValueError):
 class VerifyConfig:
     """The command line of this job."""
 
-    data: Path
-    """Folder of the shard set. On a cluster, on a disk that all nodes share."""
+    data: str
+    """The shard set: a folder, on a cluster on a disk that all nodes share, or a URL (s3://, gs://)."""
     decode: bool = False
     """Decode every image, too: it must be 256 x 256 RGB, and its pixels must be those that the annotation counted."""
     workers: int | None = None
@@ -48,9 +46,18 @@ import ray
 
 from jobs.cli.progress import Progress
 from jobs.cluster.connection import RETRIES, LostError, connected, in_parallel
-from pipeline.dataset.info import DATASET_FILE, DatasetInfo, read_dataset, rebuild_advice, staged_from
+from pipeline.dataset.info import (
+    DATASET_FILE,
+    DatasetError,
+    DatasetInfo,
+    read_dataset,
+    rebuild_advice,
+    staged_from,
+)
+from pipeline.dataset.sample_index import SampleIndex, open_index
 from pipeline.dataset.shard_samples import Fault
 from pipeline.dataset.verify import ShardReport, check_set, check_shard
+from pipeline.storage.locations import join, shown
 
 
 def main(config: VerifyConfig) -> None:
@@ -60,10 +67,12 @@ def main(config: VerifyConfig) -> None:
         VerifyError: if anything is wrong, after the faults were printed.
         DatasetError, OSError: if there is no finished set, or it cannot be read.
     """
-    root = Path(os.path.abspath(config.data))
+    root = join(config.data)
     info = read_dataset(root)
     if origin := staged_from(root):
-        raise VerifyError(f"{root} is a copy for training, staged from {origin}: check that one; a copy checks itself")
+        raise VerifyError(
+            f"{shown(root)} is a copy for training, staged from {origin}: check that one; a copy checks itself"
+        )
     samples = sum(part.samples for part in info.splits.values())
     with (
         connected(config.workers, logging_level=logging.ERROR, log_to_driver=False),
@@ -90,16 +99,21 @@ def main(config: VerifyConfig) -> None:
             print(f"  if no shard is at fault, make the set anew in another folder: {DATASET_FILE} itself is damaged")
     if by_shard:
         count, shards = sum(map(len, by_shard.values())), len([name for name in by_shard if name])
-        raise VerifyError(f"{root} has {count:,} faults, in {shards:,} of {len(reports):,} shards: see above")
+        raise VerifyError(f"{shown(root)} has {count:,} faults, in {shards:,} of {len(reports):,} shards: see above")
 
 
-def _check_all(root: Path, info: DatasetInfo, config: VerifyConfig, progress: Progress) -> list[ShardReport]:
+def _check_all(root: str, info: DatasetInfo, config: VerifyConfig, progress: Progress) -> list[ShardReport]:
     """A report of each shard, in the set's order."""
     work = [(split, row) for split, part in info.splits.items() for row in part.shards]
+    indexes = {split: _index(root, info, split) for split in info.splits}
     shared = ray.put(info)
     found = 0
     reports: dict[int, ShardReport] = {}
-    calls = ((root, split, row, shared, config.decode) for split, row in work)
+    calls = (
+        (root, split, row, index.part(number) if index is not None else None, shared, config.decode)
+        for split, index in indexes.items()
+        for number, row in enumerate(info.splits[split].shards)
+    )
     try:
         for number, report in in_parallel(check_shard, calls, config.workers):
             reports[number] = report
@@ -111,6 +125,14 @@ def _check_all(root: Path, info: DatasetInfo, config: VerifyConfig, progress: Pr
             "worker, as a lack of memory would, and give fewer --workers"
         ) from error
     return [reports[number] for number in range(len(work))]
+
+
+def _index(root: str, info: DatasetInfo, split: str) -> SampleIndex | None:
+    try:
+        return open_index(root, split, info.splits[split], len(info.classes))
+    # `check_set` says so.
+    except DatasetError:
+        return None
 
 
 def _print_right(split: str, reports: list[ShardReport], decode: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 from pipeline.images.resize import encoder_settings
 from pipeline.sharding.shard_set import SetPlan, claim_folder, finish
@@ -10,6 +11,7 @@ from pipeline.sharding.shards import BuiltShard, build_shard, plan_shards
 from pipeline.sources.sources import read_source
 
 PER_SHARD = 4
+SomePath = TypeVar("SomePath", Path, str)
 
 
 def planned(
@@ -20,12 +22,12 @@ def planned(
     return SetPlan(listing, encoder_settings(quality), seed, per_shard, shards)
 
 
-def build_all(output: Path, plan: SetPlan) -> list[BuiltShard]:
+def build_all(output: Path | str, plan: SetPlan) -> list[BuiltShard]:
     claim_folder(output, plan)
     return [build_shard(output, shard, plan.image, set_aside=True) for shard in plan.shards]
 
 
-def make(output: Path, plan: SetPlan, max_bad_fraction: float = 0.0) -> Path:
+def make(output: SomePath, plan: SetPlan, max_bad_fraction: float = 0.0) -> SomePath:
     finish(output, plan, build_all(output, plan), max_bad_fraction)
     return output
 

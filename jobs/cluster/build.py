@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+import logging
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import ray
 
+from jobs.cli.command import log
 from jobs.cli.progress import Progress
 from jobs.cluster.connection import LostError, stream
 from pipeline.dataset.annotation import ShardError
+from pipeline.sharding.claim import Claim
 from pipeline.sharding.set_lock import at_work
 from pipeline.sharding.shard_set import SetPlan
 from pipeline.sharding.shards import BuiltShard, ShardPlan, Step, build_in_steps
+from pipeline.storage.locations import shown
 from pipeline.storage.retry import SourceReadError
 
 ATTEMPTS = 4
@@ -36,9 +39,7 @@ class _Tally:
         self._progress.advance(more, worked, note=f"{sum(self._rejected):,} set aside")
 
 
-def build_all(
-    output: Path, plan: SetPlan, set_aside: bool, workers: int | None, progress: Progress
-) -> list[BuiltShard]:
+def build_all(output: str, plan: SetPlan, set_aside: bool, workers: int | None, progress: Progress) -> list[BuiltShard]:
     """Builds every shard, no more at a time than there are workers; in the plan's order.
 
     Raises:
@@ -50,9 +51,12 @@ def build_all(
     done: dict[int, BuiltShard] = {}
     reached: dict[int, Step] = {}
     tally = _Tally(len(plan.shards), progress)
-    calls = ((output, shard, plan.image, set_aside) for shard in plan.shards)
+    calls = ((output, shard, plan.image, set_aside, plan.claim) for shard in plan.shards)
     try:
         for number, item in stream(task, calls, workers, ATTEMPTS, again=(SourceReadError,)):
+            if isinstance(item, str):
+                log(item)
+                continue
             if isinstance(item, Step):
                 reached[number] = item
                 tally.reach(number, item.images, item.rejected)
@@ -71,16 +75,44 @@ def build_all(
         if isinstance(error, SourceReadError | ChildProcessError):
             raise
         raise ShardError(
-            f"a shard could not be written to {output}: {error}; make room or give leave to write there, "
+            f"a shard could not be written to {shown(output)}: {error}; make room or give leave to write there, "
             "and run the same command again to continue"
         ) from error
     return [done[number] for number in range(len(plan.shards))]
 
 
 def _build(
-    output: Path, shard: ShardPlan, image: dict[str, Any], set_aside: bool, attempt: int
-) -> Iterator[Step | BuiltShard]:
-    """The task: says how far the shard is, and in the end what it came to."""
-    with at_work(output):
-        built = yield from build_in_steps(output, shard, image, set_aside, careful=attempt >= CAREFUL_FROM)
-    yield built
+    output: str, shard: ShardPlan, image: dict[str, Any], set_aside: bool, claim: Claim, attempt: int
+) -> Iterator[str | Step | BuiltShard]:
+    """The task: says how far the shard is, what the storage client logs, and in the end what it came to."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    storage = logging.getLogger("pipeline.storage")
+    storage.addHandler(handler)
+    try:
+        with at_work(output):
+            steps = build_in_steps(output, shard, image, set_aside, careful=attempt >= CAREFUL_FROM, claim=claim)
+            item: Step | BuiltShard
+            while not isinstance(item := _next(steps), BuiltShard):
+                yield from _taken(lines)
+                yield item
+        yield from _taken(lines)
+        yield item
+    finally:
+        storage.removeHandler(handler)
+
+
+def _taken(lines: list[str]) -> Iterator[str]:
+    """Empties a list. A generator, as Ray sends to what a task yields from."""
+    while lines:
+        yield lines.pop(0)
+
+
+def _next(steps: Generator[Step, None, BuiltShard]) -> Step | BuiltShard:
+    """What a generator yields next, or in the end returns."""
+    try:
+        return next(steps)
+    except StopIteration as end:
+        built: BuiltShard = end.value
+        return built

@@ -20,9 +20,9 @@ from pyarrow import fs
 
 from jobs.cluster.nodes import NoAnswer, Node, collect, on_each
 from jobs.diagnostics.probe import GRADIENT
-from pipeline.dataset.info import DatasetError, DatasetInfo, read_dataset
-from pipeline.staging.staging import chunks, read_remote_dataset
-from pipeline.storage.locations import is_url, open_location
+from pipeline.dataset.info import DatasetError, read_dataset
+from pipeline.storage.locations import join, open_location
+from pipeline.storage.remote import chunks
 
 MIN_FILES = 16_384  # A set of 1,281 shards stays mapped, beside a socket to each peer and Ray's own.
 MIN_SHM_GIB = 2.0  # Docker gives 64 MB unless told; NCCL, DALI and Ray's object store want more.
@@ -131,11 +131,10 @@ def remove_file(storage: str, name: str) -> None:
 
 def data(location: str) -> str:
     """The set is there, and a shard of each split has the right bytes."""
-    info = _read_set(location)
-    filesystem, path = open_location(location)
+    info = read_dataset(location)
     for split, row in [(split, random.choice(part.shards)) for split, part in info.splits.items() if part.shards]:
         digest = hashlib.sha256()
-        for chunk in chunks(filesystem, f"{path}/{split}/{row.name}.tar"):
+        for chunk in chunks(join(location, split, f"{row.name}.tar")):
             digest.update(chunk)
         if digest.hexdigest() != row.sha256:
             raise DatasetError(
@@ -147,17 +146,13 @@ def data(location: str) -> str:
 
 def disk(location: str, stage: str) -> str:
     """The set has room in the folder to stage to."""
-    need = sum(part.bytes for part in _read_set(location).splits.values())
+    need = sum(part.bytes for part in read_dataset(location).splits.values())
     folder = Path(stage)
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     found = f"{free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed"
     if free < need:
         raise ValueError(found)
     return found
-
-
-def _read_set(location: str) -> DatasetInfo:
-    return read_remote_dataset(location) if is_url(location) else read_dataset(Path(location))
 
 
 NODE_CHECKS = (

@@ -25,8 +25,9 @@ from jobs.cli.command import log
 from jobs.training.run_state import STATE_FILE, CheckpointError, DamagedError, RunFingerprint, State
 from model.recipe import Recipe
 from model.training import Trainer
-from pipeline.dataset.info import DatasetInfo, write_atomically
+from pipeline.dataset.info import DatasetInfo
 from pipeline.storage.locations import join, open_location, shown
+from pipeline.storage.remote import write_atomically
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"

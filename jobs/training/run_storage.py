@@ -21,8 +21,8 @@ from jobs.training import checkpoint
 from jobs.training.checkpoint import best, committed, scan, superfluous
 from jobs.training.run_state import STATE_FILE, CheckpointError, DamagedError, RunFingerprint, State
 from model.training import Trainer
-from pipeline.dataset.info import write_atomically
 from pipeline.storage.locations import is_url, join, open_location, shown
+from pipeline.storage.remote import write_atomically
 
 
 class StorageError(ValueError):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 from pipeline.images.rgb_stats import RgbMoments, RgbStatistics
+from pipeline.storage.locations import Location, shown
+from pipeline.storage.remote import read
 
 
 class ShardError(ValueError):
@@ -90,14 +91,14 @@ class ShardAnnotation:
         )
 
 
-def read_annotation(path: Path) -> ShardAnnotation:
-    """Reads a shard's NAME.json.
+def read_annotation(location: Location) -> ShardAnnotation:
+    """Reads a shard's NAME.json, at a path or URL.
 
     Raises:
         ShardError: if it cannot be understood.
         OSError: if it cannot be read.
     """
     try:
-        return ShardAnnotation.from_json(json.loads(path.read_bytes()))
+        return ShardAnnotation.from_json(json.loads(read(location)))
     except (KeyError, TypeError, ValueError) as error:
-        raise ShardError(f"{path} is no shard's annotation ({type(error).__name__}: {error})") from error
+        raise ShardError(f"{shown(location)} is no shard's annotation ({type(error).__name__}: {error})") from error

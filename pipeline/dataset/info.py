@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import uuid
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from pipeline.images.rgb_stats import RgbStatistics
+from pipeline.storage.locations import Location, is_url, join, shown
+from pipeline.storage.remote import read, write
 
 SCHEMA_VERSION = 1
 DATASET_FILE = "dataset.json"
@@ -23,7 +23,6 @@ REJECTS_FILE = "rejects.jsonl"
 DECODED_FILE = "pixels.json"  # In a staged copy that holds decoded pixels.
 SPLITS = ("train", "val")
 INDEX_VERSION = "v1.2"
-TEMPORARY_SUFFIX = ".tmp"  # Of files being written aside; no reader looks at them.
 
 
 class DatasetError(ValueError):
@@ -164,22 +163,24 @@ def shard_name(name: object) -> str:
     return name
 
 
-def read_dataset(root: Path) -> DatasetInfo:
-    """Reads ROOT/dataset.json.
+def read_dataset(root: Location) -> DatasetInfo:
+    """Reads ROOT/dataset.json of a set at a path or URL.
 
     Raises:
-        DatasetError: if there is none (the set is missing or unfinished) or it cannot be understood.
+        DatasetError: if there is none (the set is missing or unfinished), or it cannot be read or understood.
     """
-    path = root / DATASET_FILE
+    where = shown(root)
     try:
-        text = path.read_bytes()
+        text = read(join(root, DATASET_FILE))
     except FileNotFoundError:
-        state = "is unfinished: it has no dataset.json" if root.is_dir() else "does not exist"
+        there = is_url(root) or Path(root).is_dir()
         raise DatasetError(
-            f"the shard set {root} {state}; make or finish it with: "
-            f"python jobs/shard_imagenet.py --source IMAGES --output {quote(str(root))}"
+            f"the shard set {where} {'is unfinished: it has no dataset.json' if there else 'does not exist'}; make or "
+            f"finish it with: python jobs/shard_imagenet.py --source IMAGES --output {quote(where)}"
         ) from None
-    return parse_dataset(text, str(path))
+    except OSError as error:
+        raise DatasetError(f"{DATASET_FILE} of the shard set {where} cannot be read: {error}") from error
+    return parse_dataset(text, f"{where}/{DATASET_FILE}")
 
 
 def parse_dataset(text: str | bytes, where: str) -> DatasetInfo:
@@ -198,16 +199,19 @@ def parse_dataset(text: str | bytes, where: str) -> DatasetInfo:
         raise DatasetError(f"{where} cannot be used: {error}") from error
 
 
-def rebuild_advice(root: Path | str, split: str, shard: str, settings: str = "") -> str:
+def rebuild_advice(root: Location, split: str, shard: str, settings: str = "") -> str:
     """What to do about one damaged shard.
 
     Args:
         settings: the arguments besides source and output that the set was made with, where they are known.
     """
-    folder = quote(str(root))
+    folder = quote(shown(root))
+    remove = (
+        f"delete {folder}/{split}/{shard}.* in the store, then" if is_url(root) else f"rm {folder}/{split}/{shard}.* &&"
+    )
     return (
         "remove the shard and build it again, from the source and with the settings it was made of: "
-        f"rm {folder}/{split}/{shard}.* && python jobs/shard_imagenet.py --source IMAGES --output {folder} {settings}"
+        f"{remove} python jobs/shard_imagenet.py --source IMAGES --output {folder} {settings}"
     ).rstrip()
 
 
@@ -216,10 +220,12 @@ def is_decoded(root: Path) -> bool:
     return (root / DECODED_FILE).exists()
 
 
-def staged_from(root: Path) -> str | None:
-    """Where a staged copy was copied from; None for a set that is no copy."""
+def staged_from(root: Location) -> str | None:
+    """Where a staged copy was copied from; None for a set that is no copy, as every set at a URL."""
+    if is_url(root):
+        return None
     try:
-        return str(json.loads((root / STAGED_FILE).read_bytes())["from"])
+        return str(json.loads(read(join(root, STAGED_FILE)))["from"])
     except FileNotFoundError:
         return None
 
@@ -236,26 +242,6 @@ def repair_advice(root: Path, split: str, shard: str) -> str:
     )
 
 
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Writes a file aside, flushes it to the disk and renames it: a reader or a kill never meets half a file."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    # The rename itself is only durable once its folder is on the disk too.
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a value as indented JSON, atomically; equal values give equal bytes."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+def write_json(location: Location, value: Any) -> None:
+    """Writes a value as indented JSON, at once or not at all; equal values give equal bytes."""
+    write(location, (json.dumps(value, indent=2) + "\n").encode())

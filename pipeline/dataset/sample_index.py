@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from shlex import quote
 
 import numpy as np
@@ -19,6 +18,8 @@ from numpy.typing import NDArray
 
 from pipeline.dataset.info import DatasetError, Split, staged_from
 from pipeline.sources.keys import IMAGE_COMPONENTS, LABEL_COMPONENT, split_name
+from pipeline.storage.locations import Location, is_url, join, shown
+from pipeline.storage.remote import read
 
 SCHEMA = pa.schema(
     [
@@ -156,11 +157,19 @@ class SampleIndex:
         first, last = np.searchsorted(self.shards, [number, number + 1]).tolist()
         return slice(first, last)
 
+    def part(self, number: int) -> SampleIndex:
+        """The rows of one shard, on their own, to be sent to another process."""
+        rows = self.of_shard(number)
+        keys = pa.concat_arrays([self.keys.slice(rows.start, rows.stop - rows.start)])
+        return SampleIndex(
+            self.shards[rows], self.offsets[rows], self.sizes[rows], self.labels[rows], self.checksums[rows], keys
+        )
 
-def index_is_whole(root: Path, name: str, split: Split) -> bool:
+
+def index_is_whole(root: Location, name: str, split: Split) -> bool:
     """Whether ROOT/NAME.arrow is what `dataset.json` says of it; reads all of it."""
     try:
-        return describe_index(split, (root / index_file(name)).read_bytes()) == split
+        return describe_index(split, read(join(root, index_file(name)))) == split
     except (FileNotFoundError, pa.ArrowException):
         return False
 
@@ -180,8 +189,8 @@ def _again(location: str) -> str:
     )
 
 
-def open_index(root: Path, name: str, split: Split, classes: int) -> SampleIndex:
-    """Maps ROOT/NAME.arrow.
+def open_index(root: Location, name: str, split: Split, classes: int) -> SampleIndex:
+    """Maps ROOT/NAME.arrow, or reads it whole from a URL.
 
     Offsets and sizes need no look here: whatever they say, an image's checksum vouches for what is read. Labels
     have one together, which is compared.
@@ -189,14 +198,14 @@ def open_index(root: Path, name: str, split: Split, classes: int) -> SampleIndex
     Raises:
         DatasetError: if the index is missing, or is not the one that `dataset.json` describes.
     """
-    path = root / index_file(name)
-    check_has_index(str(root), split)
+    path = shown(join(root, index_file(name)))
+    check_has_index(shown(root), split)
     if staged_from(root) is not None:
         cure = f"this is a staged copy, so delete {path} and run the same command again, which stages it again"
     else:
-        cure = _again(str(root))
+        cure = _again(shown(root))
     try:
-        index = _map(path)
+        index = _map(join(root, index_file(name)))
     except FileNotFoundError:
         raise DatasetError(f"{path} is missing: {cure}") from None
     except (pa.ArrowException, ValueError, OSError) as error:
@@ -210,9 +219,9 @@ def open_index(root: Path, name: str, split: Split, classes: int) -> SampleIndex
     return index
 
 
-def _map(path: Path) -> SampleIndex:
+def _map(location: str) -> SampleIndex:
     """Raises ArrowException or ValueError for a file that `pack_index` did not make, OSError if it cannot be read."""
-    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    reader = pa.ipc.open_file(read(location) if is_url(location) else pa.memory_map(location))
     if not reader.schema.equals(SCHEMA) or reader.num_record_batches != 1:
         raise ValueError(f"its schema is {reader.schema.names} in {reader.num_record_batches} batches")
     batch = reader.get_batch(0)

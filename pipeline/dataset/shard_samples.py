@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from pipeline.images.decode import IMAGE_SIZE, MAX_JPEG_BYTES, ImageError
 from pipeline.sources.files import SourceError
 from pipeline.sources.keys import IMAGE_COMPONENTS, LABEL_COMPONENT, label_number, split_name
-from pipeline.sources.tars import Member, Stretch, members
+from pipeline.sources.tars import Member, Stretch, Window, members_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +50,17 @@ class Sample:
         return label_number(self.label)
 
 
-def read_samples(tar: Stretch, data: bytes, faults: list[Fault], shard: str) -> Iterator[Sample]:
+def read_samples(location: str, data: bytes, faults: list[Fault], shard: str) -> Iterator[Sample]:
     """The samples of a tar that have an image and a label, in its order; what is wrong is added to `faults`.
 
     Args:
-        tar: all of `data`, to read the headers from.
+        location: where the tar lies.
+        data: all of it.
         shard: its name, for `faults`.
-
-    Raises:
-        OSError: if it cannot be read.
     """
-    for key, parts in itertools.groupby(_members(tar, faults, shard), lambda member: split_name(member.name)[0]):
+    for key, parts in itertools.groupby(
+        _members(location, data, faults, shard), lambda member: split_name(member.name)[0]
+    ):
         group = list(parts)
         components = [(split_name(member.name)[1], member) for member in group]
         images = [member for extension, member in components if extension.lower() in IMAGE_COMPONENTS]
@@ -110,12 +110,13 @@ def stored_pixels(jpeg: bytes) -> NDArray[np.uint8]:
         raise ImageError(f"it does not decode: {' '.join(str(error).split())[:200]}") from error
 
 
-def _members(tar: Stretch, faults: list[Fault], shard: str) -> Iterator[Member]:
+def _members(location: str, data: bytes, faults: list[Fault], shard: str) -> Iterator[Member]:
     """The files of a tar as far as it can be read, in the names that wds2idx gives them, hidden ones left out."""
     try:
-        for member in members(tar):
-            if not member.hidden:
-                yield member
+        with Window(Stretch(location, 0, len(data)), data) as file:
+            for member in members_in(file):
+                if not member.hidden:
+                    yield member
     except SourceError as error:
         faults.append(Fault(f"its tar cannot be read to its end: {error}", shard))
 

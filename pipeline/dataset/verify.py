@@ -9,20 +9,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.dataset.annotation import ShardAnnotation, ShardError, read_annotation
 from pipeline.dataset.info import DATASET_FILE, INDEX_VERSION, REJECTS_FILE, DatasetError, DatasetInfo, ShardRow
-from pipeline.dataset.sample_index import index_file, index_is_whole, open_index, shard_rows
+from pipeline.dataset.sample_index import SampleIndex, index_file, index_is_whole, open_index, shard_rows
 from pipeline.dataset.shard_samples import Fault, Sample, read_samples, stored_pixels
 from pipeline.images.decode import IMAGE_SIZE, ImageError
 from pipeline.images.rgb_stats import RgbMoments, RgbStatistics
 from pipeline.sources.keys import key_hash, may_be_of
-from pipeline.sources.tars import whole
+from pipeline.storage.locations import Location, join, shown
+from pipeline.storage.remote import read, scan
 
 # Another machine's LAPACK may round the last digits of the eigenvectors otherwise.
 TOLERANCE = 1e-9
@@ -43,17 +44,20 @@ class ShardReport:
     """None where it cannot be read."""
 
 
-def check_shard(root: Path, split: str, row: ShardRow, info: DatasetInfo, decode: bool) -> ShardReport:
+def check_shard(
+    root: Location, split: str, row: ShardRow, rows: SampleIndex | None, info: DatasetInfo, decode: bool
+) -> ShardReport:
     """Checks one shard that `dataset.json` lists; holds it in memory.
 
     Args:
+        rows: its part of the sample index; None where the index cannot be read, which `check_set` says.
         decode: whether to decode each image and sum its pixels, too.
 
     Raises:
         OSError: if a file that is there cannot be read.
     """
-    path = root / split / f"{row.name}.tar"
     shard = row.name
+    tar = join(root, split, f"{shard}.tar")
     faults: list[Fault] = []
 
     def fault(what: str, sample: str = "") -> None:
@@ -61,14 +65,14 @@ def check_shard(root: Path, split: str, row: ShardRow, info: DatasetInfo, decode
 
     annotation = None
     try:
-        annotation = read_annotation(path.with_suffix(".json"))
+        annotation = read_annotation(join(root, split, f"{shard}.json"))
     except FileNotFoundError:
         fault("its annotation is missing")
     except ShardError as error:
         fault(f"its annotation cannot be read: {error}")
     samples: list[Sample] = []
     try:
-        data = path.read_bytes()
+        data = read(tar)
     except FileNotFoundError:
         fault("its tar is missing")
     else:
@@ -77,12 +81,12 @@ def check_shard(root: Path, split: str, row: ShardRow, info: DatasetInfo, decode
         digest = hashlib.sha256(data).hexdigest()
         if digest != row.sha256:
             fault(f"the sha256 of its tar is {digest[:12]}..., {DATASET_FILE} says {row.sha256[:12]}...")
-        samples = list(read_samples(whole(path), data, faults, shard))
+        samples = list(read_samples(tar, data, faults, shard))
         if len(samples) != row.samples:
             fault(f"its tar holds {len(samples)} samples, {DATASET_FILE} says {row.samples}")
         # Else the index would be blamed for the tar.
         else:
-            _check_index(path.with_suffix(".idx"), samples, faults, shard)
+            _check_index(join(root, split, f"{shard}.idx"), samples, faults, shard)
     per_class = np.zeros(len(info.classes), np.int64)
     for sample in samples:
         wrong = _wrong_label(sample, info)
@@ -94,13 +98,13 @@ def check_shard(root: Path, split: str, row: ShardRow, info: DatasetInfo, decode
     if annotation is not None:
         faults += _check_annotation(annotation, row, shard, info, moments)
     # Else the sample index would be blamed for the tar.
-    if len(samples) == row.samples and per_class.sum() == row.samples:
-        faults += _check_rows(root, split, row, shard, info, samples, data)
+    if rows is not None and len(samples) == row.samples and per_class.sum() == row.samples:
+        faults += _check_rows(rows, shard, samples, data)
     hashes = np.array([key_hash(sample.key) for sample in samples], np.uint64)
     return ShardReport(split, shard, tuple(faults), per_class, hashes, annotation)
 
 
-def check_set(root: Path, info: DatasetInfo, reports: Sequence[ShardReport]) -> list[Fault]:
+def check_set(root: Location, info: DatasetInfo, reports: Sequence[ShardReport]) -> list[Fault]:
     """Checks what no shard tells by itself, from a report of each."""
     faults = list(_check_counts(info))
     for split, part in info.splits.items():
@@ -117,12 +121,13 @@ def check_set(root: Path, info: DatasetInfo, reports: Sequence[ShardReport]) -> 
     annotations = {report.name: report.annotation for report in reports}
     rejected = sum(len(a.rejected) for a in annotations.values() if a is not None)
     for split, row_names in ((s, {row.name for row in part.shards}) for s, part in info.splits.items()):
-        for path in sorted((root / split).iterdir()) if (root / split).is_dir() else []:
-            if path.stem in row_names and path.suffix in (".tar", ".idx", ".json"):
+        for name in sorted(item.name for item in scan(join(root, split), missing_ok=True)):
+            stem, extension = os.path.splitext(name)
+            if stem in row_names and extension in (".tar", ".idx", ".json"):
                 continue
-            empty = _annotation_of_nothing(path)
+            empty = _annotation_of_nothing(join(root, split, name))
             if empty is None:
-                faults.append(Fault(f"{path} is no part of the set: remove it"))
+                faults.append(Fault(f"{shown(join(root, split, name))} is no part of the set: remove it"))
             else:
                 rejected += len(empty.rejected)
     faults += _check_rejects(root, info, rejected if all(annotations.values()) else None)
@@ -148,9 +153,9 @@ def repeated_keys(shards: Sequence[str], hashes: Sequence[NDArray[np.uint64]]) -
     return [Fault("it holds a sample's key that another sample has, too", shards[owner[i]]) for i in again]
 
 
-def _check_index(path: Path, samples: Sequence[Sample], faults: list[Fault], shard: str) -> None:
+def _check_index(location: str, samples: Sequence[Sample], faults: list[Fault], shard: str) -> None:
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read(location).decode(errors="replace").splitlines()
     except FileNotFoundError:
         faults.append(Fault("its index is missing", shard))
         return
@@ -209,26 +214,18 @@ def _check_annotation(
         yield Fault("the moments of its pixels are not those of its annotation", shard)
 
 
-def _check_rows(
-    root: Path, split: str, row: ShardRow, shard: str, info: DatasetInfo, samples: Sequence[Sample], tar: bytes
-) -> Iterator[Fault]:
-    """Faults between a tar and its part of the sample index, where there is one to be read."""
-    part = info.splits[split]
-    try:
-        index = open_index(root, split, part, len(info.classes))
-    except DatasetError:
-        return  # `check_set` says so.
-    rows = index.of_shard(part.shards.index(row))
+def _check_rows(index: SampleIndex, shard: str, samples: Sequence[Sample], tar: bytes) -> Iterator[Fault]:
+    """Faults between a tar and its part of the sample index."""
     found = shard_rows(tar, "\n".join([INDEX_VERSION, *(sample.index_line for sample in samples)]))
-    if len(found) != rows.stop - rows.start:
-        yield Fault(f"the sample index has {rows.stop - rows.start} samples of it, its tar {len(found)}", shard)
+    if len(found) != len(index):
+        yield Fault(f"the sample index has {len(index)} samples of it, its tar {len(found)}", shard)
         return
     for name, stated in (("offset", index.offsets), ("size", index.sizes), ("label", index.labels)):
-        for sample in np.flatnonzero(found[name].to_numpy() != stated[rows])[:1].tolist():
+        for sample in np.flatnonzero(found[name].to_numpy() != stated)[:1].tolist():
             yield Fault(f"the sample index gives it another {name} than its tar", shard, samples[sample].key)
-    for sample in np.flatnonzero(found["crc32"].to_numpy() != index.checksums[rows]).tolist():
+    for sample in np.flatnonzero(found["crc32"].to_numpy() != index.checksums).tolist():
         yield Fault("its image's bytes are not those that the sample index vouches for", shard, samples[sample].key)
-    if not found["key"].equals(index.keys.slice(rows.start, len(found))):
+    if not found["key"].equals(index.keys):
         yield Fault("the sample index gives its samples other keys than its tar", shard)
 
 
@@ -240,21 +237,21 @@ def _check_counts(info: DatasetInfo) -> Iterator[Fault]:
                 yield Fault(f"{DATASET_FILE} says {getattr(part, name)} {name} of {split}, its shards sum to {total}")
 
 
-def _annotation_of_nothing(path: Path) -> ShardAnnotation | None:
+def _annotation_of_nothing(location: str) -> ShardAnnotation | None:
     """The annotation of a shard whose every image was set aside: it has neither a tar nor a row."""
-    if path.suffix != ".json":
+    if not location.partition("?")[0].endswith(".json"):
         return None
     try:
-        annotation = read_annotation(path)
+        annotation = read_annotation(location)
     except ShardError:
         return None
     return None if annotation.samples else annotation
 
 
-def _check_rejects(root: Path, info: DatasetInfo, annotated: int | None) -> Iterator[Fault]:
+def _check_rejects(root: Location, info: DatasetInfo, annotated: int | None) -> Iterator[Fault]:
     """Args: annotated: how many images the annotations say were set aside; None where some cannot be read."""
     try:
-        listed = [json.loads(line) for line in (root / REJECTS_FILE).read_text(encoding="utf-8").splitlines()]
+        listed = [json.loads(line) for line in read(join(root, REJECTS_FILE)).decode().splitlines()]
     except FileNotFoundError:
         yield Fault(f"{REJECTS_FILE} is missing")
         return

@@ -10,16 +10,18 @@ import dataclasses
 import io
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.dataset.info import DatasetInfo, write_atomically
-from pipeline.dataset.split_reader import SplitReader
+from pipeline.dataset.info import DatasetInfo
+from pipeline.dataset.sample_index import open_index
+from pipeline.images.decode import decode_stored
 from pipeline.images.rgb_stats import MAX_LEVEL, RgbStatistics
+from pipeline.storage.locations import Location, join
+from pipeline.storage.remote import read_range, write
 
 SHEET_FILE = "contact_sheet.jpg"
 PCA_FILE = "rgb_pca.png"
@@ -50,24 +52,24 @@ class Row:
     """Each [height, width, 3]."""
 
 
-def write_pictures(root: Path, info: DatasetInfo) -> None:
+def write_pictures(root: Location, info: DatasetInfo) -> None:
     """Writes ROOT/contact_sheet.jpg and ROOT/rgb_pca.png for a set whose shards are all there.
 
     Raises:
-        DatasetError, OSError: if a shard that is shown cannot be read, or a picture cannot be written.
+        DatasetError, ImageError, OSError: if a shard that is shown cannot be read, or a picture cannot be written.
     """
     rows = choose(root, info)
-    write_atomically(root / SHEET_FILE, contact_sheet(info, rows))
-    write_atomically(root / PCA_FILE, pca_figure(info.rgb, [image for row in rows for image in row.images]))
+    write(join(root, SHEET_FILE), contact_sheet(info, rows))
+    write(join(root, PCA_FILE), pca_figure(info.rgb, [image for row in rows for image in row.images]))
 
 
-def choose(root: Path, info: DatasetInfo) -> list[Row]:
+def choose(root: Location, info: DatasetInfo) -> list[Row]:
     """Up to ROWS classes, evenly spread over those that have enough images in a few shards, with COLUMNS images."""
     shards = info.splits["train"].shards
-    reader = SplitReader(root, info, "train")
-    parts = [reader.index.of_shard(i) for i in _spread(len(shards), SHARDS_READ).tolist()]
+    index = open_index(root, "train", info.splits["train"], len(info.classes))
+    parts = [index.of_shard(i) for i in _spread(len(shards), SHARDS_READ).tolist()]
     some = np.concatenate([np.arange(part.start, part.stop) for part in parts])
-    labels = reader.labels[some]
+    labels = index.labels[some]
     counts = np.bincount(labels, minlength=len(info.classes))
     # The fullest classes, but any with a full row is as good as another.
     order = np.argsort(-np.minimum(counts, COLUMNS), kind="stable")
@@ -75,8 +77,11 @@ def choose(root: Path, info: DatasetInfo) -> list[Row]:
     candidates = full if len(full) >= ROWS else np.sort(order[: min(ROWS, np.count_nonzero(counts))])
     rows = []
     for label in candidates[_spread(len(candidates), ROWS)].tolist():
-        samples = some[labels == label][:COLUMNS].tolist()
-        rows.append(Row(label, tuple(reader.decoded(sample) for sample in samples)))
+        images = []
+        for sample in some[labels == label][:COLUMNS].tolist():
+            tar = join(root, "train", f"{shards[index.shards[sample]].name}.tar")
+            images.append(decode_stored(read_range(tar, int(index.offsets[sample]), int(index.sizes[sample]))))
+        rows.append(Row(label, tuple(images)))
     return rows
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from pipeline.dataset.annotation import ShardError
+from pipeline.storage.locations import Location, is_url, join
 
 LOCK_FILE = ".job.lock"
 WORKERS_END_S = 60.0
@@ -110,18 +111,21 @@ class JobLock:
 
 
 @contextlib.contextmanager
-def at_work(root: Path) -> Iterator[None]:
-    """Says that this process, which must not be the job's, writes into the set in ROOT for a job.
+def at_work(root: Location) -> Iterator[None]:
+    """Says that this process, which must not be the job's, writes into the set in ROOT for a job; nothing at a URL.
 
     Raises:
         LockedError: if the job has ended.
     """
+    if is_url(root):
+        yield
+        return
     try:
-        file = os.open(root / LOCK_FILE, os.O_RDWR)
+        file = os.open(join(root, LOCK_FILE), os.O_RDWR)
     except FileNotFoundError as error:
         raise LockedError(
-            f"a worker on {socket.gethostname()} found no job at work on {root}: on a cluster, --output must lie on a "
-            "disk that all nodes share; run the same command again once it does"
+            f"a worker on {socket.gethostname()} found no job at work on {root}: on a cluster, --output must be a URL "
+            "or lie on a disk that all nodes share; run the same command again once it does"
         ) from error
     try:
         if not _set(file, _WORKERS, _SHARED):

@@ -18,24 +18,25 @@ import socket
 import tarfile
 import time
 from collections.abc import Callable, Generator, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 
 from pipeline.dataset.annotation import Reject, ShardAnnotation, ShardError, read_annotation
-from pipeline.dataset.info import INDEX_VERSION, write_atomically, write_json
+from pipeline.dataset.info import INDEX_VERSION, write_json
 from pipeline.dataset.sample_index import shard_rows
 from pipeline.images.decode import ImageError
 from pipeline.images.isolation import IsolatedConverter, KilledError, convert_or_exit
 from pipeline.images.resize import Converted, encoder_settings
 from pipeline.images.rgb_stats import RgbMoments
+from pipeline.sharding.claim import Claim
 from pipeline.sharding.read_ahead import readings
 from pipeline.sources.files import read_bytes, state_of
 from pipeline.sources.keys import split_name
 from pipeline.sources.listing import Entries, Entry, Listing
 from pipeline.sources.sources import permutation
-from pipeline.storage.locations import is_url
+from pipeline.storage.locations import Location, is_url, join
+from pipeline.storage.remote import delete, read, write
 from pipeline.storage.retry import SourceReadError
 
 # What is wrong with one file and stays so. Any other failure to read is the disk's or the network's, and is not the
@@ -144,7 +145,7 @@ def index_of(file: BinaryIO) -> str:
     return "\n".join(lines) + "\n"
 
 
-def build_shard(root: Path, plan: ShardPlan, image: dict[str, Any], set_aside: bool) -> BuiltShard:
+def build_shard(root: Location, plan: ShardPlan, image: dict[str, Any], set_aside: bool) -> BuiltShard:
     """Writes one shard into ROOT/SPLIT/, or keeps the one that is there: see `build_in_steps`."""
     steps = build_in_steps(root, plan, image, set_aside)
     while True:
@@ -155,7 +156,12 @@ def build_shard(root: Path, plan: ShardPlan, image: dict[str, Any], set_aside: b
 
 
 def build_in_steps(
-    root: Path, plan: ShardPlan, image: dict[str, Any], set_aside: bool, careful: bool = False
+    root: Location,
+    plan: ShardPlan,
+    image: dict[str, Any],
+    set_aside: bool,
+    careful: bool = False,
+    claim: Claim | None = None,
 ) -> Generator[Step, None, BuiltShard]:
     """Writes one shard into ROOT/SPLIT/, or keeps the one that is there if it is what would be written.
 
@@ -167,83 +173,98 @@ def build_in_steps(
         set_aside: whether a bad image may be left out; otherwise the first one ends it.
         careful: convert in a child process, so that an image at which the decoder crashes is no more than bad, and name
             each image before it is touched. Slower: for a shard at which a worker has died.
+        claim: the job's on ROOT, looked at again before anything is written.
 
     Raises:
         BadImageError: for a bad image, unless it may be set aside.
-        ShardError: if this machine would not encode as `image` says, an image or a tar of the source has
-            changed since it was listed, or, being careful, decoding an image was ended from outside.
+        ShardSetError: if another job has claimed ROOT.
+        ShardError: if an image must be encoded and this machine would not encode as `image` says, an image or a tar of
+            the source has changed since it was listed, or, being careful, decoding an image was ended from outside.
         SourceReadError: if the source's disk or network failed.
         OSError: if the shard cannot be written.
     """
-    if encoder_settings(image["quality"]) != image:
-        here = encoder_settings(image["quality"])["encoder"]
-        raise ShardError(
-            f"a node encodes JPEGs with {here}, the set with {image['encoder']}: install the same versions on all nodes"
-        )
     inputs = inputs_digest(plan, image)
     with contextlib.ExitStack() as stack:
         converter = stack.enter_context(IsolatedConverter()).convert if careful else convert_or_exit
         found = _find_shard(root, plan, inputs, image["quality"], converter)
         if found is None:
             every_s = 0.0 if careful else STEP_EVERY_S
-            built = yield from _write_shard(root, plan, inputs, image["quality"], set_aside, converter, every_s)
-        else:
-            built = found
-    if built.annotation.rejected and not set_aside:
-        raise _bad_image(built.annotation.rejected[0])
-    return built
+            found = yield from _write_shard(root, plan, inputs, image, set_aside, converter, every_s, claim)
+    if found.annotation.rejected and not set_aside:
+        raise _bad_image(found.annotation.rejected[0])
+    return found
 
 
-def annotation_path(root: Path, plan: ShardPlan) -> Path:
-    return root / plan.split / f"{plan.name}.json"
+def shard_file(root: Location, plan: ShardPlan, suffix: str) -> str:
+    """The location of a shard's tar, idx or json."""
+    return join(root, plan.split, f"{plan.name}.{suffix}")
 
 
 def _write_shard(
-    root: Path, plan: ShardPlan, inputs: str, quality: int, set_aside: bool, converter: Convert, every_s: float
+    root: Location,
+    plan: ShardPlan,
+    inputs: str,
+    image: dict[str, Any],
+    set_aside: bool,
+    converter: Convert,
+    every_s: float,
+    claim: Claim | None,
 ) -> Generator[Step, None, BuiltShard]:
+    here = encoder_settings(image["quality"])
     samples: list[tuple[str, int, bytes]] = []
     rejected: list[Reject] = []
     _check_tars(plan.entries)
     moments = RgbMoments()
     told = time.monotonic()
-    for entry, read in readings(plan.entries, _read):
+    for entry, get in readings(plan.entries, _read):
         if time.monotonic() - told >= every_s:
             yield Step(len(samples) + len(rejected), len(rejected), entry.where)
             told = time.monotonic()
         try:
-            converted = _convert(entry, read(), quality, converter)
+            data = get()
+            converted = _convert(entry, data, image["quality"], converter)
         except ImageError as error:
             rejected.append(Reject(entry.where, plan.split, entry.wnid, str(error)))
             if not set_aside:
                 raise _bad_image(rejected[-1]) from error
             continue
+        # An image that is stored as it came needs no encoder.
+        if here != image and converted.jpeg != data:
+            raise ShardError(
+                f"{plan.name} must be encoded by {_versions(image)}, as the rest of the set, and "
+                f"{socket.gethostname()} has {_versions(here)}: install the set's versions on all nodes and run the "
+                "same command again; the shards that are there can be kept"
+            )
         samples.append((entry.key, entry.label, converted.jpeg))
         moments += converted.moments
     _check_tars(plan.entries)
-    path = annotation_path(root, plan)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # An older annotation must not vouch for a tar that is about to change.
-    path.unlink(missing_ok=True)
     tar, index = pack(samples) if samples else (b"", "")
-    if samples:
-        write_atomically(path.with_suffix(".tar"), tar)
-        write_atomically(path.with_suffix(".idx"), index.encode())
-    else:
-        path.with_suffix(".tar").unlink(missing_ok=True)
-        path.with_suffix(".idx").unlink(missing_ok=True)
     digest = hashlib.sha256(tar).hexdigest()
     annotation = ShardAnnotation(plan.name, len(samples), len(tar), digest, inputs, moments, tuple(rejected))
-    write_json(path, annotation.to_json())
+    # While this shard was packed a second job, for the same set, may have written it to a store.
+    if is_url(root) and (found := _find_shard(root, plan, inputs, image["quality"], converter)):
+        return found
+    if claim is not None:
+        claim.check(root)
+    if not is_url(root):
+        os.makedirs(join(root, plan.split), exist_ok=True)
+    # An older annotation must not vouch for a tar that is about to change.
+    delete(shard_file(root, plan, "json"))
+    for suffix, data in (("tar", tar), ("idx", index.encode())):
+        if samples:
+            write(shard_file(root, plan, suffix), data)
+        else:
+            delete(shard_file(root, plan, suffix))
+    write_json(shard_file(root, plan, "json"), annotation.to_json())
     return BuiltShard(annotation, kept=False, rows=shard_rows(tar, index))
 
 
-def _find_shard(root: Path, plan: ShardPlan, inputs: str, quality: int, converter: Convert) -> BuiltShard | None:
+def _find_shard(root: Location, plan: ShardPlan, inputs: str, quality: int, converter: Convert) -> BuiltShard | None:
     """A shard that is there, whole, and what `plan` would give; None otherwise."""
-    path = annotation_path(root, plan)
     try:
-        annotation = read_annotation(path)
-        tar = path.with_suffix(".tar").read_bytes() if annotation.samples else b""
-        index = path.with_suffix(".idx").read_bytes() if annotation.samples else b""
+        annotation = read_annotation(shard_file(root, plan, "json"))
+        tar = read(shard_file(root, plan, "tar")) if annotation.samples else b""
+        index = read(shard_file(root, plan, "idx")) if annotation.samples else b""
     except (ShardError, FileNotFoundError):
         return None
     if (
@@ -317,6 +338,10 @@ def _convert(entry: Entry, data: bytes, quality: int, converter: Convert) -> Con
             f"{entry.where}: {error}, as the system does where memory is short; give fewer --workers or remove the "
             "image, and run the same command again to continue"
         ) from error
+
+
+def _versions(image: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in image["encoder"].items())
 
 
 def _bad_image(reject: Reject) -> BadImageError:

@@ -171,10 +171,12 @@ def _member(tar: Stretch, header: tarfile.TarInfo) -> Member | None:
 class Window(io.RawIOBase):
     """A stretch of a file as a file of its own, which is all that tarfile needs."""
 
-    def __init__(self, tar: Stretch) -> None:
+    def __init__(self, tar: Stretch, data: bytes = b"") -> None:
+        """Args: data: the whole file, where it was read before."""
         self.tar = tar
         self._position = 0
-        self._file = remote.ReadAhead(tar.path, tar.start + tar.size) if is_url(tar.path) else LocalRanges(tar.path)
+        ahead = data or is_url(tar.path)
+        self._file = remote.ReadAhead(tar.path, tar.start + tar.size, data) if ahead else LocalRanges(tar.path)
 
     def readable(self) -> bool:
         return True

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import hashlib
-import io
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import fs
+from numpy.typing import NDArray
 
 from pipeline.dataset.info import (
     DATASET_FILE,
@@ -28,7 +26,6 @@ from pipeline.dataset.info import (
     DatasetInfo,
     ShardRow,
     read_dataset,
-    write_atomically,
     write_json,
 )
 from pipeline.dataset.sample_index import (
@@ -40,9 +37,9 @@ from pipeline.dataset.sample_index import (
     record_batch,
 )
 from pipeline.images.decode import IMAGE_BYTES, IMAGE_SHAPE, ImageError, decode_stored
-from pipeline.staging.staging import alone_at, chunks, copy_index, make_folders, read_remote_dataset
-from pipeline.storage.locations import open_location, shown
-from pipeline.storage.retry import Retry
+from pipeline.staging.staging import alone_at, copy_index, copy_shard, make_folders
+from pipeline.storage.locations import shown
+from pipeline.storage.remote import write_atomically
 
 
 def stage_pixels(location: str, folder: Path, report: Callable[[str], None], threads: int) -> Path:
@@ -59,7 +56,7 @@ def stage_pixels(location: str, folder: Path, report: Callable[[str], None], thr
             small.
         OSError: if the source cannot be read.
     """
-    info = read_remote_dataset(location)
+    info = read_dataset(location)
     # Another name than the JPEG stage's: neither ever looks into the other's folder.
     target = folder / f"{info.fingerprint[:16]}-pixels"
     with alone_at(target, report, f"decode {shown(location)}"):
@@ -68,31 +65,30 @@ def stage_pixels(location: str, folder: Path, report: Callable[[str], None], thr
 
 
 def _decode_set(location: str, info: DatasetInfo, target: Path, report: Callable[[str], None], threads: int) -> None:
-    filesystem, path = open_location(location)
-    work = [(split, number) for split, part in info.splits.items() for number in range(len(part.shards))]
-    missing = [
-        (split, number) for split, number in work if not _is_whole(target / split, info.splits[split].shards[number])
-    ]
+    work = [(split, number, row) for split, part in info.splits.items() for number, row in enumerate(part.shards)]
+    missing = [(split, number, row) for split, number, row in work if not _is_whole(target / split, row)]
     if not missing and (target / DATASET_FILE).exists():
         there = read_dataset(target)
         if all(index_is_whole(target, split, part) for split, part in there.splits.items()):
             return
-    need = sum(info.splits[split].shards[number].samples for split, number in missing) * IMAGE_BYTES
+    need = sum(row.samples for _, _, row in missing) * IMAGE_BYTES
     otherwise = "give a larger disk with --stage, or stage the JPEGs with --stage-as jpeg"
     make_folders(target, info, need, f"the pixels of {shown(location)} need", otherwise)
     write_json(target / STAGED_FILE, {"from": shown(location)})
     write_json(target / DECODED_FILE, {"fingerprint": info.fingerprint, "image": list(IMAGE_SHAPE), "dtype": "uint8"})
     report(f"decoding {need / 1e9:.2f} GB of pixels, {len(missing)} of {len(work)} shards, into {target}")
     source = target / "source"
-    source.mkdir(exist_ok=True)
-    retry = Retry(report)
-    indexes = {split: copy_index(filesystem, path, source, split, info, retry) for split in info.splits}
+    for split in info.splits:
+        (source / split).mkdir(parents=True, exist_ok=True)
+    indexes = {split: copy_index(location, source, split, info) for split in info.splits}
+    # One array for all shards, as large as the largest.
+    pixels = np.empty((max((row.samples for _, _, row in missing), default=0), *IMAGE_SHAPE), np.uint8)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        for done, (split, number) in enumerate(missing, start=1):
-            row = info.splits[split].shards[number]
-            _decode_shard(
-                filesystem, f"{path}/{split}/{row.name}.tar", target / split, row, indexes[split], number, pool
-            )
+        tars = _copied(location, source, [(split, row) for split, _, row in missing])
+        for done, ((split, number, row), tar) in enumerate(zip(missing, tars, strict=True), start=1):
+            _decode_shard(tar, row, indexes[split], number, pixels, pool)
+            tar.unlink()
+            write_atomically(target / split / f"{row.name}.rgb", pixels[: row.samples].data)
             if done % max(1, len(missing) // 20) == 0:
                 report(f"decoded {done} of {len(missing)} shards")
     splits = {}
@@ -120,42 +116,44 @@ def _rows(index: SampleIndex, number: int) -> pa.RecordBatch:
     return record_batch(keys, zeros, IMAGE_BYTES * np.arange(len(labels)), zeros + IMAGE_BYTES, labels, zeros)
 
 
+def _copied(location: str, folder: Path, shards: Sequence[tuple[str, ShardRow]]) -> Iterator[Path]:
+    """Each shard's tar in turn; the next one arrives while the caller is at work on the one before."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        coming: concurrent.futures.Future[Path] | None = None
+        for split, row in shards:
+            following = pool.submit(copy_shard, location, folder, split, row)
+            if coming is not None:
+                yield coming.result()
+            coming = following
+        if coming is not None:
+            yield coming.result()
+
+
 def _decode_shard(
-    filesystem: fs.FileSystem,
-    source: str,
-    folder: Path,
+    tar: Path,
     row: ShardRow,
     index: SampleIndex,
     number: int,
+    pixels: NDArray[np.uint8],
     pool: concurrent.futures.Executor,
 ) -> None:
-    data = io.BytesIO()
-    for chunk in chunks(filesystem, source):
-        data.write(chunk)
-        if data.tell() > row.bytes:
-            break
-    tar = data.getbuffer()
-    digest = hashlib.sha256(tar).hexdigest()
-    if digest != row.sha256:
-        raise DatasetError(
-            f"{source} is not the shard that {DATASET_FILE} describes (its sha256 is {digest[:12]}..., not "
-            f"{row.sha256[:12]}...): copy it there again"
-        )
+    """Decodes the images of a shard into the first rows of `pixels`, uint8 [its samples or more, 256, 256, 3]."""
+    data = tar.read_bytes()
     rows = index.of_shard(number)
     places = list(zip(*(part[rows].tolist() for part in (index.offsets, index.sizes, index.checksums)), strict=True))
     if len(places) != row.samples:
-        raise DatasetError(f"the sample index has {len(places)} samples of {source}, {DATASET_FILE} says {row.samples}")
-    pixels = np.empty((row.samples, *IMAGE_SHAPE), np.uint8)
+        raise DatasetError(
+            f"the sample index has {len(places)} samples of {row.name}, {DATASET_FILE} says {row.samples}"
+        )
 
     def fill(sample: int) -> None:
         offset, size, crc32 = places[sample]
-        jpeg = bytes(tar[offset : offset + size])
+        jpeg = data[offset : offset + size]
         try:
             if zlib.crc32(jpeg) != crc32:
                 raise ImageError("the sample index has another CRC-32 of it")
             pixels[sample] = decode_stored(jpeg)
         except ImageError as error:
-            raise DatasetError(f"{source}: {index.key(rows.start + sample)}: {error}") from error
+            raise DatasetError(f"{row.name}: {index.key(rows.start + sample)}: {error}") from error
 
     list(pool.map(fill, range(row.samples)))
-    write_atomically(folder / f"{row.name}.rgb", pixels.data)

@@ -16,45 +16,24 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from pyarrow import fs
 
 from pipeline.dataset.info import (
     DATASET_FILE,
     STAGED_FILE,
-    TEMPORARY_SUFFIX,
     DatasetError,
     DatasetInfo,
     ShardRow,
-    parse_dataset,
-    write_atomically,
+    read_dataset,
     write_json,
 )
 from pipeline.dataset.sample_index import SampleIndex, check_has_index, index_file, index_is_whole, open_index
-from pipeline.storage.locations import open_location, read_text, shown
-from pipeline.storage.retry import Report, Retry, SourceReadError, reading
+from pipeline.storage.locations import join, shown
+from pipeline.storage.remote import TEMPORARY_SUFFIX, chunks, write_atomically
+from pipeline.storage.retry import SourceReadError, retry
 
 STREAMS = 8  # Shards copied at a time: one stream of an object store carries a tenth of what a node's network does.
-CHUNK = 8 * 2**20  # Bytes
 
-
-def read_remote_dataset(location: str, report: Report = print) -> DatasetInfo:
-    """Reads dataset.json of a set at a local path or URL.
-
-    Args:
-        report: told of each attempt that failed.
-
-    Raises:
-        DatasetError: if there is none, or it cannot be understood.
-    """
-    filesystem, path = open_location(location)
-    try:
-        text = Retry(report)(functools.partial(read_remote_text, filesystem, f"{path}/{DATASET_FILE}"), DATASET_FILE)
-    except OSError as error:
-        raise DatasetError(
-            f"there is no finished shard set at {shown(location)}: {DATASET_FILE} cannot be read there ({error}); "
-            f"make one with: python jobs/shard_imagenet.py --source IMAGES --output FOLDER, and copy FOLDER there"
-        ) from error
-    return parse_dataset(text, f"{shown(location)}/{DATASET_FILE}")
+Report = Callable[[str], None]
 
 
 def stage(location: str, folder: Path, report: Report) -> Path:
@@ -69,7 +48,7 @@ def stage(location: str, folder: Path, report: Report) -> Path:
         DatasetError: if the set is missing, a shard's bytes are wrong at their source, the disk is too small or cannot
             be written, or the source cannot be read after several attempts.
     """
-    info = read_remote_dataset(location, report)
+    info = read_dataset(location)
     target = folder / info.fingerprint[:16]
     try:
         with alone_at(target, report, f"stage {shown(location)}"):
@@ -125,7 +104,6 @@ def make_folders(target: Path, info: DatasetInfo, need: int, what: str, otherwis
 
 
 def _copy(location: str, info: DatasetInfo, target: Path, report: Report) -> None:
-    filesystem, path = open_location(location)
     work = [(split, row) for split, part in info.splits.items() for row in part.shards]
     missing = [(split, row) for split, row in work if not _is_whole(target / split / f"{row.name}.tar", row)]
     indexed = all(index_is_whole(target, split, part) for split, part in info.splits.items())
@@ -133,73 +111,53 @@ def _copy(location: str, info: DatasetInfo, target: Path, report: Report) -> Non
         return
     need = sum(row.bytes for _, row in missing)
     make_folders(target, info, need, f"staging {shown(location)} needs", "or give a larger disk with --stage")
-    retry = Retry(report)
     report(f"staging {need / 1e9:.2f} GB in {len(missing)} of {len(work)} shards from {shown(location)} to {target}")
     for split in info.splits:
-        copy_index(filesystem, path, target, split, info, retry)
+        copy_index(location, target, split, info)
     # First, so that whoever finds a shard damaged can say where to get it again.
     write_json(target / STAGED_FILE, {"from": shown(location)})
-    in_streams(
-        [functools.partial(_copy_shard, filesystem, path, target, *item, retry) for item in missing],
-        retry,
-        report,
-        "staged",
-    )
+    _copy_shards(location, target, missing, report)
     # What was read at the start, not what may lie there by now.
     write_json(target / DATASET_FILE, info.to_json())
 
 
-def copy_index(
-    filesystem: fs.FileSystem, path: str, target: Path, split: str, info: DatasetInfo, retry: Retry
-) -> SampleIndex:
-    """Copies a split's sample index into a folder, and opens it.
-
-    Args:
-        path: of the set, in the file system.
+def copy_index(location: str, target: Path, split: str, info: DatasetInfo) -> SampleIndex:
+    """Copies a split's sample index from a set into a folder, and opens it.
 
     Raises:
         DatasetError: if it is not the one that `dataset.json` describes.
         OSError: if it cannot be read or written.
     """
     part, name = info.splits[split], index_file(split)
-    check_has_index(path, part)
+    check_has_index(shown(location), part)
+    source = join(location, name)
 
-    def copy() -> None:
-        data = b"".join(chunks(filesystem, f"{path}/{name}"))
+    def fetch() -> bytes:
+        data = b"".join(chunks(source))
         found = hashlib.sha256(data).hexdigest()
         if found != part.index_sha256:
             raise SourceReadError(
-                f"{path}/{name} has the sha256 {found[:12]}..., {DATASET_FILE} says {part.index_sha256[:12]}...: it is "
-                "damaged there or in transfer"
+                f"its sha256 is {found[:12]}..., {DATASET_FILE} says {part.index_sha256[:12]}...: "
+                "it is damaged there or in transfer"
             )
-        write_atomically(target / name, data)
+        return data
 
     if not index_is_whole(target, split, part):
-        retry(copy, name)
+        write_atomically(target / name, retry(fetch, shown(source)))
     return open_index(target, split, part, len(info.classes))
 
 
-def in_streams(actions: Sequence[Callable[[], int]], retry: Retry, report: Report, did: str) -> None:
-    """Does what each shard needs, STREAMS at a time, saying how far it is.
-
-    Args:
-        actions: one a shard, which gives the shard's bytes.
-        retry: that of the actions; nobody tries again once one of them has failed.
-        did: what was done to a shard when its action has returned, for people.
-
-    Raises:
-        whatever an action raises.
-    """
+def _copy_shards(location: str, target: Path, missing: Sequence[tuple[str, ShardRow]], report: Report) -> None:
+    """Copies shards, STREAMS at a time, saying how far it is."""
     done = 0
     with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
-        futures = [pool.submit(action) for action in actions]
+        futures = [pool.submit(copy_shard, location, target, split, row) for split, row in missing]
         try:
             for number, future in enumerate(concurrent.futures.as_completed(futures), start=1):
-                done += future.result()
-                if number % max(1, len(actions) // 20) == 0:
-                    report(f"{did} {number} of {len(actions)} shards, {done / 1e9:.2f} GB")
+                done += future.result().stat().st_size
+                if number % max(1, len(missing) // 20) == 0:
+                    report(f"staged {number} of {len(missing)} shards, {done / 1e9:.2f} GB")
         except BaseException:
-            retry.stop()
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -208,15 +166,21 @@ def _is_whole(path: Path, row: ShardRow) -> bool:
     return path.exists() and path.stat().st_size == row.bytes
 
 
-def _copy_shard(filesystem: fs.FileSystem, path: str, target: Path, split: str, row: ShardRow, retry: Retry) -> int:
-    """Copies one shard's tar; the bytes copied."""
-    source, tar = f"{path}/{split}/{row.name}", target / split / f"{row.name}.tar"
+def copy_shard(location: str, target: Path, split: str, row: ShardRow) -> Path:
+    """Copies one shard's tar from a set into a folder, and returns it.
+
+    Raises:
+        DatasetError: if it is not the one that `dataset.json` describes.
+        OSError: if it cannot be read or written.
+    """
+    tar = target / split / f"{row.name}.tar"
+    source = join(location, split, tar.name)
     wrong: set[str] = set()
-    retry(functools.partial(_copy_tar, filesystem, f"{source}.tar", tar, row, wrong), f"{split}/{tar.name}")
-    return row.bytes
+    retry(functools.partial(_copy_tar, source, tar, row, wrong), shown(source))
+    return tar
 
 
-def _copy_tar(filesystem: fs.FileSystem, source: str, tar: Path, row: ShardRow, wrong: set[str]) -> None:
+def _copy_tar(source: str, tar: Path, row: ShardRow, wrong: set[str]) -> None:
     """Copies a tar and gives it its name once its sha256 is right.
 
     Args:
@@ -231,7 +195,7 @@ def _copy_tar(filesystem: fs.FileSystem, source: str, tar: Path, row: ShardRow, 
     temporary = tar.with_name(f".{tar.name}{TEMPORARY_SUFFIX}")
     try:
         with temporary.open("wb") as file:
-            for chunk in chunks(filesystem, source):
+            for chunk in chunks(source):
                 digest.update(chunk)
                 file.write(chunk)
                 # There is room on the disk for what was stated.
@@ -254,22 +218,5 @@ def _copy_tar(filesystem: fs.FileSystem, source: str, tar: Path, row: ShardRow, 
         said = f"it has more than {row.bytes} bytes"
     if found not in wrong:
         wrong.add(found)
-        raise SourceReadError(f"{source}: checksum mismatch, corrupt at the source or in transfer: {said}")
-    raise DatasetError(f"{source} is not the shard that {DATASET_FILE} describes ({said}): copy it there again")
-
-
-def chunks(filesystem: fs.FileSystem, source: str) -> Iterator[bytes]:
-    """A file's bytes, CHUNK at a time.
-
-    Raises:
-        SourceReadError, FileNotFoundError: as in `reading`.
-    """
-    with reading(), filesystem.open_input_stream(source) as stream:
-        while chunk := stream.read(CHUNK):
-            yield chunk
-
-
-def read_remote_text(filesystem: fs.FileSystem, path: str) -> str:
-    """The whole of a text file, with errors as in `reading`."""
-    with reading():
-        return read_text(filesystem, path)
+        raise SourceReadError(f"checksum mismatch, corrupt at the source or in transfer: {said}")
+    raise DatasetError(f"{shown(source)} is not the shard that {DATASET_FILE} describes ({said}): copy it there again")

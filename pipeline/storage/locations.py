@@ -11,6 +11,9 @@ import fsspec
 from fsspec.implementations.http import HTTPFile
 from pyarrow import PythonFile, fs
 
+Location = str | os.PathLike[str]
+"""A local path or a URL."""
+
 HTTP = ("http", "https")
 _MISSING, _FORBIDDEN = (404, 410), (401, 403)  # Answers of an HTTP server
 
@@ -19,18 +22,19 @@ class NoRangesError(OSError):
     """A server that hands out whole files only."""
 
 
-def is_url(location: str) -> bool:
+def is_url(location: Location) -> bool:
     """Whether a location is a URL and not a local path."""
-    return "://" in location
+    return "://" in os.fspath(location)
 
 
-def is_http(location: str) -> bool:
-    return location.partition("://")[0] in HTTP and is_url(location)
+def is_http(location: Location) -> bool:
+    return is_url(location) and os.fspath(location).partition("://")[0] in HTTP
 
 
-def join(location: str, *names: str) -> str:
+def join(location: Location, *names: str) -> str:
     """The location of something inside a folder; a local path becomes absolute, a URL keeps its ?options."""
-    base, mark, options = location.partition("?") if is_url(location) else (os.path.abspath(location), "", "")
+    text = os.fspath(location)
+    base, mark, options = text.partition("?") if is_url(text) else (os.path.abspath(text), "", "")
     return "/".join([base.rstrip("/"), *names]) + mark + options
 
 
@@ -48,11 +52,12 @@ def parent(location: str) -> str:
     return location if folder.endswith("/") else folder + mark + options
 
 
-def shown(location: str) -> str:
+def shown(location: Location) -> str:
     """A location for people: a URL without its ?options and user, where keys and signatures may be."""
-    if not is_url(location):
-        return location
-    scheme, _, rest = location.partition("?")[0].partition("://")
+    text = os.fspath(location)
+    if not is_url(text):
+        return text
+    scheme, _, rest = text.partition("?")[0].partition("://")
     host, slash, path = rest.partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{unquote(path)}"
 
@@ -62,12 +67,13 @@ def on_disk(location: str) -> str:
     return "LOCAL_COPY_OF_THE_SET" if is_url(location) else location
 
 
-def open_location(location: str) -> tuple[fs.FileSystem, str]:
+def open_location(location: Location) -> tuple[fs.FileSystem, str]:
     """The file system and path of a local path or a URL (s3://, gs://, or http:// and https:// to read from).
 
     Raises:
         ValueError: for a URL of a kind that pyarrow does not know, or that it cannot open.
     """
+    location = os.fspath(location)
     if not is_url(location):
         return fs.LocalFileSystem(), os.path.abspath(location)
     if is_http(location):

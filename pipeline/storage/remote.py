@@ -1,7 +1,9 @@
-"""Reading from URLs: a file's size, a folder's contents, and ranges of bytes, each tried again where a network fails.
+"""Files at a path or URL: read whole, in chunks or by ranges, written, listed and deleted.
 
-Everything here raises OSError alone: FileNotFoundError for what is not there, PermissionError for what may not be read,
-NoRangesError for a server that cannot be read in place, and any other for a network that still fails.
+What fails at a URL is tried again (`pipeline.storage.retry`). OSError is raised for what cannot be done:
+FileNotFoundError for what is not there, PermissionError for what may not be read, NoRangesError for a server that
+cannot be read in place, SourceReadError for a network that still fails, and on a disk whatever the system says.
+ValueError is raised for a URL that nobody can open.
 """
 
 from __future__ import annotations
@@ -10,21 +12,24 @@ import contextlib
 import errno
 import os
 import threading
-import time
+import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
 from pyarrow import fs
 
-from pipeline.storage.locations import NoRangesError, is_http, open_location, shown
+from pipeline.storage.locations import Location, NoRangesError, is_http, is_url, open_location, shown
+from pipeline.storage.retry import SourceReadError, retry
 
-ATTEMPTS = 4
-FIRST_WAIT_S = 0.2  # Doubled with each further attempt.
 # Reading on costs less than a new request, up to some distance: what lies nearer than this is read through.
 NEAR = 2 * 2**20
 PEEK = 32 * 2**10
 OPEN_FILES = 512  # Kept open by a process: opening asks for the size, which costs a request.
+
+CHUNK = 8 * 2**20  # Bytes
+TEMPORARY_SUFFIX = ".tmp"  # Of files being written aside; no reader looks at them.
 
 Result = TypeVar("Result")
 
@@ -38,17 +43,17 @@ class Item(NamedTuple):
     """In bytes; None for what is neither a folder nor a regular file."""
 
 
-def kind(url: str) -> fs.FileType:
-    """Whether a URL is a file, a folder or not there; by HTTP, which has no folders, a file.
+def kind(location: Location) -> fs.FileType:
+    """Whether something is a file, a folder or not there; by HTTP, which has no folders, a file.
 
     Raises:
         OSError: see above.
         ValueError: for a URL that cannot be opened.
     """
-    filesystem, path = open_location(url)
-    if is_http(url):
+    filesystem, path = open_location(location)
+    if is_http(location):
         return fs.FileType.File
-    return _try(url, lambda: filesystem.get_file_info(path).type)
+    return _try(location, lambda: filesystem.get_file_info(path).type)
 
 
 def size(url: str) -> int:
@@ -61,14 +66,14 @@ def size(url: str) -> int:
     return _try(url, ask)
 
 
-def scan(url: str) -> list[Item]:
+def scan(folder: Location, missing_ok: bool = False) -> list[Item]:
     """What a folder holds; for S3 one request a thousand names, for Google's store a thousand of all that is below."""
-    filesystem, path = open_location(url)
+    filesystem, path = open_location(folder)
     # There a folder that nobody made an object for is not listed, only what is in it.
     below = filesystem.type_name == "gcs"
-    infos = _try(url, lambda: filesystem.get_file_info(fs.FileSelector(path, recursive=below)))
+    selector = fs.FileSelector(path, recursive=below, allow_not_found=missing_ok)
     found: dict[str, Item] = {}
-    for info in infos:
+    for info in _try(folder, lambda: filesystem.get_file_info(selector)):
         name, deeper, _ = info.path.removeprefix(f"{path}/").partition("/")
         if deeper or info.type == fs.FileType.Directory:
             found[name] = Item(name, True, None)
@@ -77,19 +82,81 @@ def scan(url: str) -> list[Item]:
     return list(found.values())
 
 
-def read(url: str) -> bytes:
+def read(location: Location) -> bytes:
     """The whole of a file."""
+    if not is_url(location):
+        return Path(location).read_bytes()
 
     def ask() -> bytes:
-        with _open(url) as file:
+        with _open(location) as file:
             data: bytes = file.read()
             return data
 
-    return _try(url, ask)
+    return _try(location, ask)
+
+
+def chunks(location: Location) -> Iterator[bytes]:
+    """A file's bytes, CHUNK at a time, in one attempt: whoever asks again must begin again.
+
+    Raises:
+        SourceReadError: if it cannot be read to its end, on a disk, too.
+        FileNotFoundError, PermissionError, NoRangesError: see above.
+    """
+    with reading(location), _open(location, stream=True) as stream:
+        while chunk := stream.read(CHUNK):
+            yield chunk
+
+
+def write(location: Location, data: bytes | memoryview) -> None:
+    """Writes a whole file, so that on a disk no reader meets half of it.
+
+    In a store a reader may: pyarrow cannot abort an upload, so of one that fails the parts already sent may become a
+    file. Write last, and to a file of its own, what vouches for the others.
+    """
+    if not is_url(location):
+        return write_atomically(Path(location), data)
+
+    def put() -> None:
+        filesystem, path = open_location(location)
+        with filesystem.open_output_stream(path, compression=None) as stream:
+            stream.write(data)
+
+    return _try(location, put, "written")
+
+
+def delete(location: Location) -> None:
+    """Deletes a file, if it is there."""
+    filesystem, path = open_location(location)
+    with contextlib.suppress(FileNotFoundError):
+        _try(location, lambda: filesystem.delete_file(path), "deleted")
+
+
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Writes a file aside, flushes it to the disk and renames it: a reader or a kill never meets half a file."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    # The rename itself is only durable once its folder is on the disk too.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def read_range(url: str, offset: int, length: int) -> bytes:
     """`length` bytes of a file from `offset` on; fewer where it ends before."""
+    if not is_url(url):
+        with open(url, "rb") as local:
+            local.seek(offset)
+            return local.read(length)
 
     def ask() -> bytes:
         with _opened(url) as file:
@@ -109,12 +176,16 @@ class ReadAhead:
     After a jump it reads PEEK bytes, and NEAR bytes once the next read turns out to be near.
     """
 
-    def __init__(self, url: str, end: int) -> None:
-        """Args: end: where the stretch ends in the file."""
+    def __init__(self, url: str, end: int, data: bytes = b"") -> None:
+        """
+        Args:
+            end: where the stretch ends in the file.
+            data: what is known of the file, from its beginning on.
+        """
         self._url = url
         self._end = end
         self._start = 0
-        self._data = b""
+        self._data = data
 
     def read_at(self, offset: int, length: int) -> bytes:
         """`length` bytes from `offset` of the file on; fewer where it ends before."""
@@ -151,31 +222,40 @@ def _opened(url: str) -> Iterator[Any]:
             _free.setdefault(url, []).append(file)
 
 
-def _open(url: str) -> Any:
+def _open(location: Location, stream: bool = False) -> Any:
     try:
-        filesystem, path = open_location(url)
-    # Finding a bucket's region may fail as any request may.
+        filesystem, path = open_location(location)
     except ValueError as error:
-        raise ConnectionError(str(error)) from error
-    return filesystem.open_input_file(path)
-
-
-def _try(url: str, ask: Callable[[], Result]) -> Result:
-    wait = FIRST_WAIT_S
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return ask()
-        except FileNotFoundError as error:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), shown(url)) from error
-        except PermissionError as error:
-            raise PermissionError(errno.EACCES, " ".join(str(error).split()), shown(url)) from error
-        except NoRangesError:
+        if not isinstance(error.__cause__, OSError):
             raise
-        # aiohttp's errors are no OSErrors.
-        except (OSError, aiohttp.ClientError) as error:
-            if attempt == ATTEMPTS:
-                text = " ".join(str(error).split()) or type(error).__name__
-                raise OSError(errno.EIO, f"{text} (tried {ATTEMPTS} times)", shown(url)) from error
-            time.sleep(wait)
-            wait *= 2
-    raise AssertionError("the last attempt returns or raises")
+        # Finding a bucket's region may fail as any request may.
+        raise ConnectionError(str(error)) from error
+    return filesystem.open_input_stream(path, compression=None) if stream else filesystem.open_input_file(path)
+
+
+@contextlib.contextmanager
+def reading(location: Location) -> Iterator[None]:
+    """Makes any failure within it that another attempt may mend a SourceReadError."""
+    try:
+        yield
+    except (SourceReadError, NoRangesError):
+        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), shown(location)) from error
+    except PermissionError as error:
+        raise PermissionError(errno.EACCES, " ".join(str(error).split()), shown(location)) from error
+    # aiohttp's errors are no OSErrors.
+    except (OSError, aiohttp.ClientError) as error:
+        raise SourceReadError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _try(location: Location, ask: Callable[[], Result], did: str = "read") -> Result:
+    """What `ask` returns: of a URL in several attempts, on a disk in one."""
+    if not is_url(location):
+        return ask()
+
+    def attempt() -> Result:
+        with reading(location):
+            return ask()
+
+    return retry(attempt, shown(location), did)

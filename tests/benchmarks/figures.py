@@ -19,8 +19,8 @@ from PIL import Image
 
 from jobs import look
 from jobs.cli.command import run
-from pipeline.dataset.info import write_atomically
 from pipeline.images.synthetic import write_folder
+from pipeline.storage.remote import write_atomically
 from tests.photographs import build_shard_set
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -32,13 +32,13 @@ from pipeline.dataset.info import (
     ShardRow,
     Split,
     read_dataset,
-    write_atomically,
     write_json,
 )
 from pipeline.dataset.sample_index import describe_index, pack_index, record_batch
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.images.resize import encoder_settings
 from pipeline.images.rgb_stats import RgbMoments, RgbStatistics
+from pipeline.storage.remote import write_atomically
 
 PER_SHARD = 1250
 IMAGE_BYTES = 21_000

@@ -19,7 +19,7 @@ from jobs.verify_shards import VerifyConfig, VerifyError
 from jobs.verify_shards import main as verify
 from pipeline.dataset.annotation import ShardAnnotation, read_annotation
 from pipeline.dataset.info import DatasetError, read_dataset, write_json
-from pipeline.dataset.sample_index import describe_index, pack_index, record_batch, shard_rows
+from pipeline.dataset.sample_index import describe_index, open_index, pack_index, record_batch, shard_rows
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.dataset.verify import ShardReport, check_set, check_shard
 from pipeline.images.rgb_stats import RgbMoments
@@ -50,7 +50,17 @@ def damaged(whole: Path, tmp_path: Path) -> Path:
 
 def reports(root: Path, decode: bool) -> list[ShardReport]:
     info = read_dataset(root)
-    return [check_shard(root, split, row, info, decode) for split, part in info.splits.items() for row in part.shards]
+    reports = []
+    for split, part in info.splits.items():
+        try:
+            index = open_index(root, split, part, len(info.classes))
+        except DatasetError:
+            index = None
+        for number, row in enumerate(part.shards):
+            reports.append(
+                check_shard(root, split, row, index.part(number) if index is not None else None, info, decode)
+            )
+    return reports
 
 
 def faults(root: Path, decode: bool = False) -> list[str]:
@@ -361,4 +371,4 @@ def test_a_staged_copy_is_not_checked_in_place_of_its_set(whole: Path, tmp_path:
     """It lacks what only other readers and the sharding need."""
     staged = stage(str(whole), tmp_path, lambda _: None)
     with pytest.raises(VerifyError, match=f"{staged} is a copy for training, staged from {whole}: check that one"):
-        verify(VerifyConfig(staged))
+        verify(VerifyConfig(str(staged)))

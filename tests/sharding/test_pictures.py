@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.dataset.info import DatasetError, DatasetInfo, read_dataset
+from pipeline.dataset.info import DatasetInfo, read_dataset
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.sharding.pictures import (
     IMAGENET_EIGENVALUES,
@@ -125,7 +125,7 @@ def test_few_shards_are_read_of_a_set_of_any_size(tmp_path: Path) -> None:
     write_pictures(root, info)
     assert {name: (root / name).read_bytes() for name in before} == before
     (root / "train" / f"{rows[39]}.tar").unlink()
-    with pytest.raises(DatasetError, match=f"{rows[39]}.tar is missing"):
+    with pytest.raises(FileNotFoundError, match=f"{rows[39]}.tar"):
         write_pictures(root, info)
 
 

@@ -18,10 +18,19 @@ from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
 from pipeline.dataset.annotation import ShardAnnotation, ShardError, read_annotation
-from pipeline.dataset.info import DatasetError, read_dataset
+from pipeline.dataset.info import read_dataset, write_json
 from pipeline.dataset.split_reader import SplitReader
-from pipeline.sharding.shard_set import ShardSetError, claim_folder, find_finished, finish
-from pipeline.sharding.shards import build_shard, index_of, pack
+from pipeline.sharding.shard_set import (
+    SetPlan,
+    ShardSetError,
+    claim_folder,
+    find_finished,
+    finish,
+    is_left_over,
+    tidy,
+    with_encoder_of,
+)
+from pipeline.sharding.shards import build_shard, index_of, inputs_digest, pack
 from tests.photographs import encoded, photograph, write_source
 from tests.shard_sets import build_all, contents, make, planned, tars
 
@@ -279,9 +288,17 @@ def test_a_finished_set_is_found_and_a_holed_one_mended(images: Path, tmp_path: 
     assert contents(output) == whole
     tars(output, "train")[2].unlink()
     assert find_finished(output, plan) is None
-    claim_folder(output, plan)
-    with pytest.raises(DatasetError, match="is unfinished"):
-        read_dataset(output)
+    assert contents(make(output, plan)) == whole
+
+
+def test_a_repair_that_was_killed_before_its_end_goes_on(images: Path, tmp_path: Path) -> None:
+    plan = planned(images)
+    output = make(tmp_path / "out", plan)
+    whole = contents(output)
+    tars(output, "train")[2].unlink()
+    build_all(output, plan)
+    # Every tar is there, and the annotation of one says nothing of the set.
+    assert find_finished(output, plan) is None
     assert contents(make(output, plan)) == whole
 
 
@@ -293,11 +310,61 @@ def test_a_folder_of_other_things_is_left_alone(images: Path, tmp_path: Path) ->
     assert contents(tmp_path / "out") == {"train/train-000000.tar": b"somebody's"}
 
 
-def test_another_encoder_is_refused(images: Path, tmp_path: Path) -> None:
-    plan = planned(images)
-    image = {**plan.image, "encoder": {"pillow": "1.0", "torch": "1.0"}}
-    with pytest.raises(ShardError, match="install the same versions on all nodes"):
-        build_shard(tmp_path, plan.shards[0], image, set_aside=True)
+def upgraded(plan: SetPlan) -> SetPlan:
+    """The plan of a machine with another Pillow."""
+    return dataclasses.replace(plan, image={**plan.image, "encoder": {**plan.image["encoder"], "pillow": "0.1"}})
+
+
+def test_a_finished_set_outlives_an_upgrade_and_what_is_missing_wants_the_old_versions(
+    images: Path, tmp_path: Path
+) -> None:
+    then = upgraded(planned(images))
+    # Made by the encoder of today, and said to be of another.
+    for shard in then.shards:
+        built = build_shard(tmp_path / "now", shard, planned(images).image, set_aside=True)
+        made = dataclasses.replace(built.annotation, inputs=inputs_digest(shard, then.image))
+        write_json(tmp_path / "now" / shard.split / f"{shard.name}.json", made.to_json())
+    output = tmp_path / "now"
+    then.claim.write(output)
+    plan = with_encoder_of(output, planned(images))
+    assert plan.image == then.image
+    finish(output, plan, [build_shard(output, shard, plan.image, set_aside=True) for shard in plan.shards], 0.0)
+    plan = with_encoder_of(output, planned(images))
+    assert find_finished(output, plan) == read_dataset(output)
+    tars(output, "train")[2].unlink()
+    assert find_finished(output, plan) is None
+    with pytest.raises(ShardError, match=r"^train-000002 must be encoded by .*pillow 0\.1, .* can be kept") as found:
+        build_shard(output, plan.shards[2], plan.image, set_aside=True)
+    assert "\n" not in str(found.value)
+    assert build_shard(output, plan.shards[1], plan.image, set_aside=True).kept
+
+
+def test_images_that_are_stored_as_they_are_need_no_encoder(shard_set: Path, tmp_path: Path) -> None:
+    plan = planned(shard_set)
+    built = build_shard(tmp_path, plan.shards[0], upgraded(plan).image, set_aside=True)
+    assert built.annotation.samples == len(plan.shards[0].entries)
+
+
+@pytest.mark.parametrize("broken", ["ImageFont.load_default", "pca_figure"])
+def test_pictures_that_cannot_be_drawn_cost_a_warning(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fail(*_: object) -> None:
+        assert (tmp_path / "out" / "dataset.json").exists()
+        raise RuntimeError("no font\nat all")
+
+    plan, output, lines = planned(images), tmp_path / "out", list[str]()
+    built = build_all(output, plan)
+    with monkeypatch.context() as patched:
+        patched.setattr(f"pipeline.sharding.pictures.{broken}", fail)
+        info = finish(output, plan, built, 0.0, lines.append)
+    (line,) = lines
+    assert line.startswith("warning: the set is finished, without contact_sheet.jpg and rgb_pca.png")
+    assert line.endswith("(RuntimeError: no font at all)")
+    assert find_finished(output, plan) == info
+    assert not is_left_over(output)
+    tidy(output, info, lines.append)
+    assert contents(output) == contents(make(tmp_path / "whole", plan))
 
 
 def test_annotation_survives_json(images: Path, tmp_path: Path) -> None:

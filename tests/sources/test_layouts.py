@@ -347,7 +347,7 @@ def test_an_output_in_the_source_is_refused(tmp_path: Path, output: str) -> None
         check_output(tmp_path / output, tmp_path / "x", source)
     check_output(tmp_path / "source2", source, tmp_path / "source" / "train")
     with pytest.raises(SourceError, match="lies in --source"):
-        main(ShardConfig(output=tmp_path / output, source=str(source)))
+        main(ShardConfig(output=str(tmp_path / output), source=str(source)))
 
 
 # Labels by name.
