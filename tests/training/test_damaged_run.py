@@ -80,9 +80,9 @@ def test_a_corrupt_image_ends_the_run_with_one_line(damaged: tuple[Path, Place],
     # No step of the batch with the corrupt image, and no second attempt, which would begin with step 1 again.
     assert len(steps) == len({text.split(":")[0] for _, text in steps}) <= AT // BATCH
     assert not any("continuing after" in text for _, text in lines)
-    # The last step was before the fault, so this is at least the time from the fault to the end.
-    print(f"the run ended {steps[-1][0]:.1f} s after its last step")
-    assert steps[-1][0] < PROMPT_S
+    # The last line was before the fault, so this is at least the time from the fault to the end.
+    print(f"the run ended {lines[-1][0]:.1f} s after its last line")
+    assert lines[-1][0] < PROMPT_S
 
 
 def test_evaluation_names_a_corrupt_image(shard_set: Path, tmp_path: Path) -> None:
