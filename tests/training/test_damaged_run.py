@@ -26,7 +26,7 @@ from tests.runs import ROOT
 
 BATCH = 4
 AT = 22  # In the first epoch's order: the last rank's first image of the sixth of eleven steps.
-PROMPT_S = 60  # Seconds, of which Ray's shutdown has most; a worker that waits for another would wait 30 minutes.
+PROMPT_S = 300  # Of a busy machine; a worker that waits for another would wait 30 minutes.
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +76,13 @@ def test_a_corrupt_image_ends_the_run_with_one_line(damaged: tuple[Path, Place],
     assert line.endswith(
         f"rm {root}/train/{bad.shard}.* && python jobs/shard_imagenet.py --source IMAGES --output {root}"
     )
-    steps = [(before, text) for before, text in lines if ": loss " in text]
+    steps = [text.split(":")[0] for _, text in lines if ": loss " in text]
     # No step of the batch with the corrupt image, and no second attempt, which would begin with step 1 again.
-    assert len(steps) == len({text.split(":")[0] for _, text in steps}) <= AT // BATCH
+    assert len(steps) == len(set(steps)) <= AT // BATCH
     assert not any("continuing after" in text for _, text in lines)
-    # The last line was before the fault, so this is at least the time from the fault to the end.
-    print(f"the run ended {lines[-1][0]:.1f} s after its last line")
-    assert lines[-1][0] < PROMPT_S
+    # The workers met before the fault, so this is at least the time from the fault to the end.
+    (met,) = [before for before, text in lines if "workers: " in text]
+    assert met < PROMPT_S
 
 
 def test_evaluation_names_a_corrupt_image(shard_set: Path, tmp_path: Path) -> None:
