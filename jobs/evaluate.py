@@ -1,6 +1,6 @@
 """Top-1 and top-5 validation error of a checkpoint, by the center crop or the paper's ten crops, each image once.
 
-python jobs/evaluate.py --data SHARDS --checkpoint RUNS/first --ten-crop
+    python jobs/evaluate.py --data SHARDS --checkpoint RUNS/first --ten-crop
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from jobs.cli.command import GpuChoice, run
+from jobs.cluster.paths import whole_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,6 @@ import torch
 
 from jobs.cli.device import choose_device
 from jobs.cli.progress import counted
-from jobs.cluster.paths import whole_path
 from jobs.training import checkpoint
 from jobs.training.run_storage import local_checkpoint
 from jobs.training.worker import make_network

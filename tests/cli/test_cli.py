@@ -39,7 +39,7 @@ def test_the_help_of_training_has_groups_and_each_recipes_values() -> None:
 @pytest.mark.parametrize(
     ("job", "arguments", "message"),
     [
-        ("shard_imagenet", ["--source", "x", "--output", "s3://bucket/set"], "--output is a URL"),
+        ("shard_imagenet", ["--source", "x", "--output", "https://h/set"], "--output https://h/set cannot be written"),
         ("look", ["--data", "gs://KEY:SECRET@bucket/set"], "--data is a URL: it takes a path"),
         ("train", ["--resume"], "there is no --resume: give the same command again, which continues the run"),
         ("evaluate", ["--resume", "last.ckpt"], "there is no --resume: give --checkpoint"),
