@@ -1,6 +1,6 @@
 """Top-1 and top-5 validation error of a checkpoint, by the center crop or the paper's ten crops, each image once.
 
-    python jobs/evaluate.py --data SHARDS --checkpoint RUNS/first --ten-crop
+python jobs/evaluate.py --data SHARDS --checkpoint RUNS/first --ten-crop
 """
 
 from __future__ import annotations
