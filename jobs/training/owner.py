@@ -110,9 +110,12 @@ class Claim:
         for attempt in range(1, ATTEMPTS + 1):
             self._write(settled=False)
             rivals = self._others()
-            living = [(owner, silent) for owner, silent in rivals.values() if owner.lives(self._here, silent)]
+            living = self._living(rivals)
             if not living:
                 self._write(settled=True)
+                # Once more: a store may not yet have listed a claim that was written a moment before.
+                living = [one for one in self._living(self._others()) if one[0].settled]
+            if not living:
                 for file in rivals:
                     self._remove(file)
                 return
@@ -148,12 +151,16 @@ class Claim:
         try:
             with self._filesystem.open_input_stream(file) as stream:
                 return Owner(**json.loads(stream.read()))
-        except (ValueError, TypeError):
+        # Taken back, even if it is there again by now: who writes one later looks for this process's own.
+        except (ValueError, TypeError, FileNotFoundError):
             return None
         except OSError:
             if self._filesystem.get_file_info(file).type == arrow_fs.FileType.NotFound:
                 return None
             raise
+
+    def _living(self, claims: dict[str, tuple[Owner, float]]) -> list[tuple[Owner, float]]:
+        return [(owner, silent) for owner, silent in claims.values() if owner.lives(self._here, silent)]
 
     def _others(self) -> dict[str, tuple[Owner, float]]:
         """Every other claim there, by file: whose, and for how long it has been silent."""
