@@ -80,7 +80,7 @@ from torchvision.io import decode_jpeg
 
 from jobs.cli.device import choose_device, processor
 from jobs.diagnostics import gpu_check
-from jobs.training.checkpoint import RunFingerprint
+from jobs.training.run_state import RunFingerprint
 from jobs.training.worker import make_network
 from model.recipe import RECIPES
 from model.training import Trainer, Worker
@@ -167,7 +167,7 @@ class Rates:
 
 
 def measure(config: BenchmarkConfig) -> tuple[Rates, str]:
-    """The rates, and the profiler's table of a step of the network. A machine that slows down slows all rates alike."""
+    """The rates, and the profiler's table of one step. Each round measures all rates: they share its drift."""
     info = read_dataset(config.data)
     reader = SplitReader(config.data, info, "train")
     recipe = dataclasses.replace(RECIPES["default"], batch_size=config.batch_size)

@@ -54,7 +54,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from jobs.cluster.connection import connected, on_cluster
+from jobs.cluster.connection import check_gpus_or_cluster, connected
 from jobs.cluster.nodes import NoAnswer, alive_nodes, collect, on_each
 from jobs.diagnostics.checks import (
     NODE_CHECKS,
@@ -96,8 +96,8 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
     resources = ray.cluster_resources()
     gpus = config.gpus if config.gpus is not None else resources.get("GPU", 0) > 0
     present = int(resources.get("GPU", 0)) if gpus else sum(node.cpus > 0 for node in alive_nodes())
-    if gpus and not present and not on_cluster():
-        raise ValueError("--gpus was given, and Ray sees no GPU on this machine: leave it out, or look at `nvidia-smi`")
+    if gpus:
+        check_gpus_or_cluster(present)
     world = config.workers or max(present, 1)
     bundle = {"CPU": 1, "GPU": 1} if gpus else {"CPU": 1}
     # Asked for first: with an autoscaler this brings up the nodes that are to be examined, and keeps them.

@@ -44,7 +44,7 @@ from torch import nn
 from torch.onnx import ONNXProgram
 
 from jobs.training import checkpoint
-from jobs.training.checkpoint import State
+from jobs.training.run_state import State
 from jobs.training.run_storage import local_checkpoint
 from jobs.training.worker import make_network
 from model.alexnet import INPUT_SIZE

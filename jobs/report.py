@@ -40,7 +40,7 @@ from jobs.cli.device import choose_device
 from jobs.reporting.page import gallery, page, read_rates
 from jobs.reporting.predictions import predict
 from jobs.training import checkpoint
-from jobs.training.checkpoint import CheckpointError
+from jobs.training.run_state import CheckpointError
 from jobs.training.run_storage import local_checkpoint
 from jobs.training.trackers import EVENTS, read_events
 from jobs.training.worker import make_network

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import re
 import socket
 import uuid
 from pathlib import Path
@@ -42,7 +41,7 @@ from model.recipe import Recipe
 from pipeline.dataset.info import DATASET_FILE, DatasetError, DatasetInfo, is_decoded, read_dataset
 from pipeline.loading.graph import decoder_name
 from pipeline.loading.plan import Plan, color_matrix
-from pipeline.storage.locations import is_url, join, on_disk, open_location, shown
+from pipeline.storage.locations import is_url, join, on_disk, open_location, shown, without_user
 
 ROOM_SECONDS = "20"
 
@@ -273,5 +272,5 @@ def print_result(data: str, run: str, history: list[dict[str, float]]) -> None:
     )
     print(f"best checkpoint: {shown(join(run, str(checkpoint.best(checkpoint.committed(run)))))}")
     # With the URL's options, which say where it is, and whose & a shell would take for its own; without its keys.
-    checkpoint_flag = quote(re.sub("//[^/@]*@", "//", run))
+    checkpoint_flag = quote(without_user(run) if is_url(run) else run)
     print(f"next: python jobs/evaluate.py --data {quote(on_disk(data))} --checkpoint {checkpoint_flag} --ten-crop")

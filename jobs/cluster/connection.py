@@ -29,6 +29,12 @@ def on_cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
+def check_gpus_or_cluster(gpus: int) -> None:
+    """Raises ValueError if --gpus was given where there are none and none can come: a cluster may grow."""
+    if not gpus and not on_cluster():
+        raise ValueError("--gpus was given, and Ray sees no GPU on this machine: leave it out, or look at `nvidia-smi`")
+
+
 @contextlib.contextmanager
 def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
     """Joins the cluster that RAY_ADDRESS names (as `ray job submit` sets it), else starts Ray on this machine.

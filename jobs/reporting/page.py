@@ -11,7 +11,7 @@ import jinja2
 
 from jobs.reporting import charts
 from jobs.reporting.predictions import Predictions, confusions
-from jobs.training.checkpoint import State
+from jobs.training.run_state import State
 from jobs.training.trackers import Events
 from model.alexnet import AlexNet
 from pipeline.dataset.info import DatasetInfo

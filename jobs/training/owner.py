@@ -38,7 +38,7 @@ class OwnedError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """A process, told from all others."""
+    """What identifies a process."""
 
     host: str
     pid: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from jobs.cluster.connection import on_cluster
+from jobs.cluster.connection import check_gpus_or_cluster, on_cluster
 from jobs.cluster.nodes import Node
 from jobs.training.config import TrainConfig, Workers
 from model.recipe import Recipe
@@ -35,10 +35,8 @@ class Resources:
         """
         found = sum(node.gpus for node in nodes)
         gpus = config.gpus if config.gpus is not None else found > 0
-        if gpus and not found and not on_cluster():
-            raise ValueError(
-                "--gpus was given, and Ray sees no GPU on this machine: leave it out, or see what nvidia-smi says"
-            )
+        if gpus:
+            check_gpus_or_cluster(found)
         present = max(found, 1) if gpus else 1
         workers = config.workers or Workers(present, present)
         if config.cpus_per_worker:

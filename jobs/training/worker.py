@@ -220,7 +220,7 @@ def _train(config: WorkerConfig) -> dict[str, Any]:
         try:
             trainer.fit(LimitedData(data, config.hang_seconds), reporter)
         except DivergedError as failure:
-            # Every worker stops alike, and to start again would end the same way: an answer, not a failure to retry.
+            # All workers stop here. A new start would end the same way, so this is a result and no failure to retry.
             error = str(failure)
         except StoppedError as failure:
             stopped = str(failure)

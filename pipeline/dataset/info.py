@@ -221,7 +221,7 @@ def is_decoded(root: Path) -> bool:
 
 
 def staged_from(root: Location) -> str | None:
-    """Where a staged copy was copied from; None for a set that is no copy, as every set at a URL."""
+    """Where a staged copy was copied from. None if the set is no copy; a set at a URL never is one."""
     if is_url(root):
         return None
     try:

@@ -71,7 +71,7 @@ class PlannedBatch:
 
 
 def merged(planned: Iterable[PlannedBatch], limit: int) -> Iterator[tuple[PlannedBatch, list[int]]]:
-    """Joins batches that follow one another and draw alike, as those of an epoch do.
+    """Joins consecutive batches that share their `draw`. Those of one epoch do.
 
     Args:
         limit: the most samples of a joined batch; a longer one stays as it is.

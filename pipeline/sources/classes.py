@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.sources.file_table import Classes, FileTable
-from pipeline.sources.files import IMAGE_EXTENSIONS, SourceError
+from pipeline.sources.files import IMAGE_EXTENSIONS, NAMED, SourceError
 from pipeline.sources.keys import stem_of
 from pipeline.sources.names import (
     are_shards,
@@ -27,7 +27,6 @@ from pipeline.sources.splits import check_series, check_whole, inner
 from pipeline.sources.tree import FORMS, Tree, read_all
 from pipeline.sources.webdatasets import Names, Samples, by_class, names_beside, names_by_samples
 
-_NAMED = 4  # So many names stand in a message.
 _DEPTH, _WIDTH = 5, 20  # How far a message looks for the --source that would be right.
 
 
@@ -231,7 +230,7 @@ def _check_shards(tree: Tree, trees: Sequence[Tree]) -> None:
     prefixes = sorted({series(branch.stem).prefix for branch in tree.below})
     if len(prefixes) > 1:
         raise SourceError(
-            f"{tree.where} holds shards of {len(prefixes)} names, {', '.join(prefixes[:_NAMED])}: "
+            f"{tree.where} holds shards of {len(prefixes)} names, {', '.join(prefixes[:NAMED])}: "
             "put those to train on into train/ and those to validate on into val/"
         )
     check_series(tree, tree.below)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from pipeline.storage import remote
 from pipeline.storage.locations import is_url
 
+NAMED = 4  # So many names stand in a message.
 IMAGE_EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"})
 LISTING_THREADS = 16  # A network disk answers many at once; a local one does not mind.
 UNREADABLE = -1

@@ -102,9 +102,9 @@ def are_shards(stems: Sequence[str]) -> bool:
     """Whether tars are numbered as parts of a set are, and not named as classes."""
     parts = [series(stem) for stem in stems]
     prefix = parts[0].prefix.lower()
-    alike = len({part.prefix for part in parts}) == 1 and all(part.number for part in parts)
+    numbered = len({part.prefix for part in parts}) == 1 and all(part.number for part in parts)
     named = not prefix or tar_split(prefix) is not None or _SHARD_WORD.search(prefix) is not None
-    return alike and named and not is_wnid(stems[0])
+    return numbered and named and not is_wnid(stems[0])
 
 
 def is_imagenet(wnids: Sequence[str]) -> bool:

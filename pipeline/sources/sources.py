@@ -19,16 +19,12 @@ from numpy.typing import NDArray
 
 from pipeline.sources.classes import DepthError, read_classes, read_flat, right_source
 from pipeline.sources.file_table import Classes
-from pipeline.sources.files import SourceError
+from pipeline.sources.files import NAMED, SourceError
 from pipeline.sources.listing import Entries, Listing
 from pipeline.sources.splits import find_splits
 from pipeline.sources.tree import Tree, read_place
 from pipeline.sources.val_labels import by_label
-from pipeline.storage.locations import is_url, shown
-
-Location = str | os.PathLike[str]
-"""A local path, or a URL."""
-_NAMED = 4  # So many names stand in a message.
+from pipeline.storage.locations import Location, is_url, shown
 
 
 def permutation(seed: int, stream: str, count: int) -> NDArray[np.int64]:
@@ -163,11 +159,11 @@ def _what_is_missing(classes: Sequence[str], val: Classes, others: collections.C
     notes = []
     without = [name for name in classes if not len(val.get(name, ()))]
     if without:
-        names = ", ".join(without[:_NAMED]) + (", ..." if len(without) > _NAMED else "")
+        names = ", ".join(without[:NAMED]) + (", ..." if len(without) > NAMED else "")
         notes.append(f"classes without an image to validate on: {len(without):,} of {len(classes):,} ({names})")
     if others:
-        kinds = ", ".join(f"{count:,} {extension or 'without one'}" for extension, count in others.most_common(_NAMED))
-        more = ", ..." if len(others) > _NAMED else ""
+        kinds = ", ".join(f"{count:,} {extension or 'without one'}" for extension, count in others.most_common(NAMED))
+        more = ", ..." if len(others) > NAMED else ""
         notes.append(
             f"files ignored, since their extensions are not those of images: {others.total():,} ({kinds}{more})"
         )

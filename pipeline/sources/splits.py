@@ -7,13 +7,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pipeline.sources.files import SourceError
+from pipeline.sources.files import NAMED, SourceError
 from pipeline.sources.names import PARTIAL, folder_split, is_wnid, missing_in_series, series, tar_split
 from pipeline.sources.tree import Branch, Tree
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
-_NAMED = 4  # So many names stand in a message.
 
 
 def find_splits(root: Tree, val_where: str | None) -> tuple[Tree, Tree | None, list[str]]:
@@ -53,7 +52,7 @@ def find_splits(root: Tree, val_where: str | None) -> tuple[Tree, Tree | None, l
     if train[0].is_tar and any(branch.is_tar for branch in rest):
         names = sorted({series(branch.stem).prefix for branch in (*train, *rest)})
         raise SourceError(
-            f"{root.where} holds tars of {len(names)} names, {', '.join(names[:_NAMED])}: "
+            f"{root.where} holds tars of {len(names)} names, {', '.join(names[:NAMED])}: "
             "put those to train on into train/ and those to validate on into val/"
         )
     if val_where is not None:
@@ -80,7 +79,7 @@ def _split(root: Tree, branches: Sequence[Branch], flag: str) -> Tree:
     """What lies in the folder, the tar or the shards of one split."""
     kinds = {(branch.is_tar, series(branch.stem).prefix if branch.is_tar else branch.name) for branch in branches}
     if len(kinds) > 1:
-        names = ", ".join(branch.name for branch in branches[:_NAMED])
+        names = ", ".join(branch.name for branch in branches[:NAMED])
         raise SourceError(
             f"{root.where} holds {names}, which are of one split by their names: give {flag} the one that is meant"
         )

@@ -57,9 +57,14 @@ def shown(location: Location) -> str:
     text = os.fspath(location)
     if not is_url(text):
         return text
-    scheme, _, rest = text.partition("?")[0].partition("://")
+    return unquote(without_user(text.partition("?")[0]))
+
+
+def without_user(url: str) -> str:
+    """A URL without the user and key before its host."""
+    scheme, _, rest = url.partition("://")
     host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{unquote(path)}"
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def on_disk(location: str) -> str:

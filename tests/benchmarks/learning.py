@@ -38,7 +38,7 @@ from torchvision import transforms
 
 from jobs.cli.command import run
 from jobs.cli.device import processor
-from jobs.training.checkpoint import RunFingerprint
+from jobs.training.run_state import RunFingerprint
 from jobs.training.worker import WorkerData, make_network
 from model.alexnet import INPUT_SIZE, AlexNet
 from model.metrics import LabeledImages, Score, evaluate

@@ -15,7 +15,7 @@ import torch
 from torch import distributed
 
 from jobs.cli.command import run
-from jobs.training.checkpoint import RunFingerprint
+from jobs.training.run_state import RunFingerprint
 from jobs.training.worker import WorkerData, make_network
 from model.metrics import LabeledImages, Score
 from model.recipe import RECIPES

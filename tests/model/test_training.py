@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from jobs.training import checkpoint
-from jobs.training.checkpoint import RunFingerprint
+from jobs.training.run_state import RunFingerprint
 from model.alexnet import AlexNet
 from model.guards import DivergedError
 from model.metrics import LabeledImages, Score

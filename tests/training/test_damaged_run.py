@@ -13,7 +13,7 @@ import pytest
 from jobs.evaluate import EvaluateConfig
 from jobs.evaluate import main as evaluate
 from jobs.training import checkpoint
-from jobs.training.checkpoint import RunFingerprint, State
+from jobs.training.run_state import RunFingerprint, State
 from jobs.training.worker import make_network
 from model.recipe import RECIPES, Recipe
 from model.schedule import Plateau

@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from jobs.cluster.nodes import Node
-from jobs.training.checkpoint import RunFingerprint, committed
+from jobs.training.checkpoint import committed
 from jobs.training.config import TrainConfig, Workers
 from jobs.training.resources import Resources, check_shortage
+from jobs.training.run_state import RunFingerprint
 from jobs.training.trackers import EVENTS, read_events
 from jobs.training.worker import WorkerData, make_network
 from model.metrics import LabeledImages, Score

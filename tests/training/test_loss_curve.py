@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.training.checkpoint import RunFingerprint
+from jobs.training.run_state import RunFingerprint
 from jobs.training.worker import WorkerData, make_network
 from model.metrics import LabeledImages, Score
 from model.recipe import RECIPES

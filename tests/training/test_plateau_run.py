@@ -18,7 +18,7 @@ from jobs.reporting import charts
 from jobs.reporting.page import gallery, page
 from jobs.reporting.predictions import Confusion, confusions, predict
 from jobs.training import checkpoint
-from jobs.training.checkpoint import RunFingerprint
+from jobs.training.run_state import RunFingerprint
 from jobs.training.trackers import EVENTS, TrackedRun, make_trackers, read_events
 from jobs.training.worker import Reporter, WorkerConfig, WorkerData, make_network
 from model.recipe import RECIPES

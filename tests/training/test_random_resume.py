@@ -20,7 +20,8 @@ import torch
 from torch import distributed
 
 from jobs.training import checkpoint
-from jobs.training.checkpoint import MODEL_FILE, OPTIMIZER_FILE, RunFingerprint
+from jobs.training.checkpoint import MODEL_FILE, OPTIMIZER_FILE
+from jobs.training.run_state import RunFingerprint
 from jobs.training.worker import WorkerData, make_network
 from model.metrics import LabeledImages, Score
 from model.recipe import RECIPES, Recipe
