@@ -38,7 +38,8 @@ from tests.benchmarks import loader_sets
 from tests.benchmarks.loader_sets import REPEATS
 from tests.benchmarks.loader_task import BATCH, SHAPE, Batches, PeerConfig
 
-WARM_UP = 4  # Batches; a DataLoader's workers have then begun their third each.
+# Batches. By then each buffer was written once: the first use of a page of memory costs more than its reuse.
+WARM_UP = 32
 
 
 def limit(config: PeerConfig, made: Path) -> Batches:

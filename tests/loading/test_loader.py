@@ -208,8 +208,9 @@ def test_a_dropped_loader_leaves_no_thread_no_process_and_no_memory(shard_set: P
     assert threads <= before
     # Had each that ran left a batch behind, it would be 161 MB; blocks that malloc keeps are allowed.
     assert grown - memory < 100e6
-    assert below(os.getpid()) == processes
-    assert len(os.listdir("/proc/self/fd")) == files
+    # Loaders of other tests may end meanwhile, and theirs with them.
+    assert below(os.getpid()).keys() <= processes.keys()
+    assert len(os.listdir("/proc/self/fd")) <= files
 
 
 @pytest.mark.parametrize("samples", [(8,), tuple(range(5, 10))])
