@@ -242,7 +242,7 @@ class TrainConfig(LoggingOptions, FaultOptions, CheckpointOptions, RecipeOptions
             raise ValueError(f"--name is {self.name!r}; it names a folder in --storage, so it must be a plain word")
 
     def with_whole_paths(self) -> TrainConfig:
-        """The same with absolute paths, ~ expanded.
+        """The same with absolute paths.
 
         Raises:
             ValueError: for a relative path in the working directory of a submitted job.
