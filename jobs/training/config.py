@@ -12,6 +12,7 @@ import tyro
 from jobs.cli.command import GpuChoice
 from jobs.cluster.paths import whole_path
 from model.recipe import RECIPES, Recipe
+from pipeline.storage.locations import join
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,6 +241,11 @@ class TrainConfig(LoggingOptions, FaultOptions, CheckpointOptions, RecipeOptions
             raise ValueError(f"--hang-seconds is {self.hang_seconds}; it must be above 0, and a time that can pass")
         if not self.name or self.name.startswith(".") or "/" in self.name:
             raise ValueError(f"--name is {self.name!r}; it names a folder in --storage, so it must be a plain word")
+
+    @property
+    def run(self) -> str:
+        """The run's folder, a path or URL."""
+        return join(self.storage, self.name)
 
     def with_whole_paths(self) -> TrainConfig:
         """The same with absolute paths, ~ expanded.

@@ -52,6 +52,19 @@ class Resources:
             share = max(node.cpus // node.gpus for node in nodes if node.gpus)
         return cls(workers, gpus, max(min(share, MOST_CORES) if gpus else share, 1))
 
+    def settle(self, config: TrainConfig) -> TrainConfig:
+        """The command line with nothing left open."""
+        precision = config.precision
+        if precision == "auto":
+            precision = "bfloat16" if self.gpus else "float32"
+        most = -(-config.make_recipe().batch_size // self.workers.min_workers)
+        return dataclasses.replace(
+            config,
+            cpus_per_worker=self.cpus_per_worker,
+            precision=precision,
+            micro_batch=min(config.micro_batch, most),
+        )
+
     def room(self, nodes: Sequence[Node]) -> int:
         """How many of these workers the nodes have room for, each worker on one node."""
         return _room(nodes, self.cpus_per_worker, self.gpus)
