@@ -64,8 +64,10 @@ def main(config: TrainConfig) -> None:
             config = dataclasses.replace(config, from_checkpoint=location)
         if state is not None:
             # Whether there are GPUs, which decide decoder and precision, is known later.
-            own = RunFingerprint.of(recipe, info, state.identity.decoder, state.identity.precision)
+            was = state.identity
+            own = RunFingerprint.of(recipe, info, was.decoder, was.precision, config.init_from)
             checkpoint.check_other(state, own, str(location))
+            config = dataclasses.replace(config, init_from=was.init_from or None)
             if done and checkpoint.finished(state, recipe):
                 print(f"the run {config.name} is finished already; --epochs extends it, another --name starts anew")
                 print_result(config.data, run_location, state.progress.history)

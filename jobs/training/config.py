@@ -194,6 +194,10 @@ class CheckpointOptions:
     from_checkpoint: str | None = None
     """Where a run that has no checkpoint yet begins: a checkpoint_* folder of another run with the same settings and
     data; a path or URL."""
+    init_from: str | None = None
+    """Whose weights a run begins with that has no checkpoint yet: a checkpoint_* folder, a run's folder (its best
+    checkpoint) or a .safetensors file of jobs/export.py; a path that every node sees, or a URL. The classes may be
+    others: for another number of them, the last layer is made anew."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +243,11 @@ class TrainConfig(LoggingOptions, FaultOptions, CheckpointOptions, RecipeOptions
             raise ValueError(f"--resize-seconds is {self.resize_seconds}; it must be above 0")
         if not 0 < self.hang_seconds < threading.TIMEOUT_MAX:
             raise ValueError(f"--hang-seconds is {self.hang_seconds}; it must be above 0, and a time that can pass")
+        if self.init_from is not None and self.from_checkpoint is not None:
+            raise ValueError(
+                "--init-from and --from-checkpoint exclude each other: the first begins a new training with given "
+                "weights, the second goes on with one; give one of them"
+            )
         if not self.name or self.name.startswith(".") or "/" in self.name:
             raise ValueError(f"--name is {self.name!r}; it names a folder in --storage, so it must be a plain word")
 
@@ -259,6 +268,7 @@ class TrainConfig(LoggingOptions, FaultOptions, CheckpointOptions, RecipeOptions
             storage=whole_path("--storage", self.storage),
             stage=self.stage and whole_path("--stage", self.stage),
             from_checkpoint=self.from_checkpoint and whole_path("--from-checkpoint", self.from_checkpoint),
+            init_from=self.init_from and whole_path("--init-from", self.init_from),
         )
 
     def make_recipe(self) -> Recipe:

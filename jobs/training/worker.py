@@ -163,7 +163,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
             folder = stage(config.data, Path(config.stage), report)
     with limited(config.hang_seconds):
         data = WorkerData(folder, recipe, worker, config.micro_batch, threads, config.gpu_decoder)
-    identity = RunFingerprint.of(recipe, data.info, data.decoder, config.precision)
+    identity = RunFingerprint.of(recipe, data.info, data.decoder, config.precision, config.init_from)
     trainer = Trainer(
         make_network(identity).to(memory_format=torch.channels_last).to(device),
         recipe,
@@ -172,7 +172,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
         config.checkpoint_every,
     )
     # Not Ray Train's: it knows of no checkpoint, so that none that is gone or damaged can keep it from starting.
-    continued = resume(config.run, config.from_checkpoint, trainer, identity)
+    continued = resume(config.run, config.from_checkpoint, trainer, identity, config.init_from)
     start = trainer.progress.epoch * data.steps + trainer.progress.step
     trackers: list[BestEffort] = []
     if worker.rank == 0:
