@@ -138,7 +138,7 @@ def launch(config: TrainConfig, resources: Resources) -> list[dict[str, float]]:
     trainer = NodeTrainer(
         train_worker,
         train_loop_config=config,
-        torch_config=NodeTorchConfig(run=run_location),
+        torch_config=NodeTorchConfig(run=run_location, timeout_s=config.collective_seconds),
         scaling_config=ScalingConfig(
             num_workers=(workers.min_workers, workers.max_workers) if workers.elastic else workers.max_workers,
             elastic_resize_monitor_interval_s=config.resize_seconds,

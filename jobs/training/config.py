@@ -209,6 +209,9 @@ class FaultOptions:
     hang_seconds: float = 120.0
     """A worker that is longer about one step's images, or does not answer for so long, hangs: it is ended,
     which counts among --max-failures. Give more if the disk may be away for longer and come back."""
+    collective_seconds: int = 600
+    """A worker that waits longer for the others in one exchange, as on a wedged network, fails, which counts among
+    --max-failures. More than --hang-seconds, so that a worker that hangs is found first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +231,7 @@ class TrainConfig(LoggingOptions, FaultOptions, CheckpointOptions, RecipeOptions
     """The whole command line. What is None follows from the recipe or from the machine."""
 
     def __post_init__(self) -> None:
-        for field in ("micro_batch", "cpus_per_worker", "log_every", "keep"):
+        for field in ("micro_batch", "cpus_per_worker", "log_every", "keep", "collective_seconds"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"--{field.replace('_', '-')} is {value}; it must be at least 1")

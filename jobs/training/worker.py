@@ -12,11 +12,12 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
+from ray.train.collective import barrier
 
 from jobs.cli.device import processor
 from jobs.training.config import TrainConfig
 from jobs.training.data import WorkerData
-from jobs.training.failures import PERMANENT
+from jobs.training.failures import PERMANENT, CollectiveTimeoutError, named_timeouts
 from jobs.training.resume import resume
 from jobs.training.run_state import RunFingerprint
 from jobs.training.run_storage import CheckpointUploader, check_run_folder
@@ -136,10 +137,12 @@ def train_worker(config: TrainConfig) -> dict[str, Any]:
     Raises:
         CheckpointError, DatasetError: if the run's checkpoints or the set are missing or damaged.
         LocalDiskError, StorageError: if this node's disk or the storage cannot be written.
+        CollectiveTimeoutError: if the others cannot be reached.
     """
     try:
-        return _train(config)
-    except PERMANENT:
+        with named_timeouts(config.collective_seconds):
+            return _train(config)
+    except (*PERMANENT, CollectiveTimeoutError):
         # The driver says it in one line; Ray Train would print a traceback before.
         logging.getLogger("ray.train").setLevel(logging.CRITICAL)
         raise
@@ -161,6 +164,8 @@ def _train(config: TrainConfig) -> dict[str, Any]:
             folder = stage_pixels(config.data, Path(config.stage), report, threads)
         else:
             folder = stage(config.data, Path(config.stage), report)
+        # Without a time limit: a node that comes new copies all of the set.
+        barrier()
     with limited(config.hang_seconds):
         data = WorkerData(folder, recipe, worker, config.micro_batch, threads, config.gpu_decoder)
     identity = RunFingerprint.of(recipe, data.info, data.decoder, config.precision, config.init_from)
