@@ -51,9 +51,9 @@ def observed(notes: str) -> Callable[[TrainConfig], dict[str, Any]]:
             first = False
             return trained(self, trainer, batches, own_seconds)
 
-        def note_checkpoint(self: Reporter, trainer: Trainer, row: dict[str, Any] | None) -> None:
+        def note_checkpoint(self: Reporter, trainer: Trainer) -> None:
             note(trainer)
-            write(self, trainer, row)
+            write(self, trainer)
 
         decode, calls = dali.Pipeline.run, itertools.count(1)
 

@@ -62,6 +62,11 @@ class Reporter:
             self._uploader.check()
         return self._consensus.after_step(own_seconds)
 
+    def on_validation_batch(self, trainer: Trainer) -> StepAction:
+        if self._uploader is not None:
+            self._uploader.check()
+        return self._consensus.agree()
+
     def on_log(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
         if self._rank != 0:
             return
@@ -118,7 +123,7 @@ class Reporter:
         if self._rank == 0:
             print(warning, flush=True)
 
-    def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
+    def checkpoint(self, trainer: Trainer) -> None:
         if self._uploader is not None:
             self._uploader.save(trainer, self._identity)
         self._consensus.checkpointed()

@@ -130,7 +130,10 @@ class Until:
     def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None:
         print(f"  epoch {row['epoch']}: error {row['top1_error']:.1%}", flush=True)
 
-    def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
+    def on_validation_batch(self, trainer: Trainer) -> StepAction:
+        return StepAction.NOTHING
+
+    def checkpoint(self, trainer: Trainer) -> None:
         """None is kept: a run that is cut off starts again."""
 
     def on_warning(self, trainer: Trainer, warning: str) -> None:

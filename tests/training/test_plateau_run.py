@@ -59,7 +59,7 @@ class Keeper(Reporter):
         if trainer.progress.epoch + 1 == self._die_in:
             raise InterruptedRunError
 
-    def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
+    def checkpoint(self, trainer: Trainer) -> None:
         checkpoint.save(self._folder, trainer, self._identity)
 
 
