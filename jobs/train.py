@@ -31,7 +31,7 @@ from jobs.training import checkpoint
 from jobs.training.backend import NodeTorchConfig, NodeTrainer
 from jobs.training.failures import PERMANENT, FailureReporter
 from jobs.training.owner import owned
-from jobs.training.resources import Resources, check_shortage
+from jobs.training.resources import Resources, check_shortage, few_images
 from jobs.training.run_state import STATE_FILE, RunFingerprint
 from jobs.training.run_storage import local_checkpoint, storage_error
 from jobs.training.stop_signals import clear_stop_request, signals_stop
@@ -76,6 +76,8 @@ def main(config: TrainConfig) -> None:
             nodes = alive_nodes()
             resources = Resources.of(config, nodes)
             check_shortage(resources, nodes, recipe)
+            if (warning := few_images(resources, recipe)) is not None:
+                print(warning, flush=True)
             if recipe.normalization == "batch":
                 resources.workers.check_single_images(recipe.batch_size, config.micro_batch)
             check_local_paths(config)
@@ -90,8 +92,8 @@ def main(config: TrainConfig) -> None:
                 f"{'starting' if state is None else 'continuing'} run {config.name}: recipe {config.recipe}{changed}, "
                 f"{len(info.classes)} classes; an epoch is {plan.steps} steps of {recipe.batch_size} and leaves out "
                 f"{plan.dropped} of {plan.samples} images; {_counted(resources.workers)} on "
-                f"{'GPU' if resources.gpus else 'CPU'} with {resources.cpus_per_worker} core(s) each; {config.precision}; "
-                f"JPEGs decoded by {decoder}",
+                f"{'GPU' if resources.gpus else 'CPU'} with {resources.cpus_per_worker} core(s) each; "
+                f"{config.precision}; JPEGs decoded by {decoder}",
                 flush=True,
             )
             history = launch(config, resources)

@@ -152,6 +152,7 @@ class Trainer:
         worker: who this is; with more than one worker, torch.distributed must be initialized.
         log_every: tell the observer every so many steps.
         checkpoint_every: checkpoint every so many steps within an epoch; 0 for only at its end.
+        checkpoint_epochs: checkpoint at every so many epochs' end, and at the last one's.
         clock: seconds; a parameter for tests.
     """
 
@@ -162,6 +163,7 @@ class Trainer:
         worker: Worker,
         log_every: int = 20,
         checkpoint_every: int = 0,
+        checkpoint_epochs: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.network = network
@@ -171,11 +173,12 @@ class Trainer:
         self.progress = Progress(Plateau(recipe.lr))
         self._log_every = log_every
         self._checkpoint_every = checkpoint_every
+        self._checkpoint_epochs = checkpoint_epochs
         self._clock = clock
         self._classes = 0
         self._forward_ended = 0.0
         self._in_flight = InFlightStepLimit(worker.device)
-        self._parallel = data_parallel(network, worker.world)
+        self._parallel = data_parallel(network, worker.world, recipe.gradient_compression)
 
     def fit(self, data: TrainingData, observer: Observer) -> None:
         """Trains from where `progress` stands until the schedule stops or the epochs are used up.
@@ -198,7 +201,8 @@ class Trainer:
             row["train_seconds"] = train_seconds
             row["seconds"] = self._clock() - started
             observer.on_epoch_end(self, row)
-            observer.checkpoint(self)
+            if self.progress.finished or self.progress.epoch % self._checkpoint_epochs == 0:
+                observer.checkpoint(self)
 
     def resume(self, progress: Progress) -> None:
         """Stands where `progress` says, once the network's and the optimizer's tensors are those of that moment."""

@@ -177,6 +177,8 @@ class RecipeOptions:
     """What must improve on the validation set, or the rate drops."""
     patience: Annotated[int | None, recipe_value("patience")] = None
     """Epochs without an improvement before the rate drops."""
+    gradient_compression: Annotated[Literal["none", "bfloat16"] | None, recipe_value("gradient_compression")] = None
+    """What workers exchange: none: float32; bfloat16: half the bytes, for a network that is the limit."""
     seed: Annotated[int | None, recipe_value("seed")] = None
     """Of weights, plan and dropout."""
 
@@ -187,6 +189,8 @@ class CheckpointOptions:
 
     checkpoint_every: int = 0
     """Steps between checkpoints within an epoch, besides the one at its end."""
+    checkpoint_epochs: int = 1
+    """Epochs between checkpoints at an epoch's end, for very short epochs; the last one and a stop always have one."""
     checkpoint_minutes: float | None = None
     """Minutes between checkpoints within an epoch, besides the others."""
     keep: int = 2
@@ -231,7 +235,7 @@ class TrainConfig(LoggingOptions, FaultOptions, CheckpointOptions, RecipeOptions
     """The whole command line. What is None follows from the recipe or from the machine."""
 
     def __post_init__(self) -> None:
-        for field in ("micro_batch", "cpus_per_worker", "log_every", "keep", "collective_seconds"):
+        for field in ("micro_batch", "cpus_per_worker", "log_every", "keep", "checkpoint_epochs", "collective_seconds"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"--{field.replace('_', '-')} is {value}; it must be at least 1")

@@ -253,25 +253,30 @@ class ManyBatches(SmallData):
             yield Images(images, labels)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 5])
-def test_a_stop_during_validation_is_followed_at_once_and_changes_no_decision(tmp_path: Path, batch: int) -> None:
+def test_a_stop_during_validation_is_followed_at_once_and_changes_no_decision(tmp_path: Path) -> None:
     """The same command validates again: the weights are the same, and so are all decisions of the schedule."""
     recipe = dataclasses.replace(RECIPE, epochs=500, patience=2)
     identity = dataclasses.replace(IDENTITY, recipe=recipe)
-    whole, record = make_trainer(recipe), Recorder(tmp_path / "whole", identity=identity)
+
+    def trainer() -> Trainer:
+        # With a checkpoint at the stop and at the end alone.
+        return Trainer(make_trainer().network, recipe, Worker(0, 1, CPU), checkpoint_epochs=recipe.epochs)
+
+    whole, record = trainer(), Recorder(tmp_path / "whole", identity=identity)
     whole.fit(ManyBatches(), record)
     decisions = [row["epoch"] - 1 for row in record.rows if row["reason"]]
     assert len(decisions) == 4
-    for epoch in (0, decisions[0], decisions[1] - 1, decisions[3]):
+    for epoch, batch in ((0, 1), (decisions[0], 5), (decisions[1] - 1, 3), (decisions[3], 2)):
         wish = {(epoch, batch): StepAction.STOP}
         stopped = Recorder(tmp_path / f"stopped{epoch}", identity=identity, wishes_in_validation=wish)
         with pytest.raises(StoppedError, match=f"after epoch {epoch}, step 5"):
-            make_trainer(recipe).fit(ManyBatches(), stopped)
+            trainer().fit(ManyBatches(), stopped)
         assert stopped.validated.count(epoch) == batch
-        progress = checkpoint.read_state(stopped.saved[-1]).progress
+        (saved,) = stopped.saved
+        progress = checkpoint.read_state(saved).progress
         assert (progress.epoch, progress.step, len(progress.history)) == (epoch, 5, epoch)
-        resumed, rest = make_trainer(recipe), Recorder(tmp_path / f"rest{epoch}", identity=identity)
-        checkpoint.restore(stopped.saved[-1], resumed, identity)
+        resumed, rest = trainer(), Recorder(tmp_path / f"rest{epoch}", identity=identity)
+        checkpoint.restore(saved, resumed, identity)
         resumed.fit(ManyBatches(), rest)
         assert stopped.rows + rest.rows == record.rows
         assert resumed.progress.schedule == whole.progress.schedule
@@ -341,6 +346,21 @@ def stop_in_validation(rank: int, world: int, folder: Path) -> None:
 
 def test_workers_with_other_numbers_of_validation_batches_stop_at_the_same_place(tmp_path: Path) -> None:
     run_ranks(3, tmp_path, stop_in_validation, tmp_path)
+
+
+def test_every_third_epoch_and_the_last_have_a_checkpoint(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, epochs=7)
+    torch.manual_seed(11)
+    record = Recorder(tmp_path, identity=dataclasses.replace(IDENTITY, recipe=recipe))
+    trainer = Trainer(make_trainer().network, recipe, Worker(0, 1, CPU), checkpoint_epochs=3)
+    record.wishes = {(4, 2): StepAction.STOP}
+    with pytest.raises(StoppedError):
+        trainer.fit(SmallData(), record)
+    record.wishes = {}
+    trainer.fit(SmallData(), record)
+    places = [(p.epoch, p.step) for p in (checkpoint.read_state(folder).progress for folder in record.saved)]
+    assert places == [(3, 0), (4, 2), (6, 0), (7, 0)]
+    assert len(record.rows) == 7
 
 
 def test_an_epochs_row_counts_every_image(tmp_path: Path) -> None:
