@@ -6,11 +6,11 @@ python jobs/evaluate.py --data SHARDS --checkpoint RUNS/first --ten-crop
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from pathlib import Path
 
 from jobs.cli.command import GpuChoice, run
+from jobs.cli.cores import cores
 from jobs.cluster.paths import whole_path
 
 
@@ -28,7 +28,7 @@ class EvaluateConfig:
     """Use a GPU; None: if torch sees one."""
     batch_size: int = 100
     """Images at a time; with --ten-crop each is seen ten times."""
-    threads: int = os.cpu_count() or 1
+    threads: int = cores()
     """Decoder threads."""
 
     def __post_init__(self) -> None:

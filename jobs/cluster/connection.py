@@ -12,6 +12,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
+from jobs.cli.cores import cores
 from jobs.cluster.ray_private import auto_address, local_start
 
 RETRIES = 3
@@ -43,7 +44,7 @@ def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
     ports could run code.
 
     Args:
-        cpus: of a Ray started here; None for all of the machine's.
+        cpus: of a Ray started here; None for all that this process may use.
         options: more of ray.init's, for either.
 
     Raises:
@@ -79,7 +80,7 @@ def _start(address: str | None, cpus: int | None, options: dict[str, Any]) -> No
     # "local", because a bare init would join any Ray that happens to run on this machine.
     # Its dashboard is a dozen more processes and 4 s more to wait for.
     with local_start():
-        ray.init("local", num_cpus=cpus, include_dashboard=False, **options)
+        ray.init("local", num_cpus=cpus or cores(), include_dashboard=False, **options)
 
 
 def _start_cure(error: Exception) -> str:

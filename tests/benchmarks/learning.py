@@ -120,7 +120,10 @@ class Collector:
         self.rows.append({**kept, "val_top1_error": row["top1_error"], "val_top5_error": row["top5_error"]})
         print_row(self.rows[-1])
 
-    def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
+    def on_validation_batch(self, trainer: Trainer) -> StepAction:
+        return StepAction.NOTHING
+
+    def checkpoint(self, trainer: Trainer) -> None:
         """None is kept: a run that is cut off starts again."""
 
     def on_warning(self, trainer: Trainer, warning: str) -> None:

@@ -18,9 +18,10 @@ from jobs.reporting import charts
 from jobs.reporting.page import gallery, page
 from jobs.reporting.predictions import Confusion, confusions, predict
 from jobs.training import checkpoint
+from jobs.training.config import TrainConfig
 from jobs.training.run_state import RunFingerprint
 from jobs.training.trackers import EVENTS, TrackedRun, make_trackers, read_events
-from jobs.training.worker import Reporter, WorkerConfig, WorkerData, make_network
+from jobs.training.worker import Reporter, WorkerData, make_network
 from model.recipe import RECIPES
 from model.schedule import PAPER_REDUCTIONS
 from model.training import Progress, Trainer, Worker
@@ -58,7 +59,7 @@ class Keeper(Reporter):
         if trainer.progress.epoch + 1 == self._die_in:
             raise InterruptedRunError
 
-    def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
+    def checkpoint(self, trainer: Trainer) -> None:
         checkpoint.save(self._folder, trainer, self._identity)
 
 
@@ -78,27 +79,10 @@ def train(data: Path, folder: Path, die_in: int | None = None) -> Trainer:
     folder.mkdir(exist_ok=True)
     if (folder / checkpoint.STATE_FILE).exists():
         checkpoint.restore(folder, trainer, identity)
-    assignment = WorkerConfig(
-        data=str(data),
-        stage=None,
-        stage_as="jpeg",
-        run=str(folder),
-        start=None,
-        keep=2,
-        tracker=None,
-        recipe=RECIPE,
-        micro_batch=4,
-        threads=1,
-        precision="float32",
-        log_every=20,
-        checkpoint_every=0,
-        gpu_decoder="cuda",
-        checkpoint_seconds=None,
-        hang_seconds=120.0,
-    )
+    config = TrainConfig(str(data), str(folder.parent), folder.name)
     start = trainer.progress.epoch * loaded.steps
     trackers = make_trackers(None, TrackedRun(str(folder), {}, "this machine", start))
-    trainer.fit(loaded, Keeper(folder, die_in, assignment, identity, CPU, loaded.steps, trackers))
+    trainer.fit(loaded, Keeper(folder, die_in, config, identity, CPU, loaded.steps, trackers))
     return trainer
 
 
