@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Stands in for `python -c`, which succeeds, and for `python -m venv FOLDER`, which makes a python and a pip of the same.
+# Stands in for `python -c`, which succeeds, and for `python -m venv FOLDER`, which makes a python and a pip alike.
 # `pip config list` prints what CONFIG holds.
 PYTHON = """#!/bin/sh
 echo "$(basename "$0") $*" >> "$CALLS"
