@@ -7,8 +7,8 @@ named and left out.
 
     loaders.json    {LOADER: {CORES: images/s}}, by tests.benchmarks.loader_speed
     rgb.json        the `rgb` of a set's dataset.json
-    learning.json   [{"run": NAME, "epoch": [1, ...], "train_loss": [nats, ...], "val_top1_error": [fraction, ...]},
-                    ...] Rows of the same name are one run with several seeds: their mean and range are drawn.
+    learning.json   [{"run": "NAME, seed N", "epoch": [1, ...], "train_loss": [nats, ...],
+                    "val_top1_error": [fraction, ...]}, ...], by tests.benchmarks.learning
     exactness.json  [{"run": NAME, "step": [1, ...], "train_loss": [nats, ...], "killed_after": [step, ...],
                     "weights_sha256": DIGEST}, ...], by tests.benchmarks.exactness
                     The first row is what the others are compared with.
@@ -92,16 +92,15 @@ def rgb_components(rgb: dict[str, Any]) -> Figure:
 
 
 def learning_curves(rows: list[dict[str, Any]]) -> Figure:
-    """Training loss and validation error of each run by epoch: the mean over its seeds, in their range."""
+    """Training loss and validation error by epoch: a line for each seed, a color for all seeds of a run."""
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     captions = {"train_loss": "training loss (nats)", "val_top1_error": "validation error, top-1"}
+    names = [row["run"].partition(", seed")[0] for row in rows]
+    colors = dict(zip(dict.fromkeys(names), LINES, strict=False))
     for axes, (key, caption) in zip(figure.subplots(1, 2), captions.items(), strict=True):
-        for name, color in zip(dict.fromkeys(row["run"] for row in rows), LINES, strict=False):
-            seeds = [row for row in rows if row["run"] == name]
-            values = np.array([row[key] for row in seeds])
-            axes.fill_between(seeds[0]["epoch"], values.min(0), values.max(0), color=color, alpha=0.25, linewidth=0)
-            count = f" ({len(seeds)} seeds)" if len(seeds) > 1 else ""
-            axes.plot(seeds[0]["epoch"], values.mean(0), color=color, label=name + count)
+        for number, (name, row) in enumerate(zip(names, rows, strict=True)):
+            label = f"{name} ({names.count(name)} seeds)" if name not in names[:number] else None
+            axes.plot(row["epoch"], row[key], color=colors[name], alpha=0.7, linewidth=1.2, label=label)
         axes.set_xlabel("epoch")
         axes.set_title(caption, fontsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -125,7 +124,7 @@ def exactness_overlay(rows: list[dict[str, Any]]) -> Figure:
         label = row["run"] + (compared if row is not rows[0] else "")
         axes.plot(row["step"], row["train_loss"], color=color, linewidth=width, label=label)
         for step in row["killed_after"]:
-            place = (step, np.interp(step, row["step"], row["train_loss"]))
+            place = (step, row["train_loss"][row["step"].index(step)])
             arrow = {"arrowstyle": "->", "color": color}
             axes.annotate("killed", place, (0, 24), textcoords="offset points", ha="center", arrowprops=arrow)
     axes.set_xlabel("step")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.benchmarks import figures
@@ -19,8 +20,7 @@ ROWS = [
         "killed_after": [],
         "weights_sha256": "b",
     },
-    # The kill took the event of step 2.
-    {"run": "killed", "step": [1, 3, 4], "train_loss": [2.5, 2.0, 1.75], "killed_after": [2, 3], "weights_sha256": "a"},
+    {"run": "killed", "step": [1, 2, 3, 4], "train_loss": LOSSES, "killed_after": [2, 3], "weights_sha256": "a"},
 ]
 
 
@@ -33,12 +33,16 @@ def test_runs_are_compared_step_by_step_with_the_first() -> None:
     assert [text.xy[0] for text in axes.texts] == [2, 3]  # type: ignore[attr-defined]
 
 
-def test_seeds_of_a_run_are_one_line() -> None:
+def test_seeds_of_a_run_share_a_color_and_may_end_apart() -> None:
+    runs = {"ours, seed 0": [2.0, 1.0], "plain": [2.0], "ours, seed 1": [2.0, 1.5, 1.0]}
     rows = [
-        {"run": "ours", "epoch": [1, 2], "train_loss": [2.0, loss], "val_top1_error": [0.5, 0.25]} for loss in (1, 2)
+        {"run": run, "epoch": list(range(1, len(losses) + 1)), "train_loss": losses, "val_top1_error": losses}
+        for run, losses in runs.items()
     ]
-    loss, error = figures.learning_curves(rows).axes
-    assert [list(line.get_ydata()) for axes in (loss, error) for line in axes.lines] == [[2.0, 1.5], [0.5, 0.25]]
+    loss, _ = figures.learning_curves(rows).axes
+    assert [np.asarray(line.get_ydata()).tolist() for line in loss.lines] == list(runs.values())
+    first, plain, second = (line.get_color() for line in loss.lines)
+    assert first == second != plain
 
 
 def test_a_picture_without_its_json_is_named(
