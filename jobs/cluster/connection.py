@@ -119,14 +119,18 @@ def _check_unreachable(address: str) -> None:
 
 
 def in_parallel(
-    function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], workers: int | None = None
+    function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], workers: int | None = None, **resources: float
 ) -> Iterator[tuple[int, Any]]:
-    """`stream` for a plain function. A call whose worker dies, or that raises OSError, is made again, RETRIES times."""
+    """`stream` for a plain function. A call whose worker dies, or that raises OSError, is made again, RETRIES times.
+
+    `resources` are a call's num_cpus, 1 by default, and num_gpus.
+    """
 
     def answer(*arguments: Any) -> Iterator[Any]:
         yield function(*arguments[:-1])
 
-    task = ray.remote(answer).options(num_cpus=1, max_retries=0, num_returns="streaming", name=function.__name__)
+    options = {"num_cpus": 1, "max_retries": 0, "num_returns": "streaming", "name": function.__name__, **resources}
+    task = ray.remote(answer).options(**options)
     return stream(task, calls, workers, RETRIES + 1, (OSError,))
 
 

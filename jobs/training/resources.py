@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from jobs.cluster.connection import check_gpus_or_cluster, on_cluster
 from jobs.cluster.nodes import Node
-from jobs.training.config import TrainConfig, Workers
+from jobs.training.config import HardwareOptions, Workers
 from model.recipe import Recipe
 
 MOST_CORES = 12  # Of a GPU worker by default: decoding 256 x 256 JPEGs for one GPU's AlexNet gains little beyond.
@@ -22,7 +22,7 @@ class Resources:
     cpus_per_worker: int
 
     @classmethod
-    def of(cls, config: TrainConfig, nodes: Sequence[Node]) -> Resources:
+    def of(cls, config: HardwareOptions, nodes: Sequence[Node]) -> Resources:
         """Settles what the command line leaves open.
 
         Args:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -14,7 +13,7 @@ import ray.train.torch
 import torch
 
 from jobs.cli.device import processor
-from jobs.training.data import WorkerData
+from jobs.training.data import WorkerData, local_set
 from jobs.training.failures import PERMANENT
 from jobs.training.resume import resume
 from jobs.training.run_state import RunFingerprint
@@ -28,8 +27,6 @@ from model.metrics import LabeledImages, Score
 from model.recipe import Recipe
 from model.training import StepAction, StoppedError, Trainer, Worker
 from pipeline.loading.graph import GpuDecoder
-from pipeline.staging.decoded_cache import stage_pixels
-from pipeline.staging.staging import stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,13 +183,7 @@ def _train(config: WorkerConfig) -> dict[str, Any]:
     if device.type == "cpu":
         torch.set_num_threads(config.threads)
     check_run_folder(config.run)
-    folder = Path(config.data)
-    if config.stage is not None:
-        report = functools.partial(print, flush=True)
-        if config.stage_as == "pixels":
-            folder = stage_pixels(config.data, Path(config.stage), report, config.threads)
-        else:
-            folder = stage(config.data, Path(config.stage), report)
+    folder = local_set(config.data, config.stage, config.stage_as, config.threads)
     with limited(config.hang_seconds):
         data = WorkerData(folder, config.recipe, worker, config.micro_batch, config.threads, config.gpu_decoder)
     identity = RunFingerprint.of(config.recipe, data.info, data.decoder, config.precision)
