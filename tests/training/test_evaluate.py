@@ -164,13 +164,14 @@ def test_training_ends_with_a_command_to_evaluate_where_it_ran(tmp_path: Path, m
 
 
 @pytest.mark.slow
-def test_the_command_that_training_ends_with_needs_no_environment(pair: Path, shard_set: Path, tmp_path: Path) -> None:
-    config = TrainConfig(str(shard_set), str(pair.parent), pair.name, stage=str(tmp_path / "my disk"))
+def test_the_command_that_training_ends_with_needs_no_environment(saved: Path, shard_set: Path, tmp_path: Path) -> None:
+    config = TrainConfig(str(shard_set), str(saved.parent), saved.name, stage=str(tmp_path / "my disk"))
     done = subprocess.run(
-        evaluation(config, str(pair)),
+        evaluation(config, str(saved)),
         shell=True,
         cwd=tmp_path,
-        env={"PATH": os.defpath, "HOME": str(tmp_path)},
+        # As where the project is installed.
+        env={"PATH": os.defpath, "PYTHONPATH": str(JOBS.parent)},
         capture_output=True,
         text=True,
         timeout=300,
