@@ -138,7 +138,8 @@ class LostError(ValueError):
     """A call whose worker died each time it was made."""
 
     def __init__(self, number: int, attempts: int, reason: str) -> None:
-        super().__init__(f"call {number} was given up after {attempts} attempts: {reason}")
+        cure = "look for what ended them, as a lack of memory would, or give fewer --workers"
+        super().__init__(f"the workers of task {number} died {attempts} times ({reason}): {cure}")
         self.number, self.attempts, self.reason = number, attempts, reason
 
 
