@@ -12,9 +12,10 @@ import dataclasses
 import hashlib
 import os
 import socket
+import sys
 import uuid
 from pathlib import Path
-from shlex import quote
+from shlex import join as shell_line
 
 from jobs.cli.command import one_line, run
 from jobs.training.config import TrainConfig, Workers, from_groups
@@ -27,6 +28,7 @@ from ray.train import ControllerError, FailureConfig, LoggingConfig, RunConfig, 
 
 from jobs.cluster.connection import connected, on_cluster
 from jobs.cluster.nodes import alive_nodes, on_each
+from jobs.cluster.paths import PACKAGE_FOLDER
 from jobs.training import checkpoint
 from jobs.training.backend import NodeTorchConfig, NodeTrainer
 from jobs.training.failures import PERMANENT, FailureReporter
@@ -40,7 +42,7 @@ from jobs.training.worker import train_worker
 from pipeline.dataset.info import DATASET_FILE, DatasetError, DatasetInfo, is_decoded, read_dataset
 from pipeline.loading.graph import decoder_name
 from pipeline.loading.plan import Plan, color_matrix
-from pipeline.storage.locations import is_url, join, on_disk, open_location, shown, without_user
+from pipeline.storage.locations import is_url, join, open_location, shown, without_user
 
 ROOM_SECONDS = "20"
 
@@ -70,7 +72,7 @@ def main(config: TrainConfig) -> None:
             config = dataclasses.replace(config, init_from=was.init_from or None)
             if done and checkpoint.finished(state, recipe):
                 print(f"the run {config.name} is finished already; --epochs extends it, another --name starts anew")
-                print_result(config.data, run_location, state.progress.history)
+                print_result(config, run_location, state.progress.history)
                 return
         with connected():
             nodes = alive_nodes()
@@ -97,7 +99,7 @@ def main(config: TrainConfig) -> None:
                 flush=True,
             )
             history = launch(config, resources)
-        print_result(config.data, run_location, history)
+        print_result(config, run_location, history)
 
 
 def open_dataset(config: TrainConfig) -> DatasetInfo:
@@ -246,13 +248,24 @@ def _contents_digest(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def print_result(data: str, run: str, history: list[dict[str, float]]) -> None:
+def print_result(config: TrainConfig, run: str, history: list[dict[str, float]]) -> None:
     lowest = min(history, key=lambda row: row["top1_error"])
     print(
         f"done: {len(history)} epochs; lowest validation error {lowest['top1_error']:.1%} top-1, "
         f"{lowest['top5_error']:.1%} top-5, after epoch {lowest['epoch']}"
     )
     print(f"best checkpoint: {shown(join(run, str(checkpoint.best(checkpoint.committed(run)))))}")
-    # With the URL's options, which say where it is, and whose & a shell would take for its own; without its keys.
-    checkpoint_flag = quote(without_user(run) if is_url(run) else run)
-    print(f"next: python jobs/evaluate.py --data {quote(on_disk(data))} --checkpoint {checkpoint_flag} --ten-crop")
+    print(f"next: {evaluation(config, run)}")
+
+
+def evaluation(config: TrainConfig, run: str) -> str:
+    """The command that judges a run, to be given where this one was: in any folder, or submitted as a job."""
+    # With a URL's options, which say where it is; without its keys.
+    data, saved = (without_user(one) if is_url(one) else one for one in (config.data, run))
+    words = ["--data", data, "--checkpoint", saved, "--ten-crop"]
+    if config.stage is not None:
+        words += ["--stage", config.stage, "--stage-as", config.stage_as]
+    if PACKAGE_FOLDER not in os.getcwd():
+        return shell_line([sys.executable, str(Path(__file__).with_name("evaluate.py")), *words])
+    words += ["--workers", str(config.workers.max_workers if config.workers else 1)] + ["--gpus"] * bool(config.gpus)
+    return shell_line(["ray", "job", "submit", "--working-dir", ".", "--", "python", "jobs/evaluate.py", *words])

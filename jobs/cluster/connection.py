@@ -120,14 +120,18 @@ def _check_unreachable(address: str) -> None:
 
 
 def in_parallel(
-    function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], workers: int | None = None
+    function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], workers: int | None = None, **resources: float
 ) -> Iterator[tuple[int, Any]]:
-    """`stream` for a plain function. A call whose worker dies, or that raises OSError, is made again, RETRIES times."""
+    """`stream` for a plain function. A call whose worker dies, or that raises OSError, is made again, RETRIES times.
+
+    `resources` are a call's num_cpus, 1 by default, and num_gpus.
+    """
 
     def answer(*arguments: Any) -> Iterator[Any]:
         yield function(*arguments[:-1])
 
-    task = ray.remote(answer).options(num_cpus=1, max_retries=0, num_returns="streaming", name=function.__name__)
+    options = {"num_cpus": 1, "max_retries": 0, "num_returns": "streaming", "name": function.__name__, **resources}
+    task = ray.remote(answer).options(**options)
     return stream(task, calls, workers, RETRIES + 1, (OSError,))
 
 
@@ -135,7 +139,8 @@ class LostError(ValueError):
     """A call whose worker died each time it was made."""
 
     def __init__(self, number: int, attempts: int, reason: str) -> None:
-        super().__init__(f"call {number} was given up after {attempts} attempts: {reason}")
+        cure = "look for what ended them, as a lack of memory would, or give fewer --workers"
+        super().__init__(f"the workers of task {number} died {attempts} times ({reason}): {cure}")
         self.number, self.attempts, self.reason = number, attempts, reason
 
 

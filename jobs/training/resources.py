@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from jobs.cluster.connection import check_gpus_or_cluster, on_cluster
 from jobs.cluster.nodes import Node
-from jobs.training.config import TrainConfig, Workers
+from jobs.training.config import HardwareOptions, TrainConfig, Workers
 from model.recipe import RECIPES, Recipe
 
 FEW_IMAGES = 32  # Of a batch on one GPU
@@ -23,7 +23,7 @@ class Resources:
     cpus_per_worker: int
 
     @classmethod
-    def of(cls, config: TrainConfig, nodes: Sequence[Node]) -> Resources:
+    def of(cls, config: HardwareOptions, nodes: Sequence[Node]) -> Resources:
         """Settles what the command line leaves open.
 
         Args:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -16,7 +15,7 @@ from ray.train.collective import barrier
 
 from jobs.cli.device import processor
 from jobs.training.config import TrainConfig
-from jobs.training.data import WorkerData
+from jobs.training.data import WorkerData, local_set
 from jobs.training.failures import PERMANENT, CollectiveTimeoutError, named_timeouts
 from jobs.training.resume import resume
 from jobs.training.run_state import RunFingerprint
@@ -28,8 +27,6 @@ from model.alexnet import AlexNet
 from model.guards import DivergedError
 from model.metrics import LabeledImages, Score
 from model.training import StepAction, StoppedError, Trainer, Worker
-from pipeline.staging.decoded_cache import stage_pixels
-from pipeline.staging.staging import stage
 
 
 class Reporter:
@@ -162,13 +159,8 @@ def _train(config: TrainConfig) -> dict[str, Any]:
     if device.type == "cpu":
         torch.set_num_threads(threads)
     check_run_folder(config.run)
-    folder = Path(config.data)
+    folder = local_set(config.data, config.stage, config.stage_as, threads)
     if config.stage is not None:
-        report = functools.partial(print, flush=True)
-        if config.stage_as == "pixels":
-            folder = stage_pixels(config.data, Path(config.stage), report, threads)
-        else:
-            folder = stage(config.data, Path(config.stage), report)
         # Without a time limit: a node that comes new copies all of the set.
         barrier()
     with limited(config.hang_seconds):

@@ -89,7 +89,7 @@ def test_batch_normalization_refuses_a_single_image(
 
 def cluster(*nodes: tuple[int, int]) -> list[Node]:
     """Nodes of so many cores and GPUs."""
-    return [Node(str(i), f"10.0.0.{i}", f"host{i}", gpus, cpus) for i, (cpus, gpus) in enumerate(nodes)]
+    return [Node(str(i), f"10.0.0.{i}", gpus, cpus) for i, (cpus, gpus) in enumerate(nodes)]
 
 
 @pytest.mark.parametrize(
