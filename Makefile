@@ -1,7 +1,11 @@
-# Each target that needs it makes .venv first, when it is missing or older than the lock.
+# Each target makes or completes .venv first: what runs needs requirements.lock alone, what tests requirements-test.lock too.
 # The first Python here that is one of these and can make environments.
 PYTHON ?= $(shell for v in 3.11 3.12 3.13; do python$$v -c 'import ensurepip' 2>/dev/null && echo python$$v && break; done)
 BIN := .venv/bin
+# uv does not read pip's configuration, which may say where packages are: it installs only where pip has none.
+install = @echo 'installing $(1)'; $$(command -v uv >/dev/null && test -z "$$($(BIN)/pip config list)" \
+	&& echo uv pip install --python $(BIN)/python || echo $(BIN)/pip install --disable-pip-version-check) --quiet $(1)
+COMPILE = $(BIN)/pip-compile --quiet --extra aws --strip-extras --annotation-style line --no-emit-index-url --no-emit-find-links
 DEMO ?= demo
 SOURCE ?=
 DATA ?= $(DEMO)/shards
@@ -21,8 +25,12 @@ install: .venv/.installed ## make the environment .venv (7 GB); then: . .venv/bi
 	Ubuntu: apt install python3-venv), or name it with make PYTHON=PATH" >&2; exit 1; }
 	rm -rf .venv  # Not venv --clear: where .venv is a link, that would empty what it leads to.
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(call install,-r requirements.lock)
+	$(call install,--no-deps --editable .)
+	touch $@
+
+.venv/.test-installed: .venv/.installed requirements-test.lock
+	$(call install,-r requirements-test.lock)
 	touch $@
 
 demo: .venv/.installed ## shard, train, evaluate and report on generated images, or on your own: make demo SOURCE=FOLDER
@@ -42,27 +50,27 @@ figures: .venv/.installed ## draw the README's pictures anew, from docs/benchmar
 # As many processes as cores, at most four, of a thread each. One of them starts Ray and trains.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
-test: .venv/.installed ## everything but test-long
+test: .venv/.test-installed ## everything but test-long
 	$(PYTEST) --dist loadfile
 
-test-fast: .venv/.installed ## the tests that start no Ray and train nothing, for while one works
+test-fast: .venv/.test-installed ## the tests that start no Ray and train nothing, for while one works
 	$(PYTEST) --dist worksteal -m "not long and not slow"
 
-test-long: .venv/.installed ## faults and resizes in the midst of whole training runs, twenty minutes
+test-long: .venv/.test-installed ## faults and resizes in the midst of whole training runs, twenty minutes
 	$(BIN)/python -m pytest -m long
 
-lint: .venv/.installed ## ruff and mypy
+lint: .venv/.test-installed ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: .venv/.installed ## let ruff format the code
+format: .venv/.test-installed ## let ruff format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lock: .venv/.installed ## write requirements.lock anew from pyproject.toml
-	$(BIN)/pip-compile --quiet --extra dev --extra aws --strip-extras --no-emit-index-url --no-emit-find-links \
-		--output-file requirements.lock pyproject.toml
+lock: .venv/.test-installed ## write both locks anew from pyproject.toml
+	$(COMPILE) --output-file requirements.lock pyproject.toml
+	$(COMPILE) --extra onnx --extra dev --constraint requirements.lock --output-file requirements-test.lock pyproject.toml
 
 clean: ## remove .venv and demo
 	rm -rf .venv demo

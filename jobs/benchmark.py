@@ -14,7 +14,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import itertools
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jobs.cli.command import GpuChoice, run
+from jobs.cli.cores import cores
 
 IMAGENET_IMAGES = 1_281_167  # ILSVRC-2012's training set
 PAPER_EPOCHS = 90  # The paper, section 5
@@ -43,7 +43,7 @@ class BenchmarkConfig:
     """Images per step of this one process."""
     gpu: GpuChoice = None
     """Measure a GPU; None: if torch sees one."""
-    threads: int = os.cpu_count() or 1
+    threads: int = cores()
     """Decoder threads, and the network's threads on CPU."""
     rounds: int = 3
     """Each rate is measured so often; the median counts."""

@@ -11,10 +11,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Stands in for `python -c`, which succeeds, and for `python -m venv FOLDER`, which makes a pip that does nothing.
+# Stands in for `python -c`, which succeeds, and for `python -m venv FOLDER`, which makes a python and a pip alike.
+# `pip config list` prints what CONFIG holds.
 PYTHON = """#!/bin/sh
 echo "$(basename "$0") $*" >> "$CALLS"
-[ "$2" != venv ] || { mkdir -p "$3/bin" && printf '#!/bin/sh\\n' > "$3/bin/pip" && chmod +x "$3/bin/pip"; }
+[ "$1" != config ] || printf "$CONFIG"
+[ "$2" != venv ] || { mkdir -p "$3/bin" && cp "$0" "$3/bin/pip" && cp "$0" "$3/bin/python"; }
 """
 
 
@@ -22,47 +24,71 @@ echo "$(basename "$0") $*" >> "$CALLS"
 def checkout(tmp_path: Path) -> Path:
     folder = tmp_path / "check out"
     folder.mkdir()
-    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+    for name in ("Makefile", "requirements.lock", "requirements-test.lock", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
     (tmp_path / "bin").mkdir()
-    for program in ("make", "sh", "rm", "mkdir", "touch", "test", "printf", "chmod", "basename", "awk"):
+    for program in ("make", "sh", "rm", "mkdir", "touch", "test", "printf", "cp", "basename", "awk"):
         found = shutil.which(program)
         assert found is not None
         (tmp_path / "bin" / program).symlink_to(found)
     return folder
 
 
-def make(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def make(checkout: Path, *arguments: str, config: str = "") -> subprocess.CompletedProcess[str]:
     """Runs make where no programs are but those that the fixture and the test put there."""
     return subprocess.run(
         ["make", *arguments],
         cwd=checkout,
-        env={"PATH": str(checkout.parent / "bin"), "CALLS": str(checkout.parent / "calls")},
+        env={"PATH": str(checkout.parent / "bin"), "CALLS": str(checkout.parent / "calls"), "CONFIG": config},
         capture_output=True,
         text=True,
         check=False,
     )
 
 
-def add_python(checkout: Path, version: str) -> None:
-    path = checkout.parent / "bin" / f"python{version}"
+def add(checkout: Path, program: str) -> None:
+    path = checkout.parent / "bin" / program
     path.write_text(PYTHON)
     path.chmod(0o755)
 
 
+def calls(checkout: Path, part: str) -> list[str]:
+    """The commands that hold `part`, in their order."""
+    return [line for line in (checkout.parent / "calls").read_text().splitlines() if part in line]
+
+
 def test_it_takes_the_python_that_is_there(checkout: Path) -> None:
-    add_python(checkout, "3.13")
-    add_python(checkout, "3.12")
+    add(checkout, "python3.13")
+    add(checkout, "python3.12")
     done = make(checkout, "install")
     assert done.returncode == 0, done.stderr
-    calls = (checkout.parent / "calls").read_text().splitlines()
-    assert [call for call in calls if "venv" in call] == ["python3.12 -m venv .venv"]
+    assert calls(checkout, "-m venv") == ["python3.12 -m venv .venv"]
     assert (checkout / ".venv" / ".installed").exists()
-    assert "pip" not in make(checkout, "install").stdout
+
+
+def test_what_runs_needs_one_lock_and_what_tests_another(checkout: Path) -> None:
+    add(checkout, "python3.11")
+    pip = "pip install --disable-pip-version-check --quiet"
+    wanted = [f"{pip} -r requirements.lock", f"{pip} --no-deps --editable ."]
+    for target in ("install", "demo", "look"):
+        make(checkout, *target.split())
+        assert calls(checkout, "pip install") == wanted
+    for target in ("test", "lint"):
+        make(checkout, target)
+        assert calls(checkout, "pip install") == [*wanted, f"{pip} -r requirements-test.lock"]
+
+
+@pytest.mark.parametrize(("config", "program"), [("", "uv pip"), ("global.index-url='https://example.com'", "pip")])
+def test_uv_installs_unless_pip_is_configured(checkout: Path, config: str, program: str) -> None:
+    add(checkout, "python3.11")
+    add(checkout, "uv")
+    assert make(checkout, "install", config=config).returncode == 0
+    assert all(call.startswith(f"{program} install ") for call in calls(checkout, " install "))
+    assert calls(checkout, "-r requirements.lock")
 
 
 def test_without_a_python_it_says_which_to_install(checkout: Path) -> None:
-    add_python(checkout, "3.10")
+    add(checkout, "python3.10")
     done = make(checkout, "install")
     assert done.returncode != 0
     assert done.stderr.startswith("error: no Python 3.11, 3.12 or 3.13")
@@ -75,7 +101,7 @@ def test_a_linked_environment_is_not_emptied(checkout: Path) -> None:
     (other / ".installed").touch()
     os.utime(other / ".installed", (0, 0))  # Older than this checkout's lock.
     (checkout / ".venv").symlink_to(other)
-    add_python(checkout, "3.11")
+    add(checkout, "python3.11")
     assert make(checkout, "install").returncode == 0
     assert (other / "bin" / "python").exists()
     assert not (checkout / ".venv").is_symlink()

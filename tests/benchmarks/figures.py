@@ -1,8 +1,19 @@
-"""Draws the README's pictures into docs/img/, for a light page and a dark one.
+"""Draws the pictures of README.md and docs/ into docs/img/, for a light page and a dark one.
 
     python -m tests.benchmarks.figures
 
-The loaders' chart is of docs/benchmarks/loaders.json, the batch of a few generated images.
+The batch is of a few generated images. The others are drawn from JSON in docs/benchmarks/; one whose JSON is missing is
+named and left out.
+
+    loaders.json    {LOADER: {CORES: images/s}}, by tests.benchmarks.loader_speed
+    rgb.json        the `rgb` of a set's dataset.json
+    learning.json   [{"run": "NAME, seed N", "epoch": [1, ...], "train_loss": [nats, ...],
+                    "val_top1_error": [fraction, ...]}, ...], by tests.benchmarks.learning
+    exactness.json  [{"run": NAME, "step": [1, ...], "train_loss": [nats, ...], "killed_after": [step, ...],
+                    "weights_sha256": DIGEST}, ...], by tests.benchmarks.exactness
+                    The first row is what the others are compared with.
+
+The lists of a row have one length. Steps count from the run's start.
 """
 
 from __future__ import annotations
@@ -11,33 +22,40 @@ import dataclasses
 import io
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from jobs import look
 from jobs.cli.command import run
 from pipeline.images.synthetic import write_folder
+from pipeline.sharding.pictures import IMAGENET_EIGENVALUES
 from pipeline.storage.remote import write_atomically
 from tests.photographs import build_shard_set
 
-ROOT = Path(__file__).resolve().parents[2]
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES = {"light": ("#ffffff", "#1f2328"), "dark": ("#0d1117", "#e6edf3")}
 """GitHub's background and text."""
 OURS, OTHERS = "#3a86d4", "#8fa3b8"
+LINES = (OURS, "#e0762b", "#3fa36b", OTHERS)  # Distinct to the color-blind, on black and on white.
 SEED = 23  # With it, one image of the two is flipped.
 CORES = "2"
 NO_LOADERS = ("no more", "bare copy")  # Of decoding or copying alone, which give no batches.
+DEVIATIONS = 3  # Shown of each color component, to both sides.
 
 
 @dataclasses.dataclass(frozen=True)
 class FiguresConfig:
-    output: Path = ROOT / "docs" / "img"
+    output: Path = DOCS / "img"
     """The folder to write to."""
-    rates: Path = ROOT / "docs" / "benchmarks" / "loaders.json"
-    """What tests.benchmarks.loader_speed --json wrote."""
+    data: Path = DOCS / "benchmarks"
+    """The folder with the JSON."""
 
 
 def loader_bars(rates: dict[str, dict[str, float]]) -> Figure:
@@ -55,6 +73,76 @@ def loader_bars(rates: dict[str, dict[str, float]]) -> Figure:
     return figure
 
 
+def rgb_components(rgb: dict[str, Any]) -> Figure:
+    """The colors along each of a set's RGB components, through its mean color."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    deviations = np.linspace(-DEVIATIONS, DEVIATIONS, 256)[None, :, None]
+    values = rgb["eigenvalues"]
+    for i, axes in enumerate(figure.subplots(3, sharex=True)):
+        colors = rgb["mean"] + deviations * np.sqrt(values[i]) * np.array(rgb["eigenvectors"])[:, i]
+        axes.imshow(np.clip(colors, 0, 1), extent=(-DEVIATIONS, DEVIATIONS, 0, 1), aspect="auto")
+        axes.set_yticks([])
+        known = f"ImageNet: {IMAGENET_EIGENVALUES[i]:.4f}"
+        title = (
+            f"component {i + 1}: {values[i] / sum(values):.1%} of the variance, eigenvalue {values[i]:.4f} ({known})"
+        )
+        axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel("standard deviations from the mean color")
+    return figure
+
+
+def learning_curves(rows: list[dict[str, Any]]) -> Figure:
+    """Training loss and validation error by epoch: a line for each seed, a color for all seeds of a run."""
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    captions = {"train_loss": "training loss (nats)", "val_top1_error": "validation error, top-1"}
+    names = [row["run"].partition(", seed")[0] for row in rows]
+    colors = dict(zip(dict.fromkeys(names), LINES, strict=False))
+    for axes, (key, caption) in zip(figure.subplots(1, 2), captions.items(), strict=True):
+        for number, (name, row) in enumerate(zip(names, rows, strict=True)):
+            label = f"{name} ({names.count(name)} seeds)" if name not in names[:number] else None
+            axes.plot(row["epoch"], row[key], color=colors[name], alpha=0.7, linewidth=1.2, label=label)
+        axes.set_xlabel("epoch")
+        axes.set_title(caption, fontsize=10)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.legend(frameon=False)
+    return figure
+
+
+def exactness_overlay(rows: list[dict[str, Any]]) -> Figure:
+    """The loss of each run by step, each line thinner than the one below it; a mark where a run was killed."""
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    axes = figure.subplots()
+    first = dict(zip(rows[0]["step"], rows[0]["train_loss"], strict=True))
+    for row, color, width in zip(rows, (OTHERS, *LINES), (6, 3, 1), strict=False):
+        apart = max(abs(loss - first[step]) for step, loss in zip(row["step"], row["train_loss"], strict=True))
+        compared = f": losses at most {apart:.1g} apart" if apart else ": equal losses"
+        if row["weights_sha256"] == rows[0]["weights_sha256"]:
+            compared += " and weights"
+        label = row["run"] + (compared if row is not rows[0] else "")
+        axes.plot(row["step"], row["train_loss"], color=color, linewidth=width, label=label)
+        for step in row["killed_after"]:
+            place = (step, row["train_loss"][row["step"].index(step)])
+            arrow = {"arrowstyle": "->", "color": color}
+            axes.annotate("killed", place, (0, 24), textcoords="offset points", ha="center", arrowprops=arrow)
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss (nats)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))  # Above the lines.
+    return figure
+
+
+CHARTS: dict[str, Callable[[Any], Figure]] = {
+    "loaders": loader_bars,
+    "rgb": rgb_components,
+    "learning": learning_curves,
+    "exactness": exactness_overlay,
+}
+"""By the name of the JSON and of the picture."""
+
+
 def batch(folder: Path) -> bytes:
     """What jobs/look.py draws of two generated images, as a JPEG."""
     write_folder(folder / "images", classes=6, train_per_class=4, val_per_class=1, seed=0, log=lambda line: None)
@@ -67,7 +155,10 @@ def batch(folder: Path) -> bytes:
 
 def main(config: FiguresConfig) -> None:
     config.output.mkdir(parents=True, exist_ok=True)
-    rates = json.loads(config.rates.read_text("utf-8"))
+    files = {name: config.data / f"{name}.json" for name in CHARTS}
+    for name, file in files.items():
+        if not file.exists():
+            print(f"not drawn: {name}, as there is no {file}")
     for page, (background, text) in PAGES.items():
         style = {
             "figure.facecolor": background,
@@ -79,9 +170,13 @@ def main(config: FiguresConfig) -> None:
             "font.family": "sans-serif",
         }
         with tempfile.TemporaryDirectory() as folder, mpl.rc_context(style):
-            chart = io.BytesIO()
-            loader_bars(rates).savefig(chart, format="svg", metadata={"Date": None})
-            write_atomically(config.output / f"loaders-{page}.svg", chart.getvalue())
+            for name, file in files.items():
+                if file.exists():
+                    chart = io.BytesIO()
+                    CHARTS[name](json.loads(file.read_text("utf-8"))).savefig(
+                        chart, format="svg", metadata={"Date": None}
+                    )
+                    write_atomically(config.output / f"{name}-{page}.svg", chart.getvalue())
             write_atomically(config.output / f"batch-{page}.jpg", batch(Path(folder)))
     print(f"pictures: {config.output}")
 

@@ -20,6 +20,7 @@ from model.metrics import LabeledImages, Score
 from model.recipe import Recipe
 from model.training import StepAction, StoppedError, Trainer, Worker
 from pipeline.images.rgb_stats import RgbStatistics
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 GLOBAL_BATCH = 3
@@ -101,8 +102,11 @@ class Recorder:
         stop_after: int | None = None,
         identity: RunFingerprint = IDENTITY,
         wishes: dict[tuple[int, int], StepAction] | None = None,
+        wishes_in_validation: dict[tuple[int, int], StepAction] | None = None,
     ) -> None:
         self.wishes = wishes or {}
+        self.wishes_in_validation = wishes_in_validation or {}
+        self.validated: list[int] = []
         self.identity = identity
         self.folder = folder
         self.stop_after = stop_after
@@ -121,7 +125,12 @@ class Recorder:
     def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None:
         self.rows.append({k: v for k, v in row.items() if "seconds" not in k})
 
-    def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
+    def on_validation_batch(self, trainer: Trainer) -> StepAction:
+        self.validated.append(trainer.progress.epoch)
+        place = trainer.progress.epoch, self.validated.count(trainer.progress.epoch)
+        return self.wishes_in_validation.get(place, StepAction.NOTHING)
+
+    def checkpoint(self, trainer: Trainer) -> None:
         if self.folder is None:
             return
         folder = self.folder / str(len(self.saved))
@@ -186,10 +195,128 @@ def test_a_checkpoint_by_the_clock_changes_nothing_of_what_is_learned(tmp_path: 
     more = make_trainer()
     more.fit(SmallData(), record)
     places = [(p.epoch, p.step) for p in (checkpoint.read_state(folder).progress for folder in record.saved)]
-    # The epoch's last step has no checkpoint beside that of its end.
     assert [place for place in places if place[0] == 1] == [(1, 0), (1, 2), (1, 3), (1, 4)]
-    assert (2, 5) not in places
+    # At once, and not after the validation.
+    assert [place for place in places if place[0] == 2] == [(2, 0), (2, 2), (2, 4), (2, 5)]
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(more), strict=True))
+
+
+class ManyBatches(SmallData):
+    """Validation in five batches."""
+
+    def validation(self) -> Iterator[Images]:
+        for images, labels in zip(self._images.split(4), self._labels.split(4), strict=True):
+            yield Images(images, labels)
+
+
+def test_a_stop_during_validation_is_followed_at_once_and_changes_no_decision(tmp_path: Path) -> None:
+    """The same command validates again: the weights are the same, and so are all decisions of the schedule."""
+    recipe = dataclasses.replace(RECIPE, epochs=500, patience=2)
+    identity = dataclasses.replace(IDENTITY, recipe=recipe)
+
+    def trainer() -> Trainer:
+        # With a checkpoint at the stop and at the end alone.
+        return Trainer(make_trainer().network, recipe, Worker(0, 1, CPU), checkpoint_epochs=recipe.epochs)
+
+    whole, record = trainer(), Recorder(tmp_path / "whole", identity=identity)
+    whole.fit(ManyBatches(), record)
+    decisions = [row["epoch"] - 1 for row in record.rows if row["reason"]]
+    assert len(decisions) == 4
+    for epoch, batch in ((0, 1), (decisions[0], 5), (decisions[1] - 1, 3), (decisions[3], 2)):
+        wish = {(epoch, batch): StepAction.STOP}
+        stopped = Recorder(tmp_path / f"stopped{epoch}", identity=identity, wishes_in_validation=wish)
+        with pytest.raises(StoppedError, match=f"after epoch {epoch}, step 5"):
+            trainer().fit(ManyBatches(), stopped)
+        assert stopped.validated.count(epoch) == batch
+        (saved,) = stopped.saved
+        progress = checkpoint.read_state(saved).progress
+        assert (progress.epoch, progress.step, len(progress.history)) == (epoch, 5, epoch)
+        resumed, rest = trainer(), Recorder(tmp_path / f"rest{epoch}", identity=identity)
+        checkpoint.restore(saved, resumed, identity)
+        resumed.fit(ManyBatches(), rest)
+        assert stopped.rows + rest.rows == record.rows
+        assert resumed.progress.schedule == whole.progress.schedule
+        assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
+
+
+def test_a_drain_during_validation_has_its_checkpoint_at_once_and_training_goes_on(tmp_path: Path) -> None:
+    whole = make_trainer()
+    whole.fit(ManyBatches(), Recorder(tmp_path / "whole"))
+    record = Recorder(tmp_path / "drained", wishes_in_validation={(1, 2): StepAction.CHECKPOINT})
+    trainer = make_trainer()
+    trainer.fit(ManyBatches(), record)
+    places = [(p.epoch, p.step) for p in (checkpoint.read_state(folder).progress for folder in record.saved)]
+    assert [place for place in places if place[0] == 1] == [(1, 0), (1, 2), (1, 4), (1, 5)]
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(trainer), strict=True))
+
+
+class UnevenData:
+    """One of three workers' part of nine images a step; rank r validates in r + 1 batches."""
+
+    steps = 2
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        generator = torch.Generator().manual_seed(rank)
+        self._images = torch.randn(6, 3, 4, 4, generator=generator)
+        self._labels = torch.randint(0, 3, (6,), generator=generator)
+
+    def training(self, epoch: int, first_step: int) -> Iterator[list[Images]]:
+        for step in range(first_step, self.steps):
+            yield [Images(self._images[3 * step : 3 * step + 3], self._labels[3 * step : 3 * step + 3])]
+
+    def validation(self) -> Iterator[Images]:
+        size = 6 // (self._rank + 1)
+        for images, labels in zip(self._images.split(size), self._labels.split(size), strict=True):
+            yield Images(images, labels)
+
+
+def stop_in_validation(rank: int, world: int, folder: Path) -> None:
+    """Trains undisturbed, then with a stop after each of the first epoch's validation batches in turn."""
+    recipe = dataclasses.replace(RECIPE, batch_size=9, epochs=2)
+    identity = dataclasses.replace(IDENTITY, recipe=recipe)
+
+    def trainer() -> Trainer:
+        torch.manual_seed(5)
+        layers = [nn.Flatten(), nn.Linear(48, 32), nn.BatchNorm1d(32, affine=False), nn.ReLU(), nn.Linear(32, 3)]
+        return Trainer(nn.Sequential(*layers), recipe, Worker(rank, world, CPU))
+
+    def kept(trainer: Trainer) -> list[Tensor]:
+        return [tensor.clone() for tensor in trainer.network.state_dict().values()]
+
+    whole, record = trainer(), Recorder(folder / f"whole{rank}", identity=identity)
+    whole.fit(UnevenData(rank), record)
+    for batch in (1, 2, 3):
+        wish = {(0, batch): StepAction.STOP}
+        stopped = Recorder(folder / f"stopped{rank}-{batch}", identity=identity, wishes_in_validation=wish)
+        with pytest.raises(StoppedError, match="after epoch 0, step 2"):
+            trainer().fit(UnevenData(rank), stopped)
+        assert stopped.validated == [0] * batch
+        resumed, rest = trainer(), Recorder(folder / f"rest{rank}-{batch}", identity=identity)
+        # Each rank's own: the running statistics are those of all ranks already.
+        checkpoint.restore(stopped.saved[-1], resumed, identity)
+        resumed.fit(UnevenData(rank), rest)
+        assert rest.rows == record.rows
+        assert all(torch.equal(a, b) for a, b in zip(kept(whole), kept(resumed), strict=True))
+
+
+def test_workers_with_other_numbers_of_validation_batches_stop_at_the_same_place(tmp_path: Path) -> None:
+    run_ranks(3, tmp_path, stop_in_validation, tmp_path)
+
+
+def test_every_third_epoch_and_the_last_have_a_checkpoint(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, epochs=7)
+    torch.manual_seed(11)
+    record = Recorder(tmp_path, identity=dataclasses.replace(IDENTITY, recipe=recipe))
+    trainer = Trainer(make_trainer().network, recipe, Worker(0, 1, CPU), checkpoint_epochs=3)
+    record.wishes = {(4, 2): StepAction.STOP}
+    with pytest.raises(StoppedError):
+        trainer.fit(SmallData(), record)
+    record.wishes = {}
+    trainer.fit(SmallData(), record)
+    places = [(p.epoch, p.step) for p in (checkpoint.read_state(folder).progress for folder in record.saved)]
+    assert places == [(3, 0), (4, 2), (6, 0), (7, 0)]
+    assert len(record.rows) == 7
 
 
 def test_an_epochs_row_counts_every_image(tmp_path: Path) -> None:

@@ -55,6 +55,18 @@ def test_an_interrupted_staging_goes_on(shard_set: Path, tmp_path: Path) -> None
     assert lost.exists()
 
 
+def test_one_split_is_staged_alone_and_the_other_later(shard_set: Path, tmp_path: Path) -> None:
+    staged = stage(str(shard_set), tmp_path, print, ("val",))
+    assert len(SplitReader(staged, read_dataset(shard_set), "val")) == 15
+    assert not list(staged.glob("train/*.tar"))
+    # What is not whole shall not pass for it.
+    assert not (staged / "dataset.json").exists()
+    again, lines = stage_quietly(shard_set, tmp_path)
+    assert again == staged
+    assert "in 5 of 7 shards" in lines[0]
+    assert tree(staged) == tree(shard_set)
+
+
 def test_a_shard_that_is_not_what_the_set_says_is_refused(shard_set: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "source"
     shutil.copytree(shard_set, damaged)

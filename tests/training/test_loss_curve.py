@@ -47,7 +47,10 @@ class Curve:
     def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None:
         self.losses.append(row["val_loss"])
 
-    def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None: ...
+    def on_validation_batch(self, trainer: Trainer) -> StepAction:
+        return StepAction.NOTHING
+
+    def checkpoint(self, trainer: Trainer) -> None: ...
 
     def on_warning(self, trainer: Trainer, warning: str) -> None: ...
 

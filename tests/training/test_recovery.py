@@ -263,7 +263,7 @@ def test_a_half_sent_checkpoint_is_none_and_is_sent_anew(tmp_path: Path, monkeyp
         raise OSError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_storage, "put", die)
+        patch.setattr(run_storage, "write", die)
         with pytest.raises(StorageError):
             send(uploader)
     folder = tmp_path / "checkpoint_0000_000000"
