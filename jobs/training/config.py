@@ -264,7 +264,7 @@ class TrainConfig(LoggingOptions, FaultOptions, CheckpointOptions, RecipeOptions
         return join(self.storage, self.name)
 
     def with_whole_paths(self) -> TrainConfig:
-        """The same with absolute paths, ~ expanded.
+        """The same with absolute paths.
 
         Raises:
             ValueError: for a relative path in the working directory of a submitted job.

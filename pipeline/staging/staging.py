@@ -27,7 +27,7 @@ from pipeline.dataset.info import (
     read_dataset,
     write_json,
 )
-from pipeline.dataset.sample_index import SampleIndex, check_has_index, index_file, index_is_whole, open_index
+from pipeline.dataset.sample_index import SampleIndex, index_file, index_is_whole, open_index
 from pipeline.storage.locations import join, shown
 from pipeline.storage.remote import TEMPORARY_SUFFIX, chunks, write_atomically
 from pipeline.storage.retry import SourceReadError, retry
@@ -110,7 +110,7 @@ def make_folders(target: Path, info: DatasetInfo, need: int, what: str, otherwis
 def _copy(location: str, info: DatasetInfo, target: Path, report: Report, splits: Collection[str]) -> None:
     parts = {split: part for split, part in info.splits.items() if split in splits}
     work = [(split, row) for split, part in parts.items() for row in part.shards]
-    missing = [(split, row) for split, row in work if not _is_whole(target / split / f"{row.name}.tar", row)]
+    missing = [(split, row) for split, row in work if not has_size(target / split / f"{row.name}.tar", row.bytes)]
     indexed = all(index_is_whole(target, split, part) for split, part in parts.items())
     whole = parts == info.splits
     if not missing and indexed and (not whole or (target / DATASET_FILE).exists()):
@@ -136,7 +136,6 @@ def copy_index(location: str, target: Path, split: str, info: DatasetInfo) -> Sa
         OSError: if it cannot be read or written.
     """
     part, name = info.splits[split], index_file(split)
-    check_has_index(shown(location), part)
     source = join(location, name)
 
     def fetch() -> bytes:
@@ -169,8 +168,9 @@ def _copy_shards(location: str, target: Path, missing: Sequence[tuple[str, Shard
             raise
 
 
-def _is_whole(path: Path, row: ShardRow) -> bool:
-    return path.exists() and path.stat().st_size == row.bytes
+def has_size(path: Path, size: int) -> bool:
+    """Whether a file is there, and whole: what has its name was renamed when it was."""
+    return path.exists() and path.stat().st_size == size
 
 
 def copy_shard(location: str, target: Path, split: str, row: ShardRow) -> Path:
