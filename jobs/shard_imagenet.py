@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,10 +90,14 @@ class ShardConfig:
 if __name__ == "__main__":
     run(ShardConfig, "jobs.shard_imagenet")  # Before the imports below, which take seconds.
 
+import pyarrow as pa
+
 from jobs.cli.progress import Progress
 from jobs.cluster.build import build_all
 from jobs.cluster.connection import connected
 from pipeline.dataset.info import REJECTS_FILE, DatasetInfo
+from pipeline.dataset.sample_index import SCHEMA
+from pipeline.images.equal_images import equal_images
 from pipeline.images.resize import encoder_settings
 from pipeline.sharding.set_lock import JobLock
 from pipeline.sharding.shard_set import (
@@ -105,7 +110,7 @@ from pipeline.sharding.shard_set import (
     tidy,
     with_encoder_of,
 )
-from pipeline.sharding.shards import plan_shards
+from pipeline.sharding.shards import BuiltShard, plan_shards
 from pipeline.sources.sources import check_output, read_source
 
 
@@ -150,7 +155,21 @@ def _make(output: str, plan: SetPlan, config: ShardConfig, lock: JobLock | None)
         rate = progress.rate
     if lock is not None:
         lock.shut_out_workers()
+    print_equal_images(built)
     return finish(output, plan, built, config.max_bad_fraction, log), rate
+
+
+def print_equal_images(built: Sequence[BuiltShard]) -> None:
+    """Says how many stored images are stored under another class, too."""
+    rows = pa.Table.from_batches([shard.rows for shard in built if len(shard.rows)], SCHEMA)
+    found = equal_images(*(rows[column].to_numpy() for column in ("size", "crc32", "label")))
+    if found.images:
+        print(
+            f"images that are stored under another class, too, byte for byte: {found.images:,}; one of them "
+            f"{found.most:,} times under {found.classes:,} classes, as {rows['key'][found.example]}: is it what a "
+            "download puts in place of a missing image?",
+            flush=True,
+        )
 
 
 def _print_summary(output: str, info: DatasetInfo, rate: float | None) -> None:

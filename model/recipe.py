@@ -74,7 +74,7 @@ class Recipe:
     patience: int = 3
     """Epochs without an improvement before the rate drops. The paper judged by hand and gives no number."""
     gradient_compression: str = "none"
-    """none: workers exchange gradients in float32; bfloat16: in half the bytes, with 8 bits of each value."""
+    """none: workers exchange gradients in float32; bfloat16: in half the bytes, with 8 significant bits."""
     seed: int = 0
     """Of the initial weights, the plan and dropout."""
 

@@ -8,17 +8,14 @@ from pathlib import Path
 
 import torch
 
-from jobs.cli.cores import cores
-
 
 def choose_device(gpus: bool | None) -> torch.device:
-    """The first GPU, or the CPU, of which torch then takes all cores; for None, the GPU if torch sees one.
+    """The first GPU, or the CPU; for None, the GPU if torch sees one.
 
     Raises:
         ValueError: if a GPU is asked for and torch sees none.
     """
     if gpus is False or (gpus is None and not torch.cuda.is_available()):
-        torch.set_num_threads(cores())
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ValueError("--gpus was given, but torch sees no GPU here: leave it out, or use a machine with one")

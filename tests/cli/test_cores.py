@@ -57,7 +57,7 @@ def within_one_core(program: str) -> str:
 
 
 def test_a_command_takes_the_cores_that_taskset_leaves_it() -> None:
-    program = "from jobs.evaluate import EvaluateConfig; print(EvaluateConfig('a', 'b').threads)"
+    program = "from jobs.benchmark import BenchmarkConfig; print(BenchmarkConfig('a').threads)"
     assert within_one_core(program) == "1"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -301,7 +302,7 @@ def stop_in_validation(rank: int, world: int, folder: Path) -> None:
 
 
 def test_workers_with_other_numbers_of_validation_batches_stop_at_the_same_place(tmp_path: Path) -> None:
-    run_ranks(3, tmp_path, stop_in_validation, tmp_path)
+    run_ranks(3, tmp_path, stop_in_validation, tmp_path, timeout=timedelta(seconds=120))
 
 
 def test_every_third_epoch_and_the_last_have_a_checkpoint(tmp_path: Path) -> None:
