@@ -47,12 +47,14 @@ gpu: .venv/.installed ## check the GPU's loader against the CPU's, time it, writ
 figures: .venv/.installed ## draw the README's pictures anew, from docs/benchmarks/*.json and generated images
 	$(BIN)/python -m tests.benchmarks.figures
 
-# As many processes as cores, at most four, of which one starts Ray and trains.
+# As many processes as cores, at most four, of a thread each. One of them starts Ray and trains.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+
 test: .venv/.test-installed ## everything but test-long
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) --dist loadfile
 
 test-fast: .venv/.test-installed ## the tests that start no Ray and train nothing, for while one works
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not long and not slow"
+	$(PYTEST) --dist worksteal -m "not long and not slow"
 
 test-long: .venv/.test-installed ## faults and resizes in the midst of whole training runs, twenty minutes
 	$(BIN)/python -m pytest -m long

@@ -14,7 +14,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import itertools
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jobs.cli.command import GpuChoice, run
+from jobs.cli.cores import cores
 
 IMAGENET_IMAGES = 1_281_167  # ILSVRC-2012's training set
 PAPER_EPOCHS = 90  # The paper, section 5
@@ -43,31 +43,19 @@ class BenchmarkConfig:
     """Images per step of this one process."""
     gpu: GpuChoice = None
     """Measure a GPU; None: if torch sees one."""
-    threads: int = os.cpu_count() or 1
+    threads: int = cores()
     """Decoder threads, and the network's threads on CPU."""
     rounds: int = 3
     """Each rate is measured so often; the median counts."""
     steps: int | None = None
     """Training steps in a round, and a quarter of the loader's and the decoder's batches; None: 8 on a CPU, 200 on a
     GPU."""
-    machines: int = 1
-    """Estimate the paper's 90 epochs for so many of these, one process each."""
-    network_gbit: float | None = None
-    """Bandwidth between the machines, in Gbit/s; without it their exchange of gradients is not counted."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "threads", "rounds", "steps", "machines"):
+        for name in ("batch_size", "threads", "rounds", "steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-        if self.network_gbit is not None and not self.network_gbit > 0:
-            raise ValueError(f"--network-gbit is {self.network_gbit}; it must be above 0")
-
-    def exchange_ms(self, gradient_bytes: int) -> float:
-        """An all-reduce between all machines: in a ring of N, 2 (N - 1) / N of the bytes pass each link."""
-        if self.network_gbit is None:
-            return 0.0
-        return 8e3 * gradient_bytes / (self.network_gbit * 1e9) * 2 * (self.machines - 1) / self.machines
 
 
 if __name__ == "__main__":
@@ -86,7 +74,7 @@ from model.recipe import RECIPES
 from model.training import Trainer, Worker
 from pipeline.dataset.info import read_dataset, write_json
 from pipeline.dataset.split_reader import SplitReader
-from pipeline.loading.graph import PREFETCH, GpuDecoder
+from pipeline.loading.graph import PREFETCH
 from pipeline.loading.loader import GROUP, Loader
 from pipeline.loading.plan import Plan, color_matrix
 
@@ -106,30 +94,14 @@ class Rates:
     """Processor time that the loader takes of the thread that trains, in microseconds."""
     threads: int
     batch_size: int
-    """Of one process."""
-    machines: int
-    """Each with one process."""
-    exchange_ms: float
-    """A step's all-reduce; 0 where the bandwidth is not stated."""
-
-    @property
-    def step_ms(self) -> float:
-        """A training step with its exchange, no part of which is hidden behind the backward pass."""
-        return 1e3 * self.batch_size / self.train_images_per_s + self.exchange_ms
 
     @property
     def hours(self) -> float:
         """The paper's 90 epochs of ImageNet."""
-        return PAPER_EPOCHS * IMAGENET_IMAGES / (self.batch_size * self.machines) * self.step_ms / 3.6e6
+        return PAPER_EPOCHS * IMAGENET_IMAGES / self.train_images_per_s / 3600
 
     def verdict(self) -> tuple[str, str]:
         """What is the limit, and what would change it: loader and network work side by side."""
-        if self.exchange_ms > self.step_ms / 2:
-            share = self.exchange_ms / self.step_ms
-            return (
-                f"the exchange between machines is the limit: {share:.0%} of a step on {self.machines}",
-                "a larger batch for each worker, or a faster network between the machines",
-            )
         ratio = self.loader_images_per_s / self.network_images_per_s
         if ratio >= COMFORT:
             return (
@@ -147,7 +119,6 @@ class Rates:
     def lines(self) -> list[str]:
         """What a person reads."""
         verdict, advice = self.verdict()
-        exchange = f"{self.exchange_ms:.1f} ms a step" if self.exchange_ms else "not counted (--network-gbit counts it)"
         return [
             f"  decoding alone (the limit)  {self.decode_limit_images_per_s:10.1f}",
             f"  loader alone                {self.loader_images_per_s:10.1f}",
@@ -156,8 +127,7 @@ class Rates:
             f"  the loader takes {self.host_us_per_image:.1f} us an image of the thread that trains",
             verdict,
             f"to go faster: {advice}",
-            f"the paper's {PAPER_EPOCHS} epochs of ImageNet on {self.machines} such machine(s), "
-            f"{self.batch_size * self.machines} images a step: {self.hours:,.1f} hours; exchange: {exchange}",
+            f"the paper's {PAPER_EPOCHS} epochs of ImageNet on this machine: {self.hours:,.1f} hours",
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -235,8 +205,6 @@ def measure(config: BenchmarkConfig) -> tuple[Rates, str]:
         host_us_per_image=1e6 * statistics.median(host) / len(images),
         threads=config.threads,
         batch_size=config.batch_size,
-        machines=config.machines,
-        exchange_ms=config.exchange_ms(sum(4 * parameter.numel() for parameter in network.parameters())),
     )
     return rates, profiled(lambda: trainer.step([resident]), gpu)
 
@@ -249,21 +217,6 @@ def profiled(action: Callable[[], object], gpu: bool) -> str:
             torch.cuda.synchronize()
     order = "self_cuda_time_total" if gpu else "self_cpu_time_total"
     return profiler.key_averages().table(sort_by=order, row_limit=10)
-
-
-def row(device: str, gpu_decoder: GpuDecoder, rates: Rates, checked: gpu_check.GpuCheck) -> str:
-    """A device's row of the table in docs/benchmarks.md."""
-    cells = [
-        device,
-        gpu_decoder,
-        f"{rates.loader_images_per_s:,.0f}",
-        f"{rates.network_images_per_s:,.0f}",
-        f"{rates.train_images_per_s:,.0f}",
-        f"{rates.host_us_per_image:.1f}",
-        "bit for bit" if checked.exact else "NO",
-        f"{checked.host_mb_grown:+.0f}, {checked.device_mb_grown:+.0f}",
-    ]
-    return f"| {' | '.join(cells)} |"
 
 
 def main(config: BenchmarkConfig) -> None:
@@ -286,6 +239,5 @@ def main(config: BenchmarkConfig) -> None:
         value = {"device": name, **versions, **rates.to_json()}
         write_json(config.json, value if checked is None else {**value, "gpu_check": dataclasses.asdict(checked)})
     if checked is not None:
-        print(f"for docs/benchmarks.md:\n{row(name, config.gpu_decoder, rates, checked)}")
         # After the file: what a check finds is wanted most where it fails.
         checked.check_problems(device)

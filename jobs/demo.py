@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jobs.cli.command import run
+from jobs.cli.cores import cores
 from pipeline.dataset.info import read_dataset
 from pipeline.images.synthetic import write_folder
 
@@ -144,7 +145,7 @@ def main(config: DemoConfig) -> None:
         # A line when it is true, into a pipe too.
         write_folder(images, CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS, 0, functools.partial(print, flush=True))
     call([python, "jobs/shard_imagenet.py", "--source", str(images), "--output", str(shards)], environment)
-    with ray_cluster(environment, max(os.cpu_count() or 1, config.workers)) as address:
+    with ray_cluster(environment, max(cores(), config.workers)) as address:
         train = ["python", "jobs/train.py", "--data", str(shards), "--storage", str(runs), "--name", "demo"]
         train += ["--workers", str(config.workers), "--batch-size", str(config.batch_size)]
         train += ["--epochs", str(config.epochs), "--log-every", "5"]

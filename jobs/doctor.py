@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import platform
 import secrets
 from collections.abc import Iterator
@@ -56,6 +55,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from jobs.cluster.connection import check_gpus_or_cluster, connected
 from jobs.cluster.nodes import NoAnswer, alive_nodes, collect, on_each
+from jobs.cluster.paths import whole_path
 from jobs.diagnostics.checks import (
     NODE_CHECKS,
     STEP_SECONDS,
@@ -68,7 +68,6 @@ from jobs.diagnostics.checks import (
 )
 from jobs.diagnostics.probe import Rank
 from pipeline.dataset.info import write_json
-from pipeline.storage.locations import is_url
 
 
 def main(config: DoctorConfig) -> None:
@@ -107,8 +106,10 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
     cure = "look at /tmp/ray/session_latest/logs on that node; end its Ray and start it again"
     yield judge("nodes answer", answers, cure)
     nodes = [node for node, answer in answers.items() if not isinstance(answer, NoAnswer)]
-    storage, marker = _absolute(config.storage), f".doctor-{secrets.token_hex(8)}"
-    given = {"data": _absolute(config.data), "storage": storage, "stage": config.stage, "marker": marker}
+    storage = config.storage and whole_path("--storage", config.storage)
+    data = config.data and whole_path("--data", config.data)
+    marker = f".doctor-{secrets.token_hex(8)}"
+    given = {"data": data, "storage": storage, "stage": config.stage, "marker": marker}
     # What the first node writes, each node must read. If it cannot write, its own row says why.
     writer = nodes[:1] if storage else []
     on_each(writer, write_file, storage, marker, seconds=STEP_SECONDS)
@@ -147,7 +148,3 @@ def start_ranks(places: PlacementGroup, bundle: dict[str, int], world: int) -> d
         f"rank {rank}" + ("" if isinstance(address, NoAnswer) else f" on {address}"): ranks[rank]
         for rank, address in addresses.items()
     }
-
-
-def _absolute(location: str | None) -> str | None:
-    return location if location is None or is_url(location) else os.path.abspath(location)

@@ -1,101 +1,171 @@
 """Top-1 and top-5 validation error of a checkpoint, by the center crop or the paper's ten crops, each image once.
 
-python jobs/evaluate.py --data SHARDS --checkpoint RUNS/first --ten-crop
+    python jobs/evaluate.py --data SHARDS --checkpoint RUNS/first --ten-crop
+
+Started plainly, it uses one device of this machine. With --workers, it uses the cluster:
+
+    ray job submit --working-dir . -- python jobs/evaluate.py --data s3://BUCKET/shards --stage /mnt/nvme \
+        --checkpoint s3://BUCKET/runs/first --workers 8 --gpus
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
+import sys
 import time
 from pathlib import Path
+from shlex import join
+from typing import Annotated, Literal
+
+import tyro
 
 from jobs.cli.command import GpuChoice, run
+from jobs.cli.cores import cores
 from jobs.cluster.paths import whole_path
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    data: Path
-    """The shard set whose validation images are judged, on a disk."""
+    data: str
+    """The shard set with the validation images: a folder (with --workers, one that every node sees) or a URL."""
     checkpoint: str
     """A checkpoint_* folder, or a run's folder (its best checkpoint); a local path or a URL (s3://, gs://)."""
+    stage: str | None = None
+    """A folder on each node's own disk to copy the validation images to, unless a run has staged the set there."""
+    stage_as: Literal["jpeg", "pixels"] = "jpeg"
+    """As the run's; pixels: the whole set is decoded there."""
     ten_crop: bool = False
     """Average the softmax over the four corners, the center and their mirror images (the paper, section 4.1)."""
     json: Path | None = None
     """Also write the result to this file."""
+    workers: int | None = None
+    """Share the images among so many Ray tasks; None: use this process alone, without Ray."""
     gpu: GpuChoice = None
-    """Use a GPU; None: if torch sees one."""
+    """Use a GPU each; None: if there is any."""
     batch_size: int = 100
     """Images at a time; with --ten-crop each is seen ten times."""
-    threads: int = os.cpu_count() or 1
-    """Decoder threads."""
+    threads: Annotated[int | None, tyro.conf.arg(aliases=("--cpus-per-worker",))] = None
+    """Decoder threads, and with --workers the cores of each; None: all cores, shared evenly."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.threads < 1:
-            raise ValueError(f"--batch-size is {self.batch_size} and --threads {self.threads}; both must be at least 1")
+        for flag, value in (("batch-size", self.batch_size), ("threads", self.threads), ("workers", self.workers)):
+            if value is not None and value < 1:
+                raise ValueError(f"--{flag} is {value}; it must be at least 1")
+
+    @property
+    def crops(self) -> int:
+        """Of each image."""
+        return 10 if self.ten_crop else 1
 
     def with_whole_paths(self) -> EvaluateConfig:
-        """The same with absolute paths, ~ expanded.
-
-        Raises:
-            ValueError: for a relative path in the working directory of a submitted job, or a result without a folder.
-        """
-        json = self.json and Path(whole_path("--json", str(self.json)))
-        if json and not json.parent.is_dir():
-            raise ValueError(f"--json {json} cannot be written: there is no folder {json.parent}")
-        return dataclasses.replace(
-            self,
-            data=Path(whole_path("--data", str(self.data))),
-            checkpoint=whole_path("--checkpoint", self.checkpoint),
-            json=json,
-        )
+        """The same with absolute paths; ValueError for a relative one in a submitted job's working directory."""
+        given = {name: getattr(self, name) for name in ("data", "checkpoint", "stage", "json")}
+        whole = {name: type(path)(whole_path(f"--{name}", str(path))) for name, path in given.items() if path}
+        return dataclasses.replace(self, **whole)
 
 
 if __name__ == "__main__":
     run(EvaluateConfig, "jobs.evaluate")  # Before the imports below, which take seconds.
 
 import numpy as np
+import ray
 import torch
+from torch import Tensor
 
 from jobs.cli.device import choose_device
 from jobs.cli.progress import counted
+from jobs.cluster.connection import connected, in_parallel
+from jobs.cluster.nodes import alive_nodes
 from jobs.training import checkpoint
+from jobs.training.config import HardwareOptions, Workers
+from jobs.training.data import local_set
+from jobs.training.resources import Resources, check_shortage
+from jobs.training.run_state import RunFingerprint
 from jobs.training.run_storage import local_checkpoint
 from jobs.training.worker import make_network
+from model.alexnet import AlexNet
 from model.metrics import Score, evaluate
-from pipeline.dataset.info import read_dataset, write_json
+from pipeline.dataset.info import is_decoded, read_dataset, write_json
 from pipeline.dataset.split_reader import SplitReader
+from pipeline.images.rgb_stats import RgbStatistics
 from pipeline.loading.loader import Loader
-from pipeline.loading.plan import TEN_CROPS, center_crops
-from pipeline.storage.locations import shown
+from pipeline.loading.plan import center_crops, rank_slice
+from pipeline.storage.locations import is_url, shown
 
 
 def main(config: EvaluateConfig) -> None:
     config = config.with_whole_paths()
-    info = read_dataset(config.data)
-    device = choose_device(config.gpu)
+    if is_url(config.data) and config.stage is None:
+        command = join([sys.executable, *sys.argv, "--stage", "/tmp/shards"])
+        raise ValueError(f"--data is a URL: give a folder on this node's disk to copy its images to, as in: {command}")
+    if config.json and not config.json.parent.is_dir():
+        raise ValueError(f"--json {config.json} cannot be written: there is no folder {config.json.parent}")
     with local_checkpoint(config.checkpoint) as (location, folder):
         state = checkpoint.read_state(folder)
-        identity = state.identity
-        checkpoint.check_other_classes(identity, info, location, str(config.data))
-        network = make_network(identity).to(memory_format=torch.channels_last).to(device)
+        checkpoint.check_other_classes(state.identity, read_dataset(config.data), location, config.data)
+        network = make_network(state.identity)
         checkpoint.load_network(folder, network)
-
-    reader = SplitReader(config.data, info, "val")
-    crops = len(TEN_CROPS) if config.ten_crop else 1
-    # The mean is the training run's, not this set's: it is part of what was learned.
-    loader = Loader(reader, identity.rgb, config.batch_size, device, config.threads, ten_crop=config.ten_crop)
-    batches = loader.run(center_crops(np.arange(len(reader))).chunks(config.batch_size))
     started = time.perf_counter()
-    score = Score.of(evaluate(network, counted(batches, len(reader)), device, crops))
+    if config.workers is None:
+        sums = judge(config, state.identity.rgb, network, config.gpu, config.threads or cores())
+    else:
+        sums = judge_in_tasks(config, state.identity, network, config.workers)
+    score = Score.of(sums)
     kind = "ten crops" if config.ten_crop else "center crop"
     if state.origin:
         print(f"{shown(location)} is {state.origin}")
     print(f"{shown(location)}, {kind}, {score.images} images in {time.perf_counter() - started:.0f} s")
     print(f"top-1 error {score.top1_error:.2%}, top-5 error {score.top5_error:.2%}, loss {score.loss:.4f}")
     if config.json is not None:
-        result = {**dataclasses.asdict(score), "crops": crops, "checkpoint": shown(location), "data": str(config.data)}
+        found = {**dataclasses.asdict(score), "crops": config.crops, "checkpoint": shown(location)}
+        found["data"] = shown(config.data)
         if state.origin:
-            result["origin"] = state.origin
-        write_json(config.json, result)
+            found["origin"] = state.origin
+        write_json(config.json, found)
+
+
+def judge_in_tasks(config: EvaluateConfig, identity: RunFingerprint, network: AlexNet, workers: int) -> Tensor:
+    """`judge` of every part, each in a Ray task; the sums over all.
+
+    Raises:
+        ValueError: if a Ray of this machine alone has no room for so many, or no GPU.
+    """
+    with connected():
+        nodes = alive_nodes()
+        options = HardwareOptions(Workers(workers, workers), gpus=config.gpu, cpus_per_worker=config.threads)
+        resources = Resources.of(options, nodes)
+        check_shortage(resources, nodes, identity.recipe)
+        threads, gpus = resources.cpus_per_worker, resources.gpus
+        reference = ray.put(network)  # So that it goes to a node once, not with each task.
+        calls = [(config, identity.rgb, reference, gpus, threads, rank, workers) for rank in range(workers)]
+        # By rank: a task that is made again may answer twice.
+        parts = dict(in_parallel(judge, calls, workers, num_cpus=threads, num_gpus=int(gpus)))
+    return torch.stack([parts[rank] for rank in range(workers)]).sum(dim=0)
+
+
+def judge(
+    config: EvaluateConfig,
+    rgb: RgbStatistics,
+    network: AlexNet,
+    gpus: bool | None,
+    threads: int,
+    rank: int = 0,
+    world: int = 1,
+) -> Tensor:
+    """Judges a network on one part of the validation images: `model.metrics.evaluate`'s sums, on the CPU.
+
+    Args:
+        rgb: the training run's: its mean is part of what was learned.
+    """
+    device = choose_device(gpus)
+    torch.set_num_threads(threads)
+    folder = local_set(config.data, config.stage, config.stage_as, threads, ("val",))
+    # A decoded cache has an index of its own; what is staged of one split has no description.
+    reader = SplitReader(folder, read_dataset(folder if is_decoded(folder) else config.data), "val")
+    # Whole batches, so that each is the same for any number of workers, and with it its sums.
+    size = config.batch_size
+    part = rank_slice(-(-len(reader) // size), rank, world)
+    samples = np.arange(part.start * size, min(part.stop * size, len(reader)))
+    loader = Loader(reader, rgb, size, device, threads, ten_crop=config.ten_crop)
+    batches = counted(loader.run(center_crops(samples).chunks(size)), len(samples))
+    return evaluate(network.to(memory_format=torch.channels_last).to(device), batches, device, config.crops).cpu()

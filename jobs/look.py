@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
 from pathlib import Path
 
 from jobs.cli.command import run
+from jobs.cli.cores import cores
 
 ROW_INCHES = 3.2
 WIDTH_INCHES = 10.5
@@ -81,7 +81,7 @@ def look(config: LookConfig, info: DatasetInfo, reader: SplitReader) -> Seen:
     plan = Plan(len(reader), min(config.images, len(reader)), config.seed, color_matrix(info.rgb))
     planned = next(plan.epoch(0))
     drawn = planned.draw(planned.samples)
-    loader = Loader(reader, info.rgb, len(planned), torch.device("cpu"), os.cpu_count() or 1)
+    loader = Loader(reader, info.rgb, len(planned), torch.device("cpu"), cores())
     (batch,) = loader.run([planned])
     mean = np.array(info.rgb.mean) * MAX_LEVEL
     network = batch.images.permute(0, 2, 3, 1).numpy().astype(np.float64) + mean

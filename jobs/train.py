@@ -12,9 +12,10 @@ import dataclasses
 import hashlib
 import os
 import socket
+import sys
 import uuid
 from pathlib import Path
-from shlex import quote
+from shlex import join as shell_line
 
 from jobs.cli.command import one_line, run
 from jobs.training.config import TrainConfig, Workers, from_groups
@@ -27,21 +28,21 @@ from ray.train import ControllerError, FailureConfig, LoggingConfig, RunConfig, 
 
 from jobs.cluster.connection import connected, on_cluster
 from jobs.cluster.nodes import alive_nodes, on_each
+from jobs.cluster.paths import PACKAGE_FOLDER
 from jobs.training import checkpoint
 from jobs.training.backend import NodeTorchConfig, NodeTrainer
 from jobs.training.failures import PERMANENT, FailureReporter
 from jobs.training.owner import owned
-from jobs.training.resources import Resources, check_shortage
+from jobs.training.resources import Resources, check_shortage, few_images
 from jobs.training.run_state import STATE_FILE, RunFingerprint
 from jobs.training.run_storage import local_checkpoint, storage_error
 from jobs.training.stop_signals import clear_stop_request, signals_stop
 from jobs.training.trackers import check_installed
-from jobs.training.worker import WorkerConfig, train_worker
-from model.recipe import Recipe
+from jobs.training.worker import train_worker
 from pipeline.dataset.info import DATASET_FILE, DatasetError, DatasetInfo, is_decoded, read_dataset
 from pipeline.loading.graph import decoder_name
 from pipeline.loading.plan import Plan, color_matrix
-from pipeline.storage.locations import is_url, join, on_disk, open_location, shown, without_user
+from pipeline.storage.locations import is_url, join, open_location, shown, without_user
 
 ROOM_SECONDS = "20"
 
@@ -52,7 +53,7 @@ def main(config: TrainConfig) -> None:
     info = open_dataset(config)
     plan = Plan(info.splits["train"].samples, recipe.batch_size, recipe.seed, color_matrix(info.rgb, recipe.color))
     check_installed(config.tracker)
-    run_location = join(config.storage, config.name)
+    run_location = config.run
     with owned(config.storage, run_location):
         done = checkpoint.committed(run_location)
         location, state = None, None
@@ -65,38 +66,40 @@ def main(config: TrainConfig) -> None:
             config = dataclasses.replace(config, from_checkpoint=location)
         if state is not None:
             # Whether there are GPUs, which decide decoder and precision, is known later.
-            own = RunFingerprint.of(recipe, info, state.identity.decoder, state.identity.precision)
+            was = state.identity
+            own = RunFingerprint.of(recipe, info, was.decoder, was.precision, config.init_from)
             checkpoint.check_other(state, own, str(location))
+            config = dataclasses.replace(config, init_from=was.init_from or None)
             if done and checkpoint.finished(state, recipe):
                 print(f"the run {config.name} is finished already; --epochs extends it, another --name starts anew")
-                print_result(config.data, run_location, state.progress.history)
+                print_result(config, run_location, state.progress.history)
                 return
         with connected():
             nodes = alive_nodes()
             resources = Resources.of(config, nodes)
             check_shortage(resources, nodes, recipe)
+            if (warning := few_images(resources, recipe)) is not None:
+                print(warning, flush=True)
             if recipe.normalization == "batch":
                 resources.workers.check_single_images(recipe.batch_size, config.micro_batch)
             check_local_paths(config)
             changed = "".join(f", {name} {value}" for name, value in config.changes().items())
-            precision = config.precision
-            if precision == "auto":
-                precision = "bfloat16" if resources.gpus else "float32"
+            config = resources.settle(config)
             pixels = config.stage_as == "pixels" or (config.stage is None and is_decoded(Path(config.data)))
             decoder = decoder_name(pixels, resources.gpus, config.gpu_decoder)
             if state is not None:
-                own = RunFingerprint.of(recipe, info, decoder, precision)
+                own = RunFingerprint.of(recipe, info, decoder, config.precision)
                 checkpoint.check_other(state, own, str(location))
             print(
                 f"{'starting' if state is None else 'continuing'} run {config.name}: recipe {config.recipe}{changed}, "
                 f"{len(info.classes)} classes; an epoch is {plan.steps} steps of {recipe.batch_size} and leaves out "
                 f"{plan.dropped} of {plan.samples} images; {_counted(resources.workers)} on "
-                f"{'GPU' if resources.gpus else 'CPU'} with {resources.cpus_per_worker} core(s) each; {precision}; "
-                f"JPEGs decoded by {decoder}",
+                f"{'GPU' if resources.gpus else 'CPU'} with {resources.cpus_per_worker} core(s) each; "
+                f"{config.precision}; JPEGs decoded by {decoder}",
                 flush=True,
             )
-            history = launch(config, recipe, resources, precision)
-        print_result(config.data, run_location, history)
+            history = launch(config, resources)
+        print_result(config, run_location, history)
 
 
 def open_dataset(config: TrainConfig) -> DatasetInfo:
@@ -118,33 +121,14 @@ def open_dataset(config: TrainConfig) -> DatasetInfo:
     return info
 
 
-def launch(config: TrainConfig, recipe: Recipe, resources: Resources, precision: str) -> list[dict[str, float]]:
-    """Runs the workers to the end; rank 0's history.
+def launch(config: TrainConfig, resources: Resources) -> list[dict[str, float]]:
+    """Runs the workers to the end, by a command line with nothing left open; rank 0's history.
 
     Raises:
         ValueError: if training failed; it says why.
     """
     filesystem, path = open_location(config.storage)
-    run_location = join(config.storage, config.name)
-    workers = resources.workers
-    assignment = WorkerConfig(
-        data=config.data,
-        stage=config.stage,
-        stage_as=config.stage_as,
-        run=run_location,
-        start=config.from_checkpoint,
-        keep=config.keep,
-        tracker=config.tracker,
-        recipe=recipe,
-        micro_batch=min(config.micro_batch, -(-recipe.batch_size // workers.min_workers)),
-        threads=resources.cpus_per_worker,
-        precision=precision,
-        gpu_decoder=config.gpu_decoder,
-        log_every=config.log_every,
-        checkpoint_every=config.checkpoint_every,
-        checkpoint_seconds=None if config.checkpoint_minutes is None else 60 * config.checkpoint_minutes,
-        hang_seconds=config.hang_seconds,
-    )
+    run_location, workers = config.run, resources.workers
     # Ray Train would show what a worker prints twice, once through its own log.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     # A worker that does not answer for so long counts as dead; Ray's own default is 600.
@@ -157,8 +141,8 @@ def launch(config: TrainConfig, recipe: Recipe, resources: Resources, precision:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     trainer = NodeTrainer(
         train_worker,
-        train_loop_config=assignment,
-        torch_config=NodeTorchConfig(run=run_location),
+        train_loop_config=config,
+        torch_config=NodeTorchConfig(run=run_location, timeout_s=config.collective_seconds),
         scaling_config=ScalingConfig(
             num_workers=(workers.min_workers, workers.max_workers) if workers.elastic else workers.max_workers,
             elastic_resize_monitor_interval_s=config.resize_seconds,
@@ -215,7 +199,7 @@ def check_local_paths(config: TrainConfig) -> None:
         return
     mount = "a folder of the same path on a mount that all nodes have"
     if not is_url(config.storage):
-        check_shared("--storage", join(config.storage, config.name), f"give a URL (s3://, gs://) or {mount}")
+        check_shared("--storage", config.run, f"give a URL (s3://, gs://) or {mount}")
     if not is_url(config.data):
         # --stage copies on each node from --data, which therefore must be seen there, too.
         cure = f"copy the set to an object store and give its URL and --stage, or give {mount}"
@@ -264,13 +248,24 @@ def _contents_digest(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def print_result(data: str, run: str, history: list[dict[str, float]]) -> None:
+def print_result(config: TrainConfig, run: str, history: list[dict[str, float]]) -> None:
     lowest = min(history, key=lambda row: row["top1_error"])
     print(
         f"done: {len(history)} epochs; lowest validation error {lowest['top1_error']:.1%} top-1, "
         f"{lowest['top5_error']:.1%} top-5, after epoch {lowest['epoch']}"
     )
     print(f"best checkpoint: {shown(join(run, str(checkpoint.best(checkpoint.committed(run)))))}")
-    # With the URL's options, which say where it is, and whose & a shell would take for its own; without its keys.
-    checkpoint_flag = quote(without_user(run) if is_url(run) else run)
-    print(f"next: python jobs/evaluate.py --data {quote(on_disk(data))} --checkpoint {checkpoint_flag} --ten-crop")
+    print(f"next: {evaluation(config, run)}")
+
+
+def evaluation(config: TrainConfig, run: str) -> str:
+    """The command that judges a run, to be given where this one was: in any folder, or submitted as a job."""
+    # With a URL's options, which say where it is; without its keys.
+    data, saved = (without_user(one) if is_url(one) else one for one in (config.data, run))
+    words = ["--data", data, "--checkpoint", saved, "--ten-crop"]
+    if config.stage is not None:
+        words += ["--stage", config.stage, "--stage-as", config.stage_as]
+    if PACKAGE_FOLDER not in os.getcwd():
+        return shell_line([sys.executable, str(Path(__file__).with_name("evaluate.py")), *words])
+    words += ["--workers", str(config.workers.max_workers if config.workers else 1)] + ["--gpus"] * bool(config.gpus)
+    return shell_line(["ray", "job", "submit", "--working-dir", ".", "--", "python", "jobs/evaluate.py", *words])

@@ -18,6 +18,7 @@ INPUT_SIZE = 227  # The paper says 224 (section 3.5); only 227 gives its 55 x 55
 PAPER_WEIGHT_STD = 0.01  # section 5
 FEATURES = 256 * 6 * 6
 
+LAST_LAYER = "fc8"
 BIASED_LAYERS = ("conv2", "conv4", "conv5", "fc6", "fc7")
 HIDDEN_UNITS = {"conv1": 96, "conv2": 256, "conv3": 384, "conv4": 384, "conv5": 256, "fc6": 4096, "fc7": 4096}
 

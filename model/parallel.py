@@ -7,17 +7,24 @@ import contextlib
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_wrapper
 from torch.nn.parallel import DistributedDataParallel
 
 STEPS_AHEAD = 2  # That a GPU has queued, so that it never waits for the host; each holds a batch in its memory.
 
 
-def data_parallel(network: nn.Module, world: int) -> nn.Module:
-    """The network, whose gradients are averaged over `world` workers as they arise in its backward pass."""
+def data_parallel(network: nn.Module, world: int, compression: str = "none") -> nn.Module:
+    """The network, whose gradients are averaged over `world` workers as they arise in its backward pass.
+
+    Args:
+        compression: none, or bfloat16 for what the workers exchange.
+    """
     if world == 1:
         return network
     parallel = DistributedDataParallel(network, gradient_as_bucket_view=True, forward_sync_buffers=False)
-    parallel.register_comm_hook(world, _average_each)
+    parallel.register_comm_hook(
+        world, bf16_compress_wrapper(_average_each) if compression == "bfloat16" else _average_each
+    )
     return parallel
 
 

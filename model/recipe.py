@@ -73,6 +73,8 @@ class Recipe:
     """What must improve on the validation set: top1_error (section 5: "the validation error rate") or loss."""
     patience: int = 3
     """Epochs without an improvement before the rate drops. The paper judged by hand and gives no number."""
+    gradient_compression: str = "none"
+    """none: workers exchange gradients in float32; bfloat16: in half the bytes, with 8 significant bits."""
     seed: int = 0
     """Of the initial weights, the plan and dropout."""
 
@@ -115,6 +117,7 @@ CHOICES = {
     "normalization": NORMALIZATIONS,
     "initialization": INITIALIZATIONS,
     "plateau_metric": ("top1_error", "loss"),
+    "gradient_compression": ("none", "bfloat16"),
 }
 """What the fields that name a choice may hold; the plan checks `color`, and the network `groups`."""
 

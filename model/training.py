@@ -130,7 +130,11 @@ class Observer(Protocol):
         """After an epoch and its validation; `row` is new in the history."""
         ...
 
-    def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
+    def on_validation_batch(self, trainer: Trainer) -> StepAction:
+        """After each batch of a validation; returns what is due now, the same on every worker."""
+        ...
+
+    def checkpoint(self, trainer: Trainer) -> None:
         """When a checkpoint is due."""
         ...
 
@@ -148,6 +152,7 @@ class Trainer:
         worker: who this is; with more than one worker, torch.distributed must be initialized.
         log_every: tell the observer every so many steps.
         checkpoint_every: checkpoint every so many steps within an epoch; 0 for only at its end.
+        checkpoint_epochs: checkpoint at every so many epochs' end, and at the last one's.
         clock: seconds; a parameter for tests.
     """
 
@@ -158,6 +163,7 @@ class Trainer:
         worker: Worker,
         log_every: int = 20,
         checkpoint_every: int = 0,
+        checkpoint_epochs: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.network = network
@@ -167,11 +173,12 @@ class Trainer:
         self.progress = Progress(Plateau(recipe.lr))
         self._log_every = log_every
         self._checkpoint_every = checkpoint_every
+        self._checkpoint_epochs = checkpoint_epochs
         self._clock = clock
         self._classes = 0
         self._forward_ended = 0.0
         self._in_flight = InFlightStepLimit(worker.device)
-        self._parallel = data_parallel(network, worker.world)
+        self._parallel = data_parallel(network, worker.world, recipe.gradient_compression)
 
     def fit(self, data: TrainingData, observer: Observer) -> None:
         """Trains from where `progress` stands until the schedule stops or the epochs are used up.
@@ -185,15 +192,17 @@ class Trainer:
             self._train_epoch(data, observer)
             train = Score.of(torch.tensor(self.progress.sums, dtype=torch.float64))
             train_seconds = self._clock() - started
-            self._share_buffers()
-            score = Score.of(self._all_reduce(self._evaluate(data)))
+            with self._autocast():
+                sums = evaluate(self.network, self._watched(data.validation(), observer), self.worker.device)
+            score = Score.of(self._all_reduce(sums))
             if not math.isfinite(score.loss):
                 raise self._diverged(f"the validation loss became {score.loss}", data.steps, data.steps)
             row = self._close_epoch(train, score)
             row["train_seconds"] = train_seconds
             row["seconds"] = self._clock() - started
             observer.on_epoch_end(self, row)
-            observer.checkpoint(self, row)
+            if self.progress.finished or self.progress.epoch % self._checkpoint_epochs == 0:
+                observer.checkpoint(self)
 
     def resume(self, progress: Progress) -> None:
         """Stands where `progress` says, once the network's and the optimizer's tensors are those of that moment."""
@@ -246,11 +255,13 @@ class Trainer:
             norm = torch.maximum(norm, self.gradient_norm())
             self._in_flight.after_step()
             progress.step += 1
-            wish = observer.on_step_end(self, micro_batches, self._forward_ended - asked)
+            action = observer.on_step_end(self, micro_batches, self._forward_ended - asked)
             at_end = progress.step == data.steps
             by_count = self._checkpoint_every > 0 and progress.step % self._checkpoint_every == 0
-            # The epoch's end has its own checkpoint, after a validation that may take longer than there is time.
-            due = wish is StepAction.STOP or (not at_end and (by_count or wish is StepAction.CHECKPOINT))
+            # The epoch's end has its own checkpoint, after the validation.
+            if by_count and not at_end and action is StepAction.NOTHING:
+                action = StepAction.CHECKPOINT
+            due = action is not StepAction.NOTHING
             if at_end or due or progress.step % self._log_every == 0:
                 score, window = self._window(recent, norm, weights, progress.step - first, highest)
                 cause = divergence(window)
@@ -266,11 +277,29 @@ class Trainer:
                 recent.zero_()
                 norm, weights = torch.zeros_like(norm), self._weight_norm()
                 since, first, waited, highest = now, progress.step, 0.0, 0.0
-                if due:
+                if at_end or due:
                     self._share_buffers()
-                    observer.checkpoint(self, None)
-                if wish is StepAction.STOP:
-                    raise StoppedError(f"after epoch {progress.epoch}, step {progress.step}")
+                self._do(action, observer)
+
+    def _watched(self, batches: Iterator[LabeledImages], observer: Observer) -> Iterator[LabeledImages]:
+        """This worker's validation batches; after each, what is due is done, on every worker alike.
+
+        A run that stops here goes on with the same validation, as its checkpoint holds all steps of the epoch.
+        """
+        batch = next(batches, None)
+        # Some workers may have a batch more than others.
+        while self._all_reduce(torch.tensor(int(batch is not None))) > 0:
+            if batch is not None:
+                yield batch
+            self._in_flight.after_step()
+            self._do(observer.on_validation_batch(self), observer)
+            batch = next(batches, None)
+
+    def _do(self, action: StepAction, observer: Observer) -> None:
+        if action is not StepAction.NOTHING:
+            observer.checkpoint(self)
+        if action is StepAction.STOP:
+            raise StoppedError(f"after epoch {self.progress.epoch}, step {self.progress.step}")
 
     def _seed(self, seed: int) -> None:
         """Seeds the generator that dropout draws from. torch.manual_seed seeds those of every device: over 260 us."""
@@ -333,10 +362,6 @@ class Trainer:
             progress.best_error = score.top1_error
         progress.finished = progress.schedule.stopped or epoch >= recipe.epochs
         return row
-
-    def _evaluate(self, data: TrainingData) -> Tensor:
-        with self._autocast():
-            return evaluate(self.network, data.validation(), self.worker.device)
 
     @torch.no_grad()
     def _share_buffers(self) -> None:

@@ -1,18 +1,21 @@
-"""Damage done to shards on purpose, at places found with `tarfile` and not with the project's index."""
+"""Damage done on purpose: to shards, at places found with `tarfile` and not with the project's index, and to disks."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
+import subprocess
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from pipeline.dataset.split_reader import END_OF_IMAGE, Allocate, SplitReader
@@ -81,6 +84,20 @@ class OtherImages:
             row[: len(image)] = image
             row[len(image) :][: len(END_OF_IMAGE)] = list(END_OF_IMAGE)
         return rows
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of its own in a new folder, of a size as mount(8) takes it."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"mounting a small disk needs root: {made.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def overwrite(path: Path, offset: int, data: bytes) -> None:

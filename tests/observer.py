@@ -23,17 +23,17 @@ from ray.train import get_context
 from jobs import train
 from jobs.cli.command import run
 from jobs.training.config import TrainConfig
-from jobs.training.worker import Reporter, WorkerConfig, train_worker
+from jobs.training.worker import Reporter, train_worker
 from model.metrics import LabeledImages
 from model.training import StepAction, Trainer
 from pipeline.loading.loader import Batch
 from pipeline.loading.plan import Plan
 
 
-def observed(notes: str) -> Callable[[WorkerConfig], dict[str, Any]]:
+def observed(notes: str) -> Callable[[TrainConfig], dict[str, Any]]:
     """`train_worker`, noting. Ray sends it to the workers by value, as it is defined in `__main__`."""
 
-    def train_observed(config: WorkerConfig) -> dict[str, Any]:
+    def train_observed(config: TrainConfig) -> dict[str, Any]:
         trained, write = Reporter.on_step_end, Reporter.checkpoint
         first = True
 
@@ -51,9 +51,9 @@ def observed(notes: str) -> Callable[[WorkerConfig], dict[str, Any]]:
             first = False
             return trained(self, trainer, batches, own_seconds)
 
-        def note_checkpoint(self: Reporter, trainer: Trainer, row: dict[str, Any] | None) -> None:
+        def note_checkpoint(self: Reporter, trainer: Trainer) -> None:
             note(trainer)
-            write(self, trainer, row)
+            write(self, trainer)
 
         decode, calls = dali.Pipeline.run, itertools.count(1)
 

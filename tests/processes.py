@@ -76,8 +76,11 @@ def run_here(job: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Runs jobs/JOB.py as `python` would, but in this process, where its imports have been paid for.
 
     For commands that end before they start Ray: whose workers could not import what is defined in `__main__`.
+
+    Args:
+        job: a command's name, or the path of any other program.
     """
-    command = [str(JOBS / f"{job}.py"), *map(str, arguments)]
+    command = [str(JOBS / f"{job}.py") if job.isidentifier() else job, *map(str, arguments)]
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.object(sys, "argv", command),

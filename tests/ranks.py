@@ -5,27 +5,39 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from torch import distributed, multiprocessing
 
 
-def run_ranks(world: int, folder: Path, function: Callable[..., None], *arguments: Any) -> None:
+def run_ranks(
+    world: int, folder: Path, function: Callable[..., None], *arguments: Any, timeout: timedelta | None = None
+) -> None:
     """Runs `function(rank, world, *arguments)` in each of `world` processes, to the end of all.
 
     Args:
         folder: where they find each other; used once.
         function: of a module, as it is found by its name.
+        timeout: of each collective operation; None for torch's own.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: with the traceback of one that fails.
     """
-    multiprocessing.spawn(_rank, (world, str(folder / "rendezvous"), function, arguments), nprocs=world)
+    multiprocessing.spawn(_rank, (world, str(folder / "rendezvous"), timeout, function, arguments), nprocs=world)
 
 
-def _rank(rank: int, world: int, rendezvous: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+def _rank(
+    rank: int,
+    world: int,
+    rendezvous: str,
+    timeout: timedelta | None,
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> None:
+    where = f"file://{rendezvous}"
+    distributed.init_process_group("gloo", init_method=where, timeout=timeout, rank=rank, world_size=world)
     function(rank, world, *arguments)
     distributed.destroy_process_group()
     sys.stdout.flush()

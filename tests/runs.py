@@ -112,7 +112,7 @@ class Run(Followed):
 
 
 def undisturbed(shards: Path, folder: Path, workers: int, epochs: int) -> Path:
-    run = Run(shards, str(folder), workers, epochs)
+    run = Run(shards, str(folder), workers, epochs, checkpoint_every=0)
     assert run.end() == 0, run.text
     return folder / "run"
 

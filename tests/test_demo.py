@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.photographs import write_source
+from tests.processes import run_here
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,14 +38,9 @@ def test_the_demo_on_ones_own_images(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "demo" / "report.html").read_text()
 
 
-def test_a_source_that_is_not_there_ends_the_demo_at_once(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "jobs/demo.py", "--source", str(tmp_path / "none"), "--output", str(tmp_path / "demo")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_a_source_that_is_not_there_ends_the_demo_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    done = run_here("demo", "--source", tmp_path / "none", "--output", tmp_path / "demo")
     assert done.returncode == 1
-    assert str(tmp_path / "none") in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: `")
+    # What its first command says.
+    assert f"error: {tmp_path / 'none'} does not exist" in capfd.readouterr().err

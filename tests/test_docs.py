@@ -10,8 +10,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+
+from tests.processes import run_here
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,27 +56,21 @@ def commented(page: Path) -> list[list[str]]:
 
 
 @functools.cache
-def help_of(*program: str) -> str:
+def help_of(program: str) -> str:
     """What a program of this project says about its options."""
-    done = subprocess.run(
-        [sys.executable, *program, "--help"],
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with mock.patch.dict(os.environ, COLUMNS="200", NO_COLOR="1"):
+        done = run_here(str(ROOT / program), "--help")
     assert done.returncode == 0, f"{program}: {done.stderr}"
     return done.stdout
 
 
-def program_of(words: list[str]) -> tuple[tuple[str, ...], list[str]] | None:
-    """The program of this project that a command starts, as python's arguments, and what it is given."""
+def program_of(words: list[str]) -> tuple[str, list[str]] | None:
+    """The program of this project that a command starts, and what it is given."""
     for place, word in enumerate(words):
         if re.fullmatch(r"(.*/)?jobs/\w+\.py", word):
-            return (re.sub(".*/(?=jobs/)", "", word),), words[place + 1 :]
+            return re.sub(".*/(?=jobs/)", "", word), words[place + 1 :]
         if word == "-m" and words[place + 1].startswith("tests."):
-            return ("-m", words[place + 1]), words[place + 2 :]
+            return f"{words[place + 1].replace('.', '/')}.py", words[place + 2 :]
     return None
 
 
@@ -83,19 +80,17 @@ def unknown_flags(words: list[str]) -> list[str]:
     if found is None:
         return []
     program, arguments = found
-    text = help_of(*program)
+    text = help_of(program)
     flags = [word.partition("=")[0] for word in arguments if word.startswith("--")]
     return [flag for flag in flags if not re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", [*PAGES, *COMMENTED], ids=named)
 def test_every_program_and_flag_shown_exists(page: Path) -> None:
     for words in shown(page) if page in PAGES else commented(page):
         assert unknown_flags(words) == [], shlex.join(words)
 
 
-@pytest.mark.slow
 def test_a_flag_that_is_not_there_is_noticed() -> None:
     wrong = commands("ray job submit -- python jobs/doctor.py --worker 8 \\\n    --gpus")
     assert [unknown_flags(words) for words in wrong] == [["--worker"]]

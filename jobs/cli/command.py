@@ -13,8 +13,6 @@ from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
 
-from jobs.cli.locations import check_locations
-
 Config = TypeVar("Config")
 FOREIGN_FLAGS = {
     "-b": ("--batch-size",),
@@ -76,6 +74,8 @@ def run(config: Callable[..., Config], main: Callable[[Config], None] | str) -> 
         except ValueError as error:
             print(f"error: {one_line(error)}", file=sys.stderr)
             sys.exit(2)
+        from jobs.cli.locations import check_locations  # Imports pyarrow.
+
         check_locations(parsed)
         (importlib.import_module(main).main if isinstance(main, str) else main)(parsed)
     except (ValueError, OSError) as error:

@@ -7,7 +7,11 @@ import os
 from pathlib import Path
 from shlex import quote
 
-SET_FILES = ("dataset.json", "unfinished.json", "train.arrow")
+from pipeline.dataset.info import DATASET_FILE
+from pipeline.dataset.sample_index import index_file
+from pipeline.sharding.claim import UNFINISHED_FILE
+
+SET_FILES = (DATASET_FILE, UNFINISHED_FILE, index_file("train"))
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".tar")  # Of what jobs/shard_imagenet.py reads.
 DEPTH = 3  # Images of a class lie in ROOT/train/CLASS.
 LOOKED_AT = 20  # Items of a folder: a class may have a million.
@@ -20,7 +24,7 @@ def check_locations(config: object) -> None:
         ValueError: if the one is a source of images or a run, or the other a shard set.
     """
     data, checkpoint = (str(getattr(config, name, None) or "") for name in ("data", "checkpoint"))
-    if checkpoint and os.path.exists(os.path.join(checkpoint, SET_FILES[0])):
+    if checkpoint and os.path.exists(os.path.join(checkpoint, DATASET_FILE)):
         raise ValueError(f"--checkpoint {checkpoint} is a shard set: give a run's folder, and the set as --data")
     if not data or "://" in data or any(os.path.exists(os.path.join(data, name)) for name in SET_FILES):
         return

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
+from jobs.cli.cores import cores
 from jobs.cluster.ray_private import auto_address, local_start
 
 RETRIES = 3
@@ -43,7 +44,7 @@ def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
     ports could run code.
 
     Args:
-        cpus: of a Ray started here; None for all of the machine's.
+        cpus: of a Ray started here; None for all that this process may use.
         options: more of ray.init's, for either.
 
     Raises:
@@ -79,7 +80,7 @@ def _start(address: str | None, cpus: int | None, options: dict[str, Any]) -> No
     # "local", because a bare init would join any Ray that happens to run on this machine.
     # Its dashboard is a dozen more processes and 4 s more to wait for.
     with local_start():
-        ray.init("local", num_cpus=cpus, include_dashboard=False, **options)
+        ray.init("local", num_cpus=cpus or cores(), include_dashboard=False, **options)
 
 
 def _start_cure(error: Exception) -> str:
@@ -119,14 +120,18 @@ def _check_unreachable(address: str) -> None:
 
 
 def in_parallel(
-    function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], workers: int | None = None
+    function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], workers: int | None = None, **resources: float
 ) -> Iterator[tuple[int, Any]]:
-    """`stream` for a plain function. A call whose worker dies, or that raises OSError, is made again, RETRIES times."""
+    """`stream` for a plain function. A call whose worker dies, or that raises OSError, is made again, RETRIES times.
+
+    `resources` are a call's num_cpus, 1 by default, and num_gpus.
+    """
 
     def answer(*arguments: Any) -> Iterator[Any]:
         yield function(*arguments[:-1])
 
-    task = ray.remote(answer).options(num_cpus=1, max_retries=0, num_returns="streaming", name=function.__name__)
+    options = {"num_cpus": 1, "max_retries": 0, "num_returns": "streaming", "name": function.__name__, **resources}
+    task = ray.remote(answer).options(**options)
     return stream(task, calls, workers, RETRIES + 1, (OSError,))
 
 
@@ -134,7 +139,8 @@ class LostError(ValueError):
     """A call whose worker died each time it was made."""
 
     def __init__(self, number: int, attempts: int, reason: str) -> None:
-        super().__init__(f"call {number} was given up after {attempts} attempts: {reason}")
+        cure = "look for what ended them, as a lack of memory would, or give fewer --workers"
+        super().__init__(f"the workers of task {number} died {attempts} times ({reason}): {cure}")
         self.number, self.attempts, self.reason = number, attempts, reason
 
 

@@ -21,8 +21,6 @@ class Node:
 
     id: str
     address: str
-    host: str
-    """Its host name."""
     gpus: int
     """How many GPUs Ray was told that it has."""
     cpus: int
@@ -45,7 +43,6 @@ def alive_nodes() -> list[Node]:
         Node(
             row["NodeID"],
             row["NodeManagerAddress"],
-            row["NodeManagerHostname"],
             int(row["Resources"].get("GPU", 0)),
             int(row["Resources"].get("CPU", 0)),
         )

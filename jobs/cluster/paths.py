@@ -10,7 +10,7 @@ PACKAGE_FOLDER = "/working_dir_files/_ray_pkg_"  # Where Ray unpacks a job's wor
 
 
 def whole_path(option: str, location: str) -> str:
-    """A location of the command line as every node can use it: a URL as it is, a path absolute and without ~.
+    """A location of the command line as every node can use it: a URL as it is, a path absolute.
 
     Raises:
         ValueError: for a relative path in the copy of the code that `ray job submit --working-dir` makes: it is
@@ -18,10 +18,9 @@ def whole_path(option: str, location: str) -> str:
     """
     if is_url(location):
         return location
-    path = os.path.expanduser(location)
-    if PACKAGE_FOLDER in os.getcwd() and not os.path.isabs(path):
+    if PACKAGE_FOLDER in os.getcwd() and not os.path.isabs(location):
         raise ValueError(
             f"{option} is the relative path {location}, and a submitted job runs in a temporary copy of the code: give "
             "an absolute path or a URL"
         )
-    return os.path.abspath(path)
+    return os.path.abspath(location)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from jobs.cli.cores import cores
 from jobs.cli.progress import counted
 from model.alexnet import AlexNet
 from pipeline.dataset.info import DatasetInfo
@@ -70,7 +70,7 @@ def predict(network: AlexNet, rgb: RgbStatistics, device: torch.device, data: Pa
 
     def batches(reader: SplitReader) -> Iterator[Batch]:
         samples = np.arange(min(IMAGES, len(reader)))
-        loader = Loader(reader, rgb, BATCH_SIZE, device, os.cpu_count() or 1)
+        loader = Loader(reader, rgb, BATCH_SIZE, device, cores())
         return counted(loader.run(center_crops(samples).chunks(BATCH_SIZE)), len(samples))
 
     val, train = (SplitReader(data, info, split) for split in ("val", "train"))

@@ -102,7 +102,7 @@ def restore(folder: Path, trainer: Trainer, identity: RunFingerprint) -> None:
     """
     state = read_state(folder)
     check_other(state, identity, str(folder))
-    momentum = _load(folder, OPTIMIZER_FILE, state)
+    momentum = load_tensors(folder, OPTIMIZER_FILE, state)
     load_network(folder, trainer.network)
     for name, buffer in momentum_buffers(trainer, momentum).items():
         buffer.copy_(momentum[name])
@@ -152,17 +152,30 @@ def load_network(folder: Path, network: nn.Module) -> None:
         DamagedError: if the file is not the one that was written.
         CheckpointError: if a tensor is missing, superfluous or of another shape.
     """
-    tensors = _load(folder, MODEL_FILE, read_state(folder))
+    fill(network, load_tensors(folder, MODEL_FILE, read_state(folder)), str(folder / MODEL_FILE))
+
+
+@torch.no_grad()
+def fill(network: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Copies tensors into a network by name.
+
+    Raises:
+        CheckpointError: naming `where`, if one is missing, superfluous or of another shape.
+    """
     named = network.state_dict()
     odd = sorted(tensors.keys() ^ named.keys()) or [n for n in named if named[n].shape != tensors[n].shape]
     if odd:
-        raise CheckpointError(f"{folder / MODEL_FILE} does not fit this network: {', '.join(odd)} differ(s)")
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(tensors[name])
+        raise CheckpointError(f"{where} does not fit this network: {', '.join(odd)} differ(s)")
+    for name, parameter in named.items():
+        parameter.copy_(tensors[name])
 
 
-def _load(folder: Path, name: str, state: State) -> dict[str, torch.Tensor]:
+def load_tensors(folder: Path, name: str, state: State) -> dict[str, torch.Tensor]:
+    """Reads one of a checkpoint's files.
+
+    Raises:
+        DamagedError: if the file is not the one that was written.
+    """
     try:
         # Read once: what is hashed is what is used.
         data = (folder / name).read_bytes()

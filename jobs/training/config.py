@@ -12,6 +12,7 @@ import tyro
 from jobs.cli.command import GpuChoice
 from jobs.cluster.paths import whole_path
 from model.recipe import RECIPES, Recipe
+from pipeline.storage.locations import join
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +177,8 @@ class RecipeOptions:
     """What must improve on the validation set, or the rate drops."""
     patience: Annotated[int | None, recipe_value("patience")] = None
     """Epochs without an improvement before the rate drops."""
+    gradient_compression: Annotated[Literal["none", "bfloat16"] | None, recipe_value("gradient_compression")] = None
+    """What workers exchange: none: float32; bfloat16: half the bytes, for a network that is the limit."""
     seed: Annotated[int | None, recipe_value("seed")] = None
     """Of weights, plan and dropout."""
 
@@ -186,6 +189,8 @@ class CheckpointOptions:
 
     checkpoint_every: int = 0
     """Steps between checkpoints within an epoch, besides the one at its end."""
+    checkpoint_epochs: int = 1
+    """Epochs between checkpoints at an epoch's end, for very short epochs; the last one and a stop always have one."""
     checkpoint_minutes: float | None = None
     """Minutes between checkpoints within an epoch, besides the others."""
     keep: int = 2
@@ -193,6 +198,10 @@ class CheckpointOptions:
     from_checkpoint: str | None = None
     """Where a run that has no checkpoint yet begins: a checkpoint_* folder of another run with the same settings and
     data; a path or URL."""
+    init_from: str | None = None
+    """Whose weights a run begins with that has no checkpoint yet: a checkpoint_* folder, a run's folder (its best
+    checkpoint) or a .safetensors file of jobs/export.py; a path that every node sees, or a URL. The classes may be
+    others: for another number of them, the last layer is made anew."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +213,9 @@ class FaultOptions:
     hang_seconds: float = 120.0
     """A worker that is longer about one step's images, or does not answer for so long, hangs: it is ended,
     which counts among --max-failures. Give more if the disk may be away for longer and come back."""
+    collective_seconds: int = 600
+    """A worker that waits longer for the others in one exchange, as on a wedged network, fails, which counts among
+    --max-failures. More than --hang-seconds, so that a worker that hangs is found first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +235,7 @@ class TrainConfig(LoggingOptions, FaultOptions, CheckpointOptions, RecipeOptions
     """The whole command line. What is None follows from the recipe or from the machine."""
 
     def __post_init__(self) -> None:
-        for field in ("micro_batch", "cpus_per_worker", "log_every", "keep"):
+        for field in ("micro_batch", "cpus_per_worker", "log_every", "keep", "checkpoint_epochs", "collective_seconds"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"--{field.replace('_', '-')} is {value}; it must be at least 1")
@@ -238,11 +250,21 @@ class TrainConfig(LoggingOptions, FaultOptions, CheckpointOptions, RecipeOptions
             raise ValueError(f"--resize-seconds is {self.resize_seconds}; it must be above 0")
         if not 0 < self.hang_seconds < threading.TIMEOUT_MAX:
             raise ValueError(f"--hang-seconds is {self.hang_seconds}; it must be above 0, and a time that can pass")
+        if self.init_from is not None and self.from_checkpoint is not None:
+            raise ValueError(
+                "--init-from and --from-checkpoint exclude each other: the first begins a new training with given "
+                "weights, the second goes on with one; give one of them"
+            )
         if not self.name or self.name.startswith(".") or "/" in self.name:
             raise ValueError(f"--name is {self.name!r}; it names a folder in --storage, so it must be a plain word")
 
+    @property
+    def run(self) -> str:
+        """The run's folder, a path or URL."""
+        return join(self.storage, self.name)
+
     def with_whole_paths(self) -> TrainConfig:
-        """The same with absolute paths, ~ expanded.
+        """The same with absolute paths.
 
         Raises:
             ValueError: for a relative path in the working directory of a submitted job.
@@ -253,6 +275,7 @@ class TrainConfig(LoggingOptions, FaultOptions, CheckpointOptions, RecipeOptions
             storage=whole_path("--storage", self.storage),
             stage=self.stage and whole_path("--stage", self.stage),
             from_checkpoint=self.from_checkpoint and whole_path("--from-checkpoint", self.from_checkpoint),
+            init_from=self.init_from and whole_path("--init-from", self.init_from),
         )
 
     def make_recipe(self) -> Recipe:

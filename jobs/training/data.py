@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,11 +12,24 @@ import numpy as np
 
 from model.recipe import Recipe
 from model.training import Worker
-from pipeline.dataset.info import read_dataset
+from pipeline.dataset.info import SPLITS, read_dataset
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.loading.graph import GpuDecoder, decoder_name
 from pipeline.loading.loader import Batch, Loader
 from pipeline.loading.plan import Plan, PlannedBatch, center_crops, color_matrix, rank_slice
+from pipeline.staging.decoded_cache import stage_pixels
+from pipeline.staging.staging import stage
+
+
+def local_set(data: str, folder: str | None, stage_as: str, threads: int, splits: Collection[str] = SPLITS) -> Path:
+    """Where this node reads the set at a path or URL: in place, or in a folder of its own disk, by `stage` or
+    `stage_pixels`, which copies all splits."""
+    report = functools.partial(print, flush=True)
+    if folder is None:
+        return Path(data)
+    if stage_as == "pixels":
+        return stage_pixels(data, Path(folder), report, threads)
+    return stage(data, Path(folder), report, splits)
 
 
 class WorkerData:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import re
+import socket
+from collections.abc import Iterator
 
 from ray.train import ControllerError, UserCallback
 
@@ -12,6 +16,28 @@ from pipeline.dataset.info import DatasetError
 
 PERMANENT = (CheckpointError, DatasetError, LocalDiskError, StorageError)
 """Errors that say what a person must repair: to train the same steps again would meet them again."""
+
+
+# Gloo's first one and those after it, and NCCL's: torch has no type of its own for it.
+_TIMED_OUT = re.compile("Timed out waiting|Application timeout caused pair closure|collective operation timeout")
+
+
+class CollectiveTimeoutError(RuntimeError):
+    """A collective operation that took longer than --collective-seconds."""
+
+
+@contextlib.contextmanager
+def named_timeouts(seconds: int) -> Iterator[None]:
+    """Makes the error of a collective operation that took longer than `seconds` a CollectiveTimeoutError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _TIMED_OUT.search(str(error)):
+            raise
+        raise CollectiveTimeoutError(
+            f"{socket.gethostname()} waited {seconds} s for the other workers: look for one that hangs, and at the "
+            f"network between the nodes; --collective-seconds gives more time"
+        ) from None
 
 
 @dataclasses.dataclass

@@ -23,8 +23,8 @@ from pathlib import Path
 from pyarrow import fs as arrow_fs
 
 from jobs.cli.command import one_line
-from jobs.training.run_storage import put
-from pipeline.storage.locations import open_location, shown
+from pipeline.storage.locations import join, open_location, shown
+from pipeline.storage.remote import write
 
 PREFIX = "owner-"
 BEAT_SECONDS = 20.0  # From one renewal to the next.
@@ -97,7 +97,8 @@ class Claim:
         self._run = run
         self._here = here
         self._filesystem, self._path = open_location(run)
-        self._file = f"{self._path}/{PREFIX}{uuid.uuid4().hex}.json"
+        name = f"{PREFIX}{uuid.uuid4().hex}.json"
+        self._file, self._location = f"{self._path}/{name}", join(run, name)
 
     def take(self) -> None:
         """Becomes the run's owner.
@@ -140,7 +141,7 @@ class Claim:
 
     def _write(self, settled: bool) -> None:
         claim = dataclasses.asdict(dataclasses.replace(self._here, settled=settled))
-        put(self._filesystem, self._file, json.dumps(claim).encode())
+        write(self._location, json.dumps(claim).encode())
 
     def _remove(self, file: str) -> None:
         with contextlib.suppress(FileNotFoundError):

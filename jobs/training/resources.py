@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from jobs.cluster.connection import check_gpus_or_cluster, on_cluster
 from jobs.cluster.nodes import Node
-from jobs.training.config import TrainConfig, Workers
-from model.recipe import Recipe
+from jobs.training.config import HardwareOptions, TrainConfig, Workers
+from model.recipe import RECIPES, Recipe
 
+FEW_IMAGES = 32  # Of a batch on one GPU
 MOST_CORES = 12  # Of a GPU worker by default: decoding 256 x 256 JPEGs for one GPU's AlexNet gains little beyond.
 
 
@@ -22,7 +23,7 @@ class Resources:
     cpus_per_worker: int
 
     @classmethod
-    def of(cls, config: TrainConfig, nodes: Sequence[Node]) -> Resources:
+    def of(cls, config: HardwareOptions, nodes: Sequence[Node]) -> Resources:
         """Settles what the command line leaves open.
 
         Args:
@@ -52,6 +53,19 @@ class Resources:
             share = max(node.cpus // node.gpus for node in nodes if node.gpus)
         return cls(workers, gpus, max(min(share, MOST_CORES) if gpus else share, 1))
 
+    def settle(self, config: TrainConfig) -> TrainConfig:
+        """The command line with nothing left open."""
+        precision = config.precision
+        if precision == "auto":
+            precision = "bfloat16" if self.gpus else "float32"
+        most = -(-config.make_recipe().batch_size // self.workers.min_workers)
+        return dataclasses.replace(
+            config,
+            cpus_per_worker=self.cpus_per_worker,
+            precision=precision,
+            micro_batch=min(config.micro_batch, most),
+        )
+
     def room(self, nodes: Sequence[Node]) -> int:
         """How many of these workers the nodes have room for, each worker on one node."""
         return _room(nodes, self.cpus_per_worker, self.gpus)
@@ -65,6 +79,17 @@ def _most_cores(nodes: Sequence[Node], workers: int, gpus: bool) -> int:
     """The most cores that each of so many workers can have, none spread over nodes; 0 if there is no room for all."""
     most = max((node.cpus for node in nodes), default=0)
     return next((cores for cores in range(most, 0, -1) if _room(nodes, cores, gpus) >= workers), 0)
+
+
+def few_images(resources: Resources, recipe: Recipe) -> str | None:
+    """A warning if a GPU gets too few images of a batch to be busy; else None."""
+    images = recipe.batch_size // resources.workers.max_workers
+    if not resources.gpus or images >= FEW_IMAGES:
+        return None
+    return (
+        f"warning: a GPU gets {images} of a batch's {recipe.batch_size} images, and below {FEW_IMAGES} it is not kept "
+        f"busy: use fewer --workers, or --recipe large-batch with its {RECIPES['large-batch'].batch_size} images"
+    )
 
 
 def check_shortage(resources: Resources, nodes: Sequence[Node], recipe: Recipe) -> None:

@@ -5,41 +5,107 @@ Were each rank to read for itself, one bad read would leave replicas that differ
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
-from torch import distributed
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+from torch import distributed, nn
 
+from jobs.cli.command import one_line
 from jobs.training import checkpoint
 from jobs.training.checkpoint import scan
 from jobs.training.run_state import CheckpointError, DamagedError, RunFingerprint
 from jobs.training.run_storage import local_checkpoint, local_copy, set_aside
+from model.alexnet import LAST_LAYER
+from model.recipe import Recipe
 from model.training import Progress, Trainer
 from pipeline.storage.locations import join, shown
+from pipeline.storage.remote import read
 
 
-def resume(run: str, start: str | None, trainer: Trainer, identity: RunFingerprint) -> bool:
+def resume(
+    run: str, start: str | None, trainer: Trainer, identity: RunFingerprint, init_from: str | None = None
+) -> bool:
     """Puts the trainer of every rank where the run left off.
 
     Args:
         run: the run's folder, a path or URL.
         start: the checkpoint of a run that has none of its own; None for initial weights.
+        init_from: where these are (see `initialize`); None to leave the network as it is.
 
     Returns:
         Whether there was a checkpoint.
 
     Raises:
-        CheckpointError: on rank 0, if no checkpoint is whole, or they belong to another data set or configuration.
+        CheckpointError: on rank 0, if no checkpoint is whole, they belong to another data set or configuration, or the
+            initial weights do not fit.
     """
-    found: list[Any] = [None]
-    if trainer.worker.rank == 0 and _restore_newest(run, start, trainer, identity):
-        momentum = [name for name, p in trainer.network.named_parameters() if p in trainer.optimizer.state]
-        found = [(trainer.progress.to_json(), momentum)]
+    found: list[Any] = [False, None]
+    if trainer.worker.rank == 0:
+        found[0] = _restore_newest(run, start, trainer, identity)
+        if not found[0] and init_from is not None:
+            initialize(trainer.network, identity, init_from)
+        if found[0] or init_from is not None:
+            momentum = [name for name, p in trainer.network.named_parameters() if p in trainer.optimizer.state]
+            found[1] = trainer.progress.to_json(), momentum
     if trainer.worker.world > 1:
         distributed.broadcast_object_list(found, src=0, device=torch.device("cpu"))
-        if found[0] is not None:
-            _share(trainer, *found[0])
-    return found[0] is not None
+        if found[1] is not None:
+            _share(trainer, *found[1])
+    return bool(found[0])
+
+
+def initialize(network: nn.Module, identity: RunFingerprint, location: str) -> None:
+    """Gives a network trained weights; its last layer stays as it is if theirs has another number of classes.
+
+    Args:
+        network: as the recipe initializes it.
+        location: of a checkpoint_* folder, a run's folder (its best checkpoint) or a file of jobs/export.py.
+
+    Raises:
+        CheckpointError: if there are no such weights, or they are another network's.
+    """
+    if location.partition("?")[0].endswith(".safetensors"):
+        recipe, tensors = _read_export(location)
+    else:
+        with local_checkpoint(location) as (location, folder):
+            state = checkpoint.read_state(folder)
+            recipe, tensors = state.identity.recipe, checkpoint.load_tensors(folder, checkpoint.MODEL_FILE, state)
+    where = shown(location)
+    # Not all that a network computes shows in its tensors.
+    differing = [
+        f"{name} is {getattr(identity.recipe, name)} here and {getattr(recipe, name)} there "
+        f"(--{name} {getattr(recipe, name)})"
+        for name in ("groups", "normalization")
+        if getattr(identity.recipe, name) != getattr(recipe, name)
+    ]
+    if differing:
+        raise CheckpointError(f"the weights of {where} are another network's: {'; '.join(differing)}")
+    said = f"starting with the weights of {where}"
+    classes = len(tensors.get(f"{LAST_LAYER}.bias", identity.wnids))
+    if classes != len(identity.wnids):
+        said += (
+            f": they tell {classes} classes apart, the set has {len(identity.wnids)}, so the last layer is made anew"
+        )
+        tensors |= {name: own for name, own in network.state_dict().items() if name.startswith(LAST_LAYER)}
+    checkpoint.fill(network, tensors, where)
+    print(said, flush=True)
+
+
+def _read_export(location: str) -> tuple[Recipe, dict[str, torch.Tensor]]:
+    """The recipe and the tensors of a file of jobs/export.py."""
+    try:
+        data = read(location)
+        tensors = safetensors.load(data)
+        # https://github.com/huggingface/safetensors: the header's length in 8 bytes, then the header in JSON.
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return Recipe(**json.loads(header["__metadata__"]["recipe"])), tensors
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{shown(location)} is no file of jobs/export.py ({one_line(error)}): give one, or a checkpoint_* folder"
+        ) from error
 
 
 def _restore_newest(run: str, start: str | None, trainer: Trainer, identity: RunFingerprint) -> bool:

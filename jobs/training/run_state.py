@@ -11,6 +11,7 @@ from model.recipe import Recipe
 from model.training import Progress
 from pipeline.dataset.info import DatasetInfo
 from pipeline.images.rgb_stats import RgbStatistics
+from pipeline.storage.locations import shown
 
 SCHEMA_VERSION = 3
 STATE_FILE = "state.json"
@@ -46,18 +47,26 @@ class RunFingerprint:
     """What decided the images' pixels (`pipeline.loading.loader.decoder_name`)."""
     precision: str = "float32"
     """float32, or bfloat16 for autocast."""
+    init_from: str = ""
+    """Where its initial weights are from, for people; empty for those that the recipe draws."""
 
     @classmethod
     def of(
-        cls, recipe: Recipe, info: DatasetInfo, decoder: str = "libjpeg-turbo", precision: str = "float32"
+        cls,
+        recipe: Recipe,
+        info: DatasetInfo,
+        decoder: str = "libjpeg-turbo",
+        precision: str = "float32",
+        init_from: str | None = None,
     ) -> RunFingerprint:
         wnids = tuple(label.wnid for label in info.classes)
-        return cls(recipe, info.fingerprint, wnids, info.rgb, decoder, precision)
+        return cls(recipe, info.fingerprint, wnids, info.rgb, decoder, precision, shown(init_from or ""))
 
     def differences(self, other: RunFingerprint) -> list[str]:
         """What differs from another run, one phrase each.
 
-        The number of epochs may, so that a run can be extended; not under a schedule that counts on it.
+        The number of epochs may, so that a run can be extended; not under a schedule that counts on it. A command may
+        leave out where the run's initial weights are from.
         """
         free = {"epochs"} if self.recipe.schedule == "plateau" else set()
         found = [
@@ -71,6 +80,9 @@ class RunFingerprint:
             found.append(f"the JPEG decoder is {other.decoder}, was {self.decoder} ({DECODER_CURES[self.decoder]})")
         if self.precision != other.precision:
             found.append(f"the precision is {other.precision}, was {self.precision} (--precision {self.precision})")
+        if other.init_from not in ("", self.init_from):
+            was = self.init_from or "drawn by the recipe"
+            found.append(f"the initial weights are {other.init_from}, were {was} (leave --init-from out)")
         return found
 
 
@@ -120,6 +132,7 @@ class State:
                     RgbStatistics.from_json(identity["rgb"]),
                     _one_of(DECODER_CURES, identity["decoder"]),
                     _one_of(("float32", "bfloat16"), identity["precision"]),
+                    str(identity.get("init_from", "")),
                 ),
                 Progress.from_json(value["progress"]),
                 str(value["origin"]),

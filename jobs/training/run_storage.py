@@ -22,7 +22,7 @@ from jobs.training.checkpoint import best, committed, scan, superfluous
 from jobs.training.run_state import STATE_FILE, CheckpointError, DamagedError, RunFingerprint, State
 from model.training import Trainer
 from pipeline.storage.locations import is_url, join, open_location, shown
-from pipeline.storage.remote import write_atomically
+from pipeline.storage.remote import write
 
 
 class StorageError(ValueError):
@@ -64,15 +64,6 @@ def check_run_folder(run: str) -> None:
             f"{socket.gethostname()} does not see the run's folder {run}: give as --storage a URL (s3://, gs://), or a "
             "folder of the same path on a mount that all nodes have"
         )
-
-
-def put(filesystem: arrow_fs.FileSystem, path: str, data: bytes) -> None:
-    """Writes a file that is whole or not there, as a write to an object store is."""
-    if isinstance(filesystem, arrow_fs.LocalFileSystem):
-        write_atomically(Path(path), data)
-        return
-    with filesystem.open_output_stream(path) as stream:
-        stream.write(data)
 
 
 class CheckpointUploader:
@@ -143,7 +134,7 @@ class CheckpointUploader:
             self._filesystem.create_dir(target)
             arrow_fs.copy_files(str(folder), target, destination_filesystem=self._filesystem)
             # Last, because it makes the folder a checkpoint.
-            put(self._filesystem, f"{target}/{STATE_FILE}", state.to_json(files))
+            write(join(self._run, folder.name, STATE_FILE), state.to_json(files))
         except OSError as error:
             raise storage_error(self._run, error) from error
         shutil.rmtree(folder, ignore_errors=True)

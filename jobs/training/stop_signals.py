@@ -1,7 +1,8 @@
 """Stops that are announced: SIGTERM, Ctrl-C or a hangup to the driver, SIGTERM to a worker, and a spot node's drain.
 
 Whoever gets the signal writes the reason to the file STOP in the run's folder. A thread of rank 0 polls it, and rank 0
-tells the others after each step (`StopConsensus`), so that all of them write one checkpoint at the same step.
+tells the others after each step and each validation batch (`StopConsensus`), so that all write one checkpoint at the
+same place.
 """
 
 from __future__ import annotations
@@ -155,7 +156,8 @@ def draining() -> str | None:
 
 
 class StopConsensus:
-    """The ranks' agreement on stops and checkpoints: after each step rank 0 sends three numbers to the others.
+    """The ranks' agreement on stops and checkpoints: after each step or validation batch rank 0 sends three numbers to
+    the others.
 
     Not after every few steps: how many of them fit into a second is only known of those that are over.
 
@@ -193,6 +195,10 @@ class StopConsensus:
         """What to do after a step that took this rank `own_seconds` before it waited for others."""
         self._steps += 1
         self._own += own_seconds
+        return self.agree()
+
+    def agree(self) -> StepAction:
+        """What to do now, on all ranks alike."""
         # On the CPU, whatever trains: to read it from a GPU would wait for the steps that are queued there.
         decision = torch.tensor(self._decide() if self._worker.rank == 0 else (False,) * 3)
         if self._worker.world > 1:
@@ -216,7 +222,7 @@ class StopConsensus:
         elif new_drain:
             self._log(f"draining: {drain}; writing a checkpoint, then going on until the node is taken")
         due = self._checkpoint_seconds is not None and now - self._written >= self._checkpoint_seconds
-        compare = self._worker.world > 1 and now - self._compared >= COMPARE_SECONDS
+        compare = self._worker.world > 1 and self._steps > 0 and now - self._compared >= COMPARE_SECONDS
         if compare:
             self._compared = now
         return stop is not None, new_drain or due, compare

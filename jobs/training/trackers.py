@@ -1,4 +1,4 @@
-"""Where a run's metrics go: to TensorBoard always, to MLflow or Weights & Biases as well if asked.
+"""Where a run's metrics go: to TensorBoard and Ray's own metrics always, to MLflow or Weights & Biases if asked.
 
 None can harm the run: each has a thread of its own, so that one that fails or hangs costs no step and no checkpoint.
 
@@ -18,9 +18,10 @@ import queue
 import tempfile
 import threading
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pyarrow import fs as arrow_fs
+from ray.util.metrics import Gauge
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
@@ -60,20 +61,17 @@ class TrackedRun:
         return hashlib.sha256(self.location.encode()).hexdigest()[:16]
 
 
-class Tracker(Protocol):
+class Tracker:
     """Called by rank 0, in a thread of the tracker's own."""
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Records metrics; `step` counts from the run's start."""
-        ...
 
     def flush(self) -> None:
         """Makes the metrics readable; called after each epoch."""
-        ...
 
     def close(self, end: End) -> None:
         """Called at the end of the run."""
-        ...
 
 
 class BestEffort:
@@ -131,8 +129,8 @@ def check_installed(tracker: str | None) -> None:
 
 
 def make_trackers(tracker: str | None, run: TrackedRun) -> list[BestEffort]:
-    """TensorBoard, and mlflow or wandb if asked for."""
-    made = [BestEffort("TensorBoard", lambda: TensorBoard(run))]
+    """TensorBoard and Ray's metrics, and mlflow or wandb if asked for."""
+    made = [BestEffort("TensorBoard", lambda: TensorBoard(run)), BestEffort("Ray's metrics", lambda: RayMetrics(run))]
     if tracker == "mlflow":
         made.append(BestEffort("MLflow", lambda: MLflow(run)))
     elif tracker == "wandb":
@@ -140,7 +138,7 @@ def make_trackers(tracker: str | None, run: TrackedRun) -> list[BestEffort]:
     return made
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """Events in STORAGE/NAME/tensorboard."""
 
     def __init__(self, run: TrackedRun) -> None:
@@ -170,7 +168,21 @@ class TensorBoard:
             arrow_fs.copy_files(self._local, self._path, destination_filesystem=self._storage)
 
 
-class MLflow:
+class RayMetrics(Tracker):
+    """Gauges among Ray's own metrics, which each node offers to Prometheus: train/loss as ray_alexnet_train_loss."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        self._tags = {"run": run.name}
+        self._gauges: dict[str, Gauge] = {}
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(f"alexnet_{name.replace('/', '_')}", name, tag_keys=("run",))
+            self._gauges[name].set(value, self._tags)
+
+
+class MLflow(Tracker):
     """A run of the experiment alexnet-trainer at MLFLOW_TRACKING_URI, found again by its location when continued."""
 
     def __init__(self, run: TrackedRun) -> None:
@@ -199,7 +211,7 @@ class MLflow:
         self._mlflow.end_run({"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[end])
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Tracker):
     """A run of the project alexnet-trainer; WANDB_API_KEY or WANDB_MODE say where."""
 
     def __init__(self, run: TrackedRun) -> None:
@@ -217,9 +229,6 @@ class WeightsAndBiases:
 
     def log(self, values: dict[str, float], step: int) -> None:
         self._run.log(values, step=step)
-
-    def flush(self) -> None:
-        """It sends by itself."""
 
     def close(self, end: End) -> None:
         # Any status but 0 marks the run as failed; it has no word for one that will go on.

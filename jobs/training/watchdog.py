@@ -1,7 +1,7 @@
 """Ends a worker that hangs in work of its own, so that Ray Train starts all of them again from the last checkpoint.
 
 A read from a mount whose server is gone never returns. The process lives and answers Ray's health checks, and the other
-ranks wait for it in the exchange of gradients, for torch's half hour.
+ranks wait for it in the exchange of gradients, for --collective-seconds.
 
 Limited is what waits for nothing but this worker's own disk, processor and decoder: opening the shard set, and getting
 each step's or each validation batch's images. Not limited are the forward and backward pass, since whoever waits there

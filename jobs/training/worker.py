@@ -6,16 +6,17 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
+from ray.train.collective import barrier
 
 from jobs.cli.device import processor
-from jobs.training.data import WorkerData
-from jobs.training.failures import PERMANENT
+from jobs.training.config import TrainConfig
+from jobs.training.data import WorkerData, local_set
+from jobs.training.failures import PERMANENT, CollectiveTimeoutError, named_timeouts
 from jobs.training.resume import resume
 from jobs.training.run_state import RunFingerprint
 from jobs.training.run_storage import CheckpointUploader, check_run_folder
@@ -25,48 +26,7 @@ from jobs.training.watchdog import LimitedData, limited
 from model.alexnet import AlexNet
 from model.guards import DivergedError
 from model.metrics import LabeledImages, Score
-from model.recipe import Recipe
 from model.training import StepAction, StoppedError, Trainer, Worker
-from pipeline.loading.graph import GpuDecoder
-from pipeline.staging.decoded_cache import stage_pixels
-from pipeline.staging.staging import stage
-
-
-@dataclasses.dataclass(frozen=True)
-class WorkerConfig:
-    """What the driver tells every worker."""
-
-    data: str
-    """The shard set: an absolute path that every node sees, or a URL."""
-    stage: str | None
-    """Where to copy it to on this node, or None to use it where it is."""
-    stage_as: str
-    """jpeg or pixels: what the copy holds."""
-    run: str
-    """The run's folder, a local path or URL, where rank 0 puts checkpoints and TensorBoard's events."""
-    start: str | None
-    """The checkpoint from which a run begins that has none of its own, or None for initial weights."""
-    keep: int
-    """How many of the best checkpoints stay, besides the newest two."""
-    tracker: str | None
-    """mlflow or wandb, to send metrics there as well; or None."""
-    recipe: Recipe
-    micro_batch: int
-    """At most this many images are in the network at once."""
-    threads: int
-    """Cores of one worker: decoder threads, and the network's threads on CPU."""
-    precision: str
-    """float32 or bfloat16."""
-    gpu_decoder: GpuDecoder
-    """Which of nvJPEG's decoders is used on a GPU."""
-    log_every: int
-    """Steps between progress lines."""
-    checkpoint_every: int
-    """Steps between checkpoints within an epoch; 0 for none."""
-    checkpoint_seconds: float | None
-    """Time between checkpoints within an epoch; None for none."""
-    hang_seconds: float
-    """How long a worker may take to open the set, or to get one step's images (`jobs.training.watchdog`)."""
 
 
 class Reporter:
@@ -77,7 +37,7 @@ class Reporter:
 
     def __init__(
         self,
-        config: WorkerConfig,
+        config: TrainConfig,
         identity: RunFingerprint,
         worker: Worker,
         steps: int,
@@ -88,15 +48,21 @@ class Reporter:
         log = functools.partial(print, flush=True)
         self._uploader = CheckpointUploader(config.run, config.keep) if worker.rank == 0 else None
         news = StopRequestPoller(config.run, log).news if worker.rank == 0 else lambda: (None, None)
-        self._consensus = StopConsensus(worker, config.checkpoint_seconds, news, log)
+        seconds = None if config.checkpoint_minutes is None else 60 * config.checkpoint_minutes
+        self._consensus = StopConsensus(worker, seconds, news, log)
         self._steps = steps
-        self._epochs = config.recipe.epochs
+        self._epochs = identity.recipe.epochs
         self._trackers = trackers
 
     def on_step_end(self, trainer: Trainer, batches: Sequence[LabeledImages], own_seconds: float) -> StepAction:
         if self._uploader is not None:
             self._uploader.check()
         return self._consensus.after_step(own_seconds)
+
+    def on_validation_batch(self, trainer: Trainer) -> StepAction:
+        if self._uploader is not None:
+            self._uploader.check()
+        return self._consensus.agree()
 
     def on_log(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
         if self._rank != 0:
@@ -154,14 +120,17 @@ class Reporter:
         if self._rank == 0:
             print(warning, flush=True)
 
-    def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
+    def checkpoint(self, trainer: Trainer) -> None:
         if self._uploader is not None:
             self._uploader.save(trainer, self._identity)
         self._consensus.checkpointed()
 
 
-def train_worker(config: WorkerConfig) -> dict[str, Any]:
+def train_worker(config: TrainConfig) -> dict[str, Any]:
     """Trains on this worker; rank 0's return value reaches the driver.
+
+    Args:
+        config: the command line with nothing left open: `cpus_per_worker` and `precision` are settled.
 
     Returns:
         "error": why training stopped early, or None; "stopped": where, if it was told to stop, or None; "history": one
@@ -170,45 +139,47 @@ def train_worker(config: WorkerConfig) -> dict[str, Any]:
     Raises:
         CheckpointError, DatasetError: if the run's checkpoints or the set are missing or damaged.
         LocalDiskError, StorageError: if this node's disk or the storage cannot be written.
+        CollectiveTimeoutError: if the others cannot be reached.
     """
     try:
-        return _train(config)
-    except PERMANENT:
+        with named_timeouts(config.collective_seconds):
+            return _train(config)
+    except (*PERMANENT, CollectiveTimeoutError):
         # The driver says it in one line; Ray Train would print a traceback before.
         logging.getLogger("ray.train").setLevel(logging.CRITICAL)
         raise
 
 
-def _train(config: WorkerConfig) -> dict[str, Any]:
+def _train(config: TrainConfig) -> dict[str, Any]:
+    recipe, threads = config.make_recipe(), config.cpus_per_worker
+    assert threads is not None
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, getattr(torch, config.precision))
     if device.type == "cpu":
-        torch.set_num_threads(config.threads)
+        torch.set_num_threads(threads)
     check_run_folder(config.run)
-    folder = Path(config.data)
+    folder = local_set(config.data, config.stage, config.stage_as, threads)
     if config.stage is not None:
-        report = functools.partial(print, flush=True)
-        if config.stage_as == "pixels":
-            folder = stage_pixels(config.data, Path(config.stage), report, config.threads)
-        else:
-            folder = stage(config.data, Path(config.stage), report)
+        # Without a time limit: a node that comes new copies all of the set.
+        barrier()
     with limited(config.hang_seconds):
-        data = WorkerData(folder, config.recipe, worker, config.micro_batch, config.threads, config.gpu_decoder)
-    identity = RunFingerprint.of(config.recipe, data.info, data.decoder, config.precision)
+        data = WorkerData(folder, recipe, worker, config.micro_batch, threads, config.gpu_decoder)
+    identity = RunFingerprint.of(recipe, data.info, data.decoder, config.precision, config.init_from)
     trainer = Trainer(
         make_network(identity).to(memory_format=torch.channels_last).to(device),
-        config.recipe,
+        recipe,
         worker,
         config.log_every,
         config.checkpoint_every,
+        config.checkpoint_epochs,
     )
     # Not Ray Train's: it knows of no checkpoint, so that none that is gone or damaged can keep it from starting.
-    continued = resume(config.run, config.start, trainer, identity)
+    continued = resume(config.run, config.from_checkpoint, trainer, identity, config.init_from)
     start = trainer.progress.epoch * data.steps + trainer.progress.step
     trackers: list[BestEffort] = []
     if worker.rank == 0:
-        tracked = TrackedRun(config.run, dataclasses.asdict(config.recipe), machine(config, worker), start)
+        tracked = TrackedRun(config.run, dataclasses.asdict(recipe), machine(config, worker), start)
         trackers = make_trackers(config.tracker, tracked)
     if continued and worker.rank == 0:
         place = f"after epoch {trainer.progress.epoch}, step {trainer.progress.step}"
@@ -231,12 +202,12 @@ def _train(config: WorkerConfig) -> dict[str, Any]:
     return {"error": error, "stopped": stopped, "history": trainer.progress.history}
 
 
-def machine(config: WorkerConfig, worker: Worker) -> str:
+def machine(config: TrainConfig, worker: Worker) -> str:
     """What a run runs on, as its first worker sees it, for people."""
     if worker.device.type == "cuda":
         kind = torch.cuda.get_device_name(worker.device)
     else:
-        kind = f"{processor()}, {config.threads} thread(s) each"
+        kind = f"{processor()}, {config.cpus_per_worker} thread(s) each"
     return f"{worker.world} worker(s) on {kind}; {config.precision}; torch {torch.__version__}"
 
 

@@ -23,27 +23,13 @@ class Reject:
     split: str
     wnid: str
     reason: str
-    repaired: bool = False
-    """Whether the set holds it all the same, repaired."""
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "path": self.path,
-            "split": self.split,
-            "class": self.wnid,
-            "reason": self.reason,
-            "repaired": self.repaired,
-        }
+        return {"path": self.path, "split": self.split, "class": self.wnid, "reason": self.reason}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Reject:
-        return cls(
-            str(value["path"]),
-            str(value["split"]),
-            str(value["class"]),
-            str(value["reason"]),
-            bool(value["repaired"]),
-        )
+        return cls(str(value["path"]), str(value["split"]), str(value["class"]), str(value["reason"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,16 +52,7 @@ class ShardAnnotation:
     """Of the whole training split; None until the set is finished."""
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "samples": self.samples,
-            "bytes": self.bytes,
-            "sha256": self.sha256,
-            "inputs": self.inputs,
-            "moments": self.moments.to_json(),
-            "rejected": [reject.to_json() for reject in self.rejected],
-            "rgb": None if self.rgb is None else self.rgb.to_json(),
-        }
+        return {**dataclasses.asdict(self), "rejected": [reject.to_json() for reject in self.rejected]}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ShardAnnotation:

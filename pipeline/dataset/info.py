@@ -62,7 +62,7 @@ class Split:
     bytes: int
     shards: tuple[ShardRow, ...]
     index_sha256: str = ""
-    """Of the sample index, SPLIT.arrow; empty in a set of version 0.1, which has none."""
+    """Of the sample index, SPLIT.arrow."""
     labels_crc32: int = 0
     """Of the labels in it, int32 little-endian."""
 
@@ -122,8 +122,8 @@ class DatasetInfo:
                             ShardRow(shard_name(s["name"]), int(s["samples"]), int(s["bytes"]), str(s["sha256"]))
                             for s in split["shards"]
                         ),
-                        str(split.get("index_sha256", "")),
-                        int(split.get("labels_crc32", 0)),
+                        str(split["index_sha256"]),
+                        int(split["labels_crc32"]),
                     )
                     for name, split in value["splits"].items()
                     if name in SPLITS

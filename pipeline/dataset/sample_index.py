@@ -174,21 +174,6 @@ def index_is_whole(root: Location, name: str, split: Split) -> bool:
         return False
 
 
-def check_has_index(location: str, split: Split) -> None:
-    """Raises DatasetError for a set of version 0.1, which had no sample index, naming what adds one."""
-    if not split.index_sha256:
-        raise DatasetError(
-            f"the shard set {location} has no sample index, as version 0.1 made none: {_again(location)}"
-        )
-
-
-def _again(location: str) -> str:
-    return (
-        "run the command that made the set again, which adds it and changes no image: "
-        f"python jobs/shard_imagenet.py --source IMAGES --output {quote(location)}"
-    )
-
-
 def open_index(root: Location, name: str, split: Split, classes: int) -> SampleIndex:
     """Maps ROOT/NAME.arrow, or reads it whole from a URL.
 
@@ -199,11 +184,13 @@ def open_index(root: Location, name: str, split: Split, classes: int) -> SampleI
         DatasetError: if the index is missing, or is not the one that `dataset.json` describes.
     """
     path = shown(join(root, index_file(name)))
-    check_has_index(shown(root), split)
     if staged_from(root) is not None:
         cure = f"this is a staged copy, so delete {path} and run the same command again, which stages it again"
     else:
-        cure = _again(shown(root))
+        cure = (
+            "run the command that made the set again, which adds it and changes no image: "
+            f"python jobs/shard_imagenet.py --source IMAGES --output {quote(shown(root))}"
+        )
     try:
         index = _map(join(root, index_file(name)))
     except FileNotFoundError:

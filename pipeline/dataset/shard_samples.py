@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 from collections.abc import Iterator
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
-
-from pipeline.images.decode import IMAGE_SIZE, MAX_JPEG_BYTES, ImageError
 from pipeline.sources.files import SourceError
 from pipeline.sources.keys import IMAGE_COMPONENTS, LABEL_COMPONENT, label_number, split_name
 from pipeline.sources.tars import Member, Stretch, Window, members_in
@@ -79,35 +73,6 @@ def read_samples(location: str, data: bytes, faults: list[Fault], shard: str) ->
             _bytes_of(data, images[0]),
             " ".join(f"{extension} {part.offset} {part.size} {part.name}" for extension, part in components),
         )
-
-
-def stored_pixels(jpeg: bytes) -> NDArray[np.uint8]:
-    """The pixels of a set's image, [IMAGE_SIZE, IMAGE_SIZE, 3].
-
-    Raises:
-        ImageError: if it is no JPEG of that size, or one that readers turn.
-    """
-    if len(jpeg) > MAX_JPEG_BYTES:
-        raise ImageError(f"it has {len(jpeg):,} bytes, and an image of a set has at most {MAX_JPEG_BYTES:,}")
-    try:
-        with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
-            if image.size != (IMAGE_SIZE, IMAGE_SIZE) or image.mode != "RGB":
-                raise ImageError(
-                    f"it is {image.width} x {image.height} {image.mode}, not {IMAGE_SIZE} x {IMAGE_SIZE} RGB"
-                )
-            turn = image.getexif().get(ExifTags.Base.Orientation, 1)
-            if turn != 1:
-                raise ImageError(
-                    f"its EXIF says that it is to be turned ({turn}), which some readers do and some do not"
-                )
-            return np.asarray(image)
-    except ImageError:
-        raise
-    except UnidentifiedImageError as error:
-        raise ImageError("it is no JPEG") from error
-    # As in the conversion: Pillow raises whatever the bytes lead it to.
-    except Exception as error:
-        raise ImageError(f"it does not decode: {' '.join(str(error).split())[:200]}") from error
 
 
 def _members(location: str, data: bytes, faults: list[Fault], shard: str) -> Iterator[Member]:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from pipeline.dataset.annotation import ShardAnnotation, ShardError, read_annotation
 from pipeline.dataset.info import DATASET_FILE, INDEX_VERSION, REJECTS_FILE, DatasetError, DatasetInfo, ShardRow
 from pipeline.dataset.sample_index import SampleIndex, index_file, index_is_whole, open_index, shard_rows
-from pipeline.dataset.shard_samples import Fault, Sample, read_samples, stored_pixels
-from pipeline.images.decode import IMAGE_SIZE, ImageError
+from pipeline.dataset.shard_samples import Fault, Sample, read_samples
+from pipeline.images.decode import IMAGE_SIZE, pixels_of_stored
 from pipeline.images.rgb_stats import RgbMoments, RgbStatistics
 from pipeline.sources.keys import key_hash, may_be_of
 from pipeline.storage.locations import Location, join, shown
@@ -185,12 +185,13 @@ def _decode(samples: Sequence[Sample], faults: list[Fault], shard: str) -> RgbMo
     """The moments of all images that decode to what a set holds."""
     moments = RgbMoments()
     for sample in samples:
-        try:
-            pixels = stored_pixels(sample.jpeg)
-        except ImageError as error:
-            faults.append(Fault(str(error), shard, sample.key))
-            continue
-        moments += RgbMoments.of(pixels)
+        pixels = pixels_of_stored(sample.jpeg)
+        if pixels is None:
+            size = f"{IMAGE_SIZE} x {IMAGE_SIZE} pixels"
+            what = f"its image is not a complete baseline color JPEG of {size} without EXIF rotation"
+            faults.append(Fault(what, shard, sample.key))
+        else:
+            moments += RgbMoments.of(pixels)
     return moments
 
 

@@ -40,10 +40,6 @@ class IsolatedConverter:
         ChildProcessError: if no child can be started.
     """
 
-    def __init__(self, limit_s: float | None = None) -> None:
-        """Args: limit_s: how long one image may take; LIMIT_S by default."""
-        self.limit_s = LIMIT_S if limit_s is None else limit_s
-
     def __enter__(self) -> IsolatedConverter:
         self._start()
         return self
@@ -62,11 +58,11 @@ class IsolatedConverter:
         """
         try:
             self._pipe.send((data, quality))
-            if not self._pipe.poll(self.limit_s):
+            if not self._pipe.poll(LIMIT_S):
                 self._child.kill()
                 self._stop()
                 self._start()
-                raise ImageError(f"the decoder hangs (no result within {self.limit_s:g} s)")
+                raise ImageError(f"the decoder hangs (no result within {LIMIT_S:g} s)")
             result = self._pipe.recv()
         # The child has ended.
         except (EOFError, ConnectionError) as error:

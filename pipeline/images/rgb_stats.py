@@ -64,9 +64,6 @@ class RgbMoments:
         rr, rg, rb, gg, gb, bb = (x + y for x, y in zip(self.products, other.products, strict=True))
         return RgbMoments(self.pixels + other.pixels, (r, g, b), (rr, rg, rb, gg, gb, bb))
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> RgbMoments:
         return cls(int(value["pixels"]), tuple(value["sums"]), tuple(value["products"]))
@@ -120,9 +117,6 @@ class RgbStatistics:
             eigenvalues=_vector(np.maximum(values, 0.0)),
             eigenvectors=_matrix(vectors),
         )
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> RgbStatistics:

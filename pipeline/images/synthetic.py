@@ -130,17 +130,9 @@ def write_folder(
     The images are written to OUTPUT.partial, which is renamed at the end: a folder of the final name is complete.
 
     Raises:
-        ValueError: if a number is out of range, or `output` holds something else, or images of other settings.
+        ValueError: if `output` holds something else, or images of other settings.
         OSError: if the folder cannot be written.
     """
-    if not 2 <= classes <= len(CLASSES):
-        raise ValueError(f"{classes} classes: choose 2 to {len(CLASSES)}")
-    if train_per_class < 1 or val_per_class < 1:
-        raise ValueError(
-            f"{train_per_class} training and {val_per_class} validation images a class: at least 1 of each"
-        )
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed {seed}: choose 0 to 2^64 - 1")
     settings = {"classes": classes, "train_per_class": train_per_class, "val_per_class": val_per_class, "seed": seed}
     partial = output.with_name(output.name + ".partial")
     for folder in (output, partial):

@@ -37,7 +37,7 @@ from pipeline.dataset.sample_index import (
     record_batch,
 )
 from pipeline.images.decode import IMAGE_BYTES, IMAGE_SHAPE, ImageError, decode_stored
-from pipeline.staging.staging import alone_at, copy_index, copy_shard, make_folders
+from pipeline.staging.staging import alone_at, copy_index, copy_shard, has_size, make_folders
 from pipeline.storage.locations import shown
 from pipeline.storage.remote import write_atomically
 
@@ -66,7 +66,11 @@ def stage_pixels(location: str, folder: Path, report: Callable[[str], None], thr
 
 def _decode_set(location: str, info: DatasetInfo, target: Path, report: Callable[[str], None], threads: int) -> None:
     work = [(split, number, row) for split, part in info.splits.items() for number, row in enumerate(part.shards)]
-    missing = [(split, number, row) for split, number, row in work if not _is_whole(target / split, row)]
+    missing = [
+        (split, number, row)
+        for split, number, row in work
+        if not has_size(target / split / f"{row.name}.rgb", row.samples * IMAGE_BYTES)
+    ]
     if not missing and (target / DATASET_FILE).exists():
         there = read_dataset(target)
         if all(index_is_whole(target, split, part) for split, part in there.splits.items()):
@@ -99,12 +103,6 @@ def _decode_set(location: str, info: DatasetInfo, target: Path, report: Callable
         splits[split] = describe_index(part, index)
     shutil.rmtree(source)
     write_json(target / DATASET_FILE, dataclasses.replace(info, splits=splits).to_json())
-
-
-def _is_whole(folder: Path, row: ShardRow) -> bool:
-    """Whether a shard's pixels are there; what has the name was renamed when it was whole."""
-    path = folder / f"{row.name}.rgb"
-    return path.exists() and path.stat().st_size == row.samples * IMAGE_BYTES
 
 
 def _rows(index: SampleIndex, number: int) -> pa.RecordBatch:

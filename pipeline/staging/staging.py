@@ -12,13 +12,14 @@ import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from pipeline.dataset.info import (
     DATASET_FILE,
+    SPLITS,
     STAGED_FILE,
     DatasetError,
     DatasetInfo,
@@ -26,7 +27,7 @@ from pipeline.dataset.info import (
     read_dataset,
     write_json,
 )
-from pipeline.dataset.sample_index import SampleIndex, check_has_index, index_file, index_is_whole, open_index
+from pipeline.dataset.sample_index import SampleIndex, index_file, index_is_whole, open_index
 from pipeline.storage.locations import join, shown
 from pipeline.storage.remote import TEMPORARY_SUFFIX, chunks, write_atomically
 from pipeline.storage.retry import SourceReadError, retry
@@ -36,13 +37,16 @@ STREAMS = 8  # Shards copied at a time: one stream of an object store carries a 
 Report = Callable[[str], None]
 
 
-def stage(location: str, folder: Path, report: Report) -> Path:
+def stage(location: str, folder: Path, report: Report, splits: Collection[str] = SPLITS) -> Path:
     """Copies a shard set to FOLDER/FINGERPRINT and returns that path; at once where it is there already.
+
+    Its `dataset.json` is copied once all splits are there, as a later call may have it.
 
     Args:
         location: a local path or URL of a finished set.
         folder: on a disk of this node.
         report: told in plain words what happens.
+        splits: which to copy, of those that the set has.
 
     Raises:
         DatasetError: if the set is missing, a shard's bytes are wrong at their source, the disk is too small or cannot
@@ -52,7 +56,7 @@ def stage(location: str, folder: Path, report: Report) -> Path:
     target = folder / info.fingerprint[:16]
     try:
         with alone_at(target, report, f"stage {shown(location)}"):
-            _copy(location, info, target, report)
+            _copy(location, info, target, report, splits)
     except OSError as error:
         raise DatasetError(
             f"staging {shown(location)} to {target} failed: {error}; the same command goes on with what is missing, "
@@ -103,22 +107,25 @@ def make_folders(target: Path, info: DatasetInfo, need: int, what: str, otherwis
         )
 
 
-def _copy(location: str, info: DatasetInfo, target: Path, report: Report) -> None:
-    work = [(split, row) for split, part in info.splits.items() for row in part.shards]
-    missing = [(split, row) for split, row in work if not _is_whole(target / split / f"{row.name}.tar", row)]
-    indexed = all(index_is_whole(target, split, part) for split, part in info.splits.items())
-    if not missing and indexed and (target / DATASET_FILE).exists():
+def _copy(location: str, info: DatasetInfo, target: Path, report: Report, splits: Collection[str]) -> None:
+    parts = {split: part for split, part in info.splits.items() if split in splits}
+    work = [(split, row) for split, part in parts.items() for row in part.shards]
+    missing = [(split, row) for split, row in work if not has_size(target / split / f"{row.name}.tar", row.bytes)]
+    indexed = all(index_is_whole(target, split, part) for split, part in parts.items())
+    whole = parts == info.splits
+    if not missing and indexed and (not whole or (target / DATASET_FILE).exists()):
         return
     need = sum(row.bytes for _, row in missing)
     make_folders(target, info, need, f"staging {shown(location)} needs", "or give a larger disk with --stage")
     report(f"staging {need / 1e9:.2f} GB in {len(missing)} of {len(work)} shards from {shown(location)} to {target}")
-    for split in info.splits:
+    for split in parts:
         copy_index(location, target, split, info)
     # First, so that whoever finds a shard damaged can say where to get it again.
     write_json(target / STAGED_FILE, {"from": shown(location)})
     _copy_shards(location, target, missing, report)
-    # What was read at the start, not what may lie there by now.
-    write_json(target / DATASET_FILE, info.to_json())
+    if whole:
+        # What was read at the start, not what may lie there by now.
+        write_json(target / DATASET_FILE, info.to_json())
 
 
 def copy_index(location: str, target: Path, split: str, info: DatasetInfo) -> SampleIndex:
@@ -129,7 +136,6 @@ def copy_index(location: str, target: Path, split: str, info: DatasetInfo) -> Sa
         OSError: if it cannot be read or written.
     """
     part, name = info.splits[split], index_file(split)
-    check_has_index(shown(location), part)
     source = join(location, name)
 
     def fetch() -> bytes:
@@ -162,8 +168,9 @@ def _copy_shards(location: str, target: Path, missing: Sequence[tuple[str, Shard
             raise
 
 
-def _is_whole(path: Path, row: ShardRow) -> bool:
-    return path.exists() and path.stat().st_size == row.bytes
+def has_size(path: Path, size: int) -> bool:
+    """Whether a file is there, and whole: what has its name was renamed when it was."""
+    return path.exists() and path.stat().st_size == size
 
 
 def copy_shard(location: str, target: Path, split: str, row: ShardRow) -> Path:

@@ -67,11 +67,6 @@ def without_user(url: str) -> str:
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
-def on_disk(location: str) -> str:
-    """What to give as --data to a command that reads a set from a disk: the folder, or a word for a copy of the URL."""
-    return "LOCAL_COPY_OF_THE_SET" if is_url(location) else location
-
-
 def open_location(location: Location) -> tuple[fs.FileSystem, str]:
     """The file system and path of a local path or a URL (s3://, gs://, or http:// and https:// to read from).
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,6 +81,13 @@ def test_two_workers_on_two_hosts_train_and_leave_a_checkpoint(pair: list[Host],
     # A worker that ran on each host has staged the set to that host's own disk.
     assert all(list(host.path(stage).rglob("*.tar")) for host in pair)
     assert not stage.exists()
+
+    [command] = re.findall("^next: (.*)$", output, re.MULTILINE)
+    done = pair[1].run(*shlex.split(command), "--batch-size", 1, timeout=300, RAY_ADDRESS=DASHBOARD)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ten crops, 3 images" in done.stdout
+    # Each host has all images already.
+    assert "staging" not in done.stdout
 
 
 def test_a_storage_on_one_hosts_disk_is_refused_before_the_start(pair: list[Host], folder: Path, data: Path) -> None:

@@ -5,7 +5,6 @@ Faults of shards that are open are in `test_read_faults`.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import resource
@@ -18,17 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.dataset.info import ClassLabel, DatasetError, DatasetInfo, ShardRow, Split, read_dataset, write_json
+from pipeline.dataset.info import ClassLabel, DatasetError, DatasetInfo, ShardRow, Split, read_dataset
 from pipeline.dataset.sample_index import SCHEMA, describe_index, pack_index, record_batch, shard_rows
 from pipeline.dataset.split_reader import END_OF_IMAGE, SplitReader
 from pipeline.images.decode import MAX_JPEG_BYTES
-from pipeline.sharding.shard_set import find_finished
 from pipeline.sharding.shards import pack
 from pipeline.staging.decoded_cache import stage_pixels
 from pipeline.staging.staging import stage
-from tests import shard_sets
-from tests.damage import flip_bit, flip_in_the_middle, overwrite, own_copy, places
-from tests.photographs import write_source
+from tests.damage import flip_bit, overwrite, own_copy, places
 
 BAD = 23  # A sample of the third shard of ten, its fourth.
 
@@ -157,44 +153,6 @@ def test_a_staged_copys_index_is_staged_again(shard_set: Path, tmp_path: Path, c
         SplitReader(staged, read_dataset(staged), "train")
     assert stage(str(shard_set), tmp_path, lambda _: None) == staged
     assert (staged / "train.arrow").read_bytes() == whole
-
-
-def test_a_set_of_version_0_1_gets_an_index_by_its_own_command(tmp_path: Path) -> None:
-    source = write_source(tmp_path / "images", images=8)
-    root = tmp_path / "set"
-    plan = shard_sets.planned(source)
-    shard_sets.make(root, plan)
-    wanted = shard_sets.contents(root)
-    info = read_dataset(root)
-    older = {name: dataclasses.replace(part, index_sha256="", labels_crc32=0) for name, part in info.splits.items()}
-    for split in older:
-        (root / f"{split}.arrow").unlink()
-    write_json(root / "dataset.json", dataclasses.replace(info, splits=older).to_json())
-    with pytest.raises(
-        DatasetError, match=r"has no sample index, as version 0\.1 made none: run the command that made"
-    ):
-        SplitReader(root, read_dataset(root), "train")
-    with pytest.raises(DatasetError, match=r"has no sample index, as version 0\.1 made none"):
-        stage(str(root), tmp_path / "disk", lambda _: None)
-    assert find_finished(root, plan) is None
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*.tar")}
-    shard_sets.make(root, plan)
-    assert shard_sets.contents(root) == wanted
-    assert {path: path.stat().st_mtime_ns for path in root.rglob("*.tar")} == before
-    assert find_finished(root, plan) is not None
-
-
-def test_an_error_names_its_image_by_the_index_that_was_opened(shard_set: Path, tmp_path: Path) -> None:
-    root = own_copy(shard_set, tmp_path / "shards")
-    reader, place = SplitReader(root, read_dataset(root), "train"), places(root, "train")[BAD]
-    before = place.tar.stat()
-    flip_in_the_middle(place)
-    os.utime(place.tar, ns=(before.st_atime_ns, before.st_mtime_ns))
-    for path in (root / "train").glob("*.idx"):
-        path.unlink()
-    with pytest.raises(DatasetError, match=rf"^train image {place.key} of train-000002: it is not what was written: "):
-        reader.image(BAD)
-    assert reader.image(BAD - 1).size > 0
 
 
 # What is refused at once.

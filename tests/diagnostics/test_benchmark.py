@@ -8,17 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.benchmark import BenchmarkConfig, Rates, main, row
-from jobs.diagnostics.gpu_check import Agreement, GpuCheck
+from jobs.benchmark import BenchmarkConfig, Rates, main
 from tests.processes import run_here
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def rates(loader_ms: float, network_ms: float, exchange_ms: float = 0.0, machines: int = 1) -> Rates:
+def rates(loader_ms: float, network_ms: float) -> Rates:
     """Of batches of 100 that take so long; training goes as the slower of the two."""
     slower = max(loader_ms, network_ms)
-    return Rates(2_000.0, 1e5 / loader_ms, 1e5 / network_ms, 1e5 / slower, 0.0, 2.5, 2, 100, machines, exchange_ms)
+    return Rates(2_000.0, 1e5 / loader_ms, 1e5 / network_ms, 1e5 / slower, 0.0, 2.5, 2, 100)
 
 
 @pytest.mark.parametrize(
@@ -31,8 +28,6 @@ def rates(loader_ms: float, network_ms: float, exchange_ms: float = 0.0, machine
             "more cores",
         ),
         (rates(300, 310), "the loader is the limit, with 2 threads: it gives 103% of what", "more cores"),
-        (rates(80, 310, 300, 4), "the network is the limit", "a faster device"),
-        (rates(80, 310, 465, 4), "the exchange between machines is the limit: 60% of a step on 4", "a larger batch"),
     ],
 )
 def test_the_verdict_names_what_decides(found: Rates, words: str, advice: str) -> None:
@@ -41,34 +36,7 @@ def test_the_verdict_names_what_decides(found: Rates, words: str, advice: str) -
 
 
 def test_the_estimate_is_the_papers_ninety_epochs() -> None:
-    assert rates(80, 310, 60, 4).hours == pytest.approx(90 * 1_281_167 / 400 * (0.310 + 0.060) / 3600)
     assert rates(80, 310).hours == pytest.approx(90 * 1_281_167 / 100 * 0.310 / 3600)
-
-
-def test_the_exchange_follows_from_the_stated_bandwidth() -> None:
-    def exchange(machines: int, network_gbit: float | None) -> float:
-        return BenchmarkConfig(Path("."), machines=machines, network_gbit=network_gbit).exchange_ms(250_000_000)
-
-    # 250 MB at 10 Gbit/s take a fifth of a second; of four machines each sends 2 * 3 / 4 of them.
-    assert exchange(4, 10.0) == pytest.approx(300.0)
-    assert exchange(1, 10.0) == 0
-    assert exchange(4, None) == 0
-    assert "not counted (--network-gbit counts it)" in rates(80, 310, 0, 4).lines()[-1]
-
-
-def test_a_row_fits_the_table_of_the_benchmarks() -> None:
-    def printed(problems: tuple[str, ...], exact: bool) -> str:
-        checked = GpuCheck((Agreement("pixels", exact, "", problems),), 1.0, 2.0, 1000)
-        return row("a GPU", "cuda", rates(80, 310), checked)
-
-    assert printed((), True) == "| a GPU | cuda | 1,250 | 323 | 323 | 2.5 | bit for bit | +1, +2 |"
-    assert "| NO |" in printed(("a bit differs",), True)
-    # Two decoders may differ, and yet all is equal from equal pixels.
-    assert "| bit for bit |" in printed(("off by a level",), False)
-    header = next(
-        line for line in (ROOT / "docs" / "benchmarks.md").read_text().splitlines() if line.startswith("| device |")
-    )
-    assert printed((), True).count("|") == header.count("|")
 
 
 def test_checking_a_gpu_where_there_is_none_is_refused(shard_set: Path) -> None:

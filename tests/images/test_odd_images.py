@@ -43,7 +43,7 @@ def picture(pixels: NDArray[Any], mode: str | None = None) -> Image.Image:
     """A Pillow image; `mode` only where the shape leaves it open."""
     if mode is None:
         return Image.fromarray(np.ascontiguousarray(pixels.astype(np.uint8)).squeeze())
-    return Image.frombytes(mode, pixels.shape[1::-1], np.ascontiguousarray(pixels.astype(np.uint8)).tobytes())
+    return Image.frombytes(mode, pixels.shape[1::-1], np.ascontiguousarray(pixels).tobytes())
 
 
 def png(pixels: NDArray[Any], bits: int, color: int, palette: bytes = b"", transparent: bytes = b"") -> bytes:
@@ -70,7 +70,8 @@ def ycck() -> bytes:
     y = 0.299 * cyan + 0.587 * magenta + 0.114 * yellow
     planes = np.dstack([y, 128 + 0.564 * (yellow - y), 128 + 0.713 * (cyan - y), 255.0 - INK[..., 3]])
     # Pillow writes CMYK inverted, so that these planes must be inverted to get into the file as they are.
-    data = bytearray(encoded(picture(255 - np.clip(np.round(planes), 0, 255), "CMYK"), quality=98, subsampling=0))
+    inverted = (255 - np.clip(np.round(planes), 0, 255)).astype(np.uint8)
+    data = bytearray(encoded(picture(inverted, "CMYK"), quality=98, subsampling=0))
     adobe = data.index(b"Adobe")
     assert data[adobe + 11] == 0
     data[adobe + 11] = 2
@@ -142,6 +143,8 @@ PIXELS: dict[str, tuple[bytes, NDArray[Any]]] = {
     "png-bilevel": (encoded(picture(GRAY).convert("1", dither=Image.Dither.NONE), "PNG"), (GRAY > 127) * 255.0),
     "png-gray": (png(GRAY, 8, 0), GRAY),
     "png-gray-16": (png(SIXTEEN[..., :1], 16, 0), GRAY),
+    "tiff-gray-16": (encoded(Image.fromarray(SIXTEEN[..., 0]), "TIFF"), GRAY),
+    "tiff-gray-16-big-endian": (encoded(picture(SIXTEEN[..., :1].astype(">u2"), "I;16B"), "TIFF"), GRAY),
     "png-rgb-16": (png(SIXTEEN, 16, 2), PHOTO),
     "png-gray-alpha": (png(np.dstack([GRAY, ALPHA]), 8, 4), GRAY * (ALPHA / 255) + 255 * (1 - ALPHA / 255)),
     "png-rgba": (png(np.dstack([PHOTO, ALPHA]), 8, 6), ON_WHITE),
@@ -221,6 +224,8 @@ BIG = f"it claims more than {MAX_PIXELS} pixels"
 BOMBS = {
     "jpeg-65535": claims(JPEG, after(JPEG, b"\xff\xc0") + 3, struct.pack(">HH", 65535, 65535)),
     "png-65535": claims(PNG, 16, struct.pack(">II", 65535, 65535)),
+    # Above our limit, below Pillow's.
+    "png-9000": claims(PNG, 16, struct.pack(">II", 9000, 9000)),
     "bmp-65535": claims(BMP, 18, struct.pack("<ii", 65535, 65535)),
     "gif-65535": claims(GIF, 6, struct.pack("<HH", 65535, 65535)),
     "gif-frame-65535": claims(GIF, GIF.index(b"\x2c\0\0\0\0") + 5, struct.pack("<HH", 65535, 65535)),
@@ -231,7 +236,7 @@ BOMBS = {
     ),
 }
 # The header's checksum must fit, or it would be refused for that.
-for _name in ("png-65535", "png-bomb"):
+for _name in ("png-65535", "png-9000", "png-bomb"):
     BOMBS[_name] = claims(BOMBS[_name], 29, struct.pack(">I", zlib.crc32(BOMBS[_name][12:29])))
 TEXT_BOMB = (
     PNG[:33]

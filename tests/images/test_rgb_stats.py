@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -29,6 +30,7 @@ def test_equals_numpy_on_all_pixels() -> None:
     # Each vector is known up to its sign, which is ours to fix.
     ours = np.array(statistics.eigenvectors)
     np.testing.assert_allclose(np.abs((ours * vectors[:, ::-1]).sum(axis=0)), 1, rtol=0, atol=1e-9)
+    assert (ours[np.abs(ours).argmax(axis=0), range(3)] > 0).all()
     assert statistics.pixels == len(PIXELS)
 
 
@@ -41,28 +43,12 @@ def test_the_brightest_images_are_counted_exactly(height: int, width: int) -> No
     assert moments.products == tuple((levels[:, i] * levels[:, j]).sum() for i in range(3) for j in range(i, 3))
 
 
-def test_columns_are_eigenvectors_and_their_largest_component_is_positive() -> None:
-    statistics = RgbStatistics.of(merged())
-    vectors, values = np.array(statistics.eigenvectors), np.array(statistics.eigenvalues)
-    np.testing.assert_allclose(np.array(statistics.covariance) @ vectors, vectors * values, rtol=0, atol=1e-12)
-    assert list(values) == sorted(values, reverse=True)
-    assert (vectors[np.abs(vectors).argmax(axis=0), range(3)] > 0).all()
-
-
 def test_merging_is_exact_in_any_order_and_grouping() -> None:
     parts = [RgbMoments.of(image) for image in IMAGES]
     whole = RgbMoments.of(np.concatenate([image.reshape(-1, 1, 3) for image in IMAGES]))
     assert merged() == whole
     assert sum(reversed(parts), RgbMoments()) == whole
     assert sum(parts[:3], RgbMoments()) + sum(parts[3:], RgbMoments()) == whole
-
-
-def test_sums_equal_integer_arithmetic() -> None:
-    image = IMAGES[0].astype(np.int64)
-    r, g, b = (image[..., channel] for channel in range(3))
-    moments = RgbMoments.of(IMAGES[0])
-    assert moments.sums == (r.sum(), g.sum(), b.sum())
-    assert moments.products == tuple(int((x * y).sum()) for x, y in ((r, r), (r, g), (r, b), (g, g), (g, b), (b, b)))
 
 
 def test_small_differences_survive_large_sums() -> None:
@@ -76,8 +62,8 @@ def test_small_differences_survive_large_sums() -> None:
 def test_json_keeps_every_digit() -> None:
     moments = merged()
     statistics = RgbStatistics.of(moments)
-    assert RgbMoments.from_json(json.loads(json.dumps(moments.to_json()))) == moments
-    assert RgbStatistics.from_json(json.loads(json.dumps(statistics.to_json()))) == statistics
+    assert RgbMoments.from_json(json.loads(json.dumps(dataclasses.asdict(moments)))) == moments
+    assert RgbStatistics.from_json(json.loads(json.dumps(dataclasses.asdict(statistics)))) == statistics
 
 
 def test_no_pixels_and_wrong_arrays_are_refused() -> None:

@@ -147,29 +147,20 @@ def test_a_group_holds_batches_of_one_epoch_and_any_length(
             assert torch.equal(one.labels, two.labels)
 
 
-class TurnedReader:
-    """The same images, each with an EXIF orientation, 1 to 8 in turn."""
-
-    def __init__(self, reader: SplitReader) -> None:
-        self._reader = reader
-
-    def image(self, sample: int) -> NDArray[np.uint8]:
-        exif = Image.Exif()
-        exif[ExifTags.Base.Orientation] = int(sample) % 8 + 1
-        fields = exif.tobytes()
-        # The EXIF segment after the marker that begins the file.
-        segment = b"\xff\xe1" + (len(fields) + 2).to_bytes(2, "big") + fields
-        data = self._reader.image(sample).tobytes()
-        return np.frombuffer(data[:2] + segment + data[2:], np.uint8)
+def turned(jpeg: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """The same image with an orientation in its EXIF, a segment after the marker that begins the file."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    fields, data = exif.tobytes(), jpeg.tobytes()
+    with_exif = data[:2] + b"\xff\xe1" + (len(fields) + 2).to_bytes(2, "big") + fields + data[2:]
+    assert Image.open(io.BytesIO(with_exif)).getexif()[ExifTags.Base.Orientation] == orientation
+    return np.frombuffer(with_exif, np.uint8)
 
 
 def test_exif_orientation_is_not_applied(shard_set: Path, reader: SplitReader) -> None:
-    turned = TurnedReader(reader)
-    with Image.open(io.BytesIO(turned.image(5).tobytes())) as image:
-        assert image.getexif()[ExifTags.Base.Orientation] == 6
     rgb = read_dataset(shard_set).rgb
     planned = fixed(np.arange(16), np.tile([[2, 27]], (16, 1)), np.zeros(16, np.bool_))
-    others = OtherImages(reader, {sample: turned.image(sample) for sample in range(16)})
+    others = OtherImages(reader, {sample: turned(reader.image(sample), sample % 8 + 1) for sample in range(16)})
     (batch,) = Loader(others, rgb, 16, CPU, 1).run([planned])
     expected = reference(reader, np.array(rgb.mean) * 255, planned)
     np.testing.assert_allclose(batch.images.numpy(), expected, rtol=0, atol=1e-4)

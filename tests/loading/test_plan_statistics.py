@@ -104,6 +104,7 @@ def dependence_z(name: str, values: NDArray[np.float64], other: str, others: NDA
     return max(abs(correlation), abs(joint_z(binned(name, values), binned(other, others))))
 
 
+@pytest.mark.paper
 def test_alpha_has_the_papers_mean_and_deviation_and_is_normal(first: dict[str, NDArray[np.float64]]) -> None:
     for i in (1, 2, 3):
         alpha = first[f"alpha{i}"]
@@ -117,15 +118,13 @@ def test_alpha_has_the_papers_mean_and_deviation_and_is_normal(first: dict[str, 
         assert abs(mean_z((np.abs(alpha) > 0.3).astype(np.float64), tail, np.sqrt(tail * (1 - tail)))) < CRITICAL
 
 
-def test_windows_are_uniform_over_all_positions(first: dict[str, NDArray[np.float64]]) -> None:
+@pytest.mark.paper
+def test_windows_are_uniform_over_all_positions_and_flips_are_fair(first: dict[str, NDArray[np.float64]]) -> None:
     windows = (first["top"] * POSITIONS + first["left"]).astype(np.int64)
     assert abs(uniform_z(windows, POSITIONS**2)) < CRITICAL
     assert worst_cell_z(windows, POSITIONS**2) < CELL_CRITICAL
     for side in ("top", "left"):
         assert abs(uniform_z(*binned(side, first[side]))) < CRITICAL
-
-
-def test_flips_are_fair(first: dict[str, NDArray[np.float64]]) -> None:
     assert abs(mean_z(first["flip"], 0.5, 0.5)) < CRITICAL
 
 

@@ -170,7 +170,7 @@ def test_jiecaoyus_weights_and_their_evaluation(
     assert_same(imported_network(tmp_path / "imported"), blobs, False)
     if zipped:
         result = tmp_path / "result.json"
-        evaluate.main(EvaluateConfig(shard_set, str(tmp_path / "imported"), json=result, gpu=False))
+        evaluate.main(EvaluateConfig(str(shard_set), str(tmp_path / "imported"), json=result, gpu=False))
         assert "is AlexNet of jiecaoyu/pytorch_imagenet, imported from alexnet.pth.tar" in capsys.readouterr().out
         assert json.loads(result.read_text())["images"] == 15
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,10 @@ from model.metrics import LabeledImages, Score
 from model.recipe import Recipe
 from model.training import StepAction, StoppedError, Trainer, Worker
 from pipeline.images.rgb_stats import RgbStatistics
-from pipeline.loading.plan import rank_slice
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
-GLOBAL_BATCH = 7
+GLOBAL_BATCH = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,68 +39,24 @@ def global_batch() -> Images:
     return Images(images, torch.randint(0, 10, (GLOBAL_BATCH,), generator=generator))
 
 
-def one_step(rank: int, world: int, micro_batch: int) -> dict[str, Tensor]:
-    """The gradients of one step of AlexNet without dropout, of which this rank computes its part."""
-    torch.manual_seed(rank)
+def one_step(micro_batch: int) -> dict[str, Tensor]:
+    """The gradients of one step of AlexNet without dropout."""
     network = AlexNet(10, dropout=0.0)
     network.initialize(seed=1, hidden_bias=0.1)
-    trainer = Trainer(network, Recipe(batch_size=GLOBAL_BATCH), Worker(rank, world, CPU))
-    batch, part = global_batch(), rank_slice(GLOBAL_BATCH, rank, world)
-    images, labels = batch.images[part.start : part.stop], batch.labels[part.start : part.stop]
-    cuts = zip(images.split(micro_batch), labels.split(micro_batch), strict=True)
+    trainer = Trainer(network, Recipe(batch_size=GLOBAL_BATCH), Worker(0, 1, CPU))
+    batch = global_batch()
+    cuts = zip(batch.images.split(micro_batch), batch.labels.split(micro_batch), strict=True)
     trainer.step([Images(x, y) for x, y in cuts])
     return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
 
 
-def statistics_after_a_step(rank: int, world: int) -> dict[str, Tensor]:
-    """What batch normalization has gathered after one step of four and five rows, shared over the workers."""
-    rows = rows_to_normalize()
-    part = rank_slice(len(rows), rank, world)
-    network = nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.Linear(3, 2))
-    trainer = Trainer(network, Recipe(batch_size=len(rows)), Worker(rank, world, CPU))
-    trainer.step([Images(rows[part.start : part.stop], torch.zeros(len(part), dtype=torch.int64))])
-    trainer._share_buffers()
-    return {name: buffer for name, buffer in network.named_buffers() if buffer.is_floating_point()}
-
-
-def rows_to_normalize() -> Tensor:
-    return torch.arange(27.0).reshape(9, 3) ** 2
-
-
-def run_rank(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.save(one_step(rank, world, micro_batch=2), folder / f"{rank}.pt")
-    torch.save(statistics_after_a_step(rank, world), folder / f"statistics-{rank}.pt")
-
-
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        scale = float(gradient.abs().max())
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=2e-5 * scale, msg=name)
-
-
-@pytest.mark.slow
-def test_two_workers_step_as_one_does(tmp_path: Path) -> None:
-    # Seven images: four and three, the first part in two micro-batches and the second in two of two and one.
-    run_ranks(2, tmp_path, run_rank, tmp_path)
-    alone = one_step(0, 1, micro_batch=GLOBAL_BATCH)
-    assert float(alone["fc8.weight"].abs().max()) > 1e-3
-    for rank in range(2):
-        assert_close(torch.load(tmp_path / f"{rank}.pt", weights_only=True), alone)
-
-    # Batch normalization: each worker's own statistics, of which all keep the mean. torch's momentum is a tenth.
-    rows = rows_to_normalize().double().numpy()
-    parts = [rows[rank_slice(len(rows), rank, 2).start : rank_slice(len(rows), rank, 2).stop] for rank in range(2)]
-    means, variances = [part.mean(axis=0) for part in parts], [part.var(axis=0, ddof=1) for part in parts]
-    for rank in range(2):
-        kept = torch.load(tmp_path / f"statistics-{rank}.pt", weights_only=True)
-        np.testing.assert_allclose(kept["0.running_mean"], 0.1 * np.mean(means, axis=0), rtol=1e-6)
-        np.testing.assert_allclose(kept["0.running_var"], 0.9 + 0.1 * np.mean(variances, axis=0), rtol=1e-6)
-
-
 def test_micro_batches_add_up() -> None:
-    assert_close(one_step(0, 1, micro_batch=3), one_step(0, 1, micro_batch=GLOBAL_BATCH))
+    """`tests.training.test_loss_curve` has them in several workers."""
+    whole = one_step(GLOBAL_BATCH)
+    assert float(whole["fc8.weight"].abs().max()) > 1e-3
+    for name, gradient in one_step(2).items():
+        scale = float(whole[name].abs().max())
+        torch.testing.assert_close(gradient, whole[name], rtol=0, atol=2e-5 * scale, msg=name)
 
 
 class SmallData:
@@ -140,16 +95,19 @@ class Stopped(Exception):
 
 
 class Recorder:
-    """Keeps checkpoints in folders, and stops the run after so many."""
+    """Keeps checkpoints in folders, if there is one for them, and stops the run after so many."""
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         stop_after: int | None = None,
         identity: RunFingerprint = IDENTITY,
         wishes: dict[tuple[int, int], StepAction] | None = None,
+        wishes_in_validation: dict[tuple[int, int], StepAction] | None = None,
     ) -> None:
         self.wishes = wishes or {}
+        self.wishes_in_validation = wishes_in_validation or {}
+        self.validated: list[int] = []
         self.identity = identity
         self.folder = folder
         self.stop_after = stop_after
@@ -168,7 +126,14 @@ class Recorder:
     def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None:
         self.rows.append({k: v for k, v in row.items() if "seconds" not in k})
 
-    def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
+    def on_validation_batch(self, trainer: Trainer) -> StepAction:
+        self.validated.append(trainer.progress.epoch)
+        place = trainer.progress.epoch, self.validated.count(trainer.progress.epoch)
+        return self.wishes_in_validation.get(place, StepAction.NOTHING)
+
+    def checkpoint(self, trainer: Trainer) -> None:
+        if self.folder is None:
+            return
         folder = self.folder / str(len(self.saved))
         folder.mkdir(parents=True)
         checkpoint.save(folder, trainer, self.identity)
@@ -231,10 +196,128 @@ def test_a_checkpoint_by_the_clock_changes_nothing_of_what_is_learned(tmp_path: 
     more = make_trainer()
     more.fit(SmallData(), record)
     places = [(p.epoch, p.step) for p in (checkpoint.read_state(folder).progress for folder in record.saved)]
-    # The epoch's last step has no checkpoint beside that of its end.
     assert [place for place in places if place[0] == 1] == [(1, 0), (1, 2), (1, 3), (1, 4)]
-    assert (2, 5) not in places
+    # At once, and not after the validation.
+    assert [place for place in places if place[0] == 2] == [(2, 0), (2, 2), (2, 4), (2, 5)]
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(more), strict=True))
+
+
+class ManyBatches(SmallData):
+    """Validation in five batches."""
+
+    def validation(self) -> Iterator[Images]:
+        for images, labels in zip(self._images.split(4), self._labels.split(4), strict=True):
+            yield Images(images, labels)
+
+
+def test_a_stop_during_validation_is_followed_at_once_and_changes_no_decision(tmp_path: Path) -> None:
+    """The same command validates again: the weights are the same, and so are all decisions of the schedule."""
+    recipe = dataclasses.replace(RECIPE, epochs=500, patience=2)
+    identity = dataclasses.replace(IDENTITY, recipe=recipe)
+
+    def trainer() -> Trainer:
+        # With a checkpoint at the stop and at the end alone.
+        return Trainer(make_trainer().network, recipe, Worker(0, 1, CPU), checkpoint_epochs=recipe.epochs)
+
+    whole, record = trainer(), Recorder(tmp_path / "whole", identity=identity)
+    whole.fit(ManyBatches(), record)
+    decisions = [row["epoch"] - 1 for row in record.rows if row["reason"]]
+    assert len(decisions) == 4
+    for epoch, batch in ((0, 1), (decisions[0], 5), (decisions[1] - 1, 3), (decisions[3], 2)):
+        wish = {(epoch, batch): StepAction.STOP}
+        stopped = Recorder(tmp_path / f"stopped{epoch}", identity=identity, wishes_in_validation=wish)
+        with pytest.raises(StoppedError, match=f"after epoch {epoch}, step 5"):
+            trainer().fit(ManyBatches(), stopped)
+        assert stopped.validated.count(epoch) == batch
+        (saved,) = stopped.saved
+        progress = checkpoint.read_state(saved).progress
+        assert (progress.epoch, progress.step, len(progress.history)) == (epoch, 5, epoch)
+        resumed, rest = trainer(), Recorder(tmp_path / f"rest{epoch}", identity=identity)
+        checkpoint.restore(saved, resumed, identity)
+        resumed.fit(ManyBatches(), rest)
+        assert stopped.rows + rest.rows == record.rows
+        assert resumed.progress.schedule == whole.progress.schedule
+        assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
+
+
+def test_a_drain_during_validation_has_its_checkpoint_at_once_and_training_goes_on(tmp_path: Path) -> None:
+    whole = make_trainer()
+    whole.fit(ManyBatches(), Recorder(tmp_path / "whole"))
+    record = Recorder(tmp_path / "drained", wishes_in_validation={(1, 2): StepAction.CHECKPOINT})
+    trainer = make_trainer()
+    trainer.fit(ManyBatches(), record)
+    places = [(p.epoch, p.step) for p in (checkpoint.read_state(folder).progress for folder in record.saved)]
+    assert [place for place in places if place[0] == 1] == [(1, 0), (1, 2), (1, 4), (1, 5)]
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(trainer), strict=True))
+
+
+class UnevenData:
+    """One of three workers' part of nine images a step; rank r validates in r + 1 batches."""
+
+    steps = 2
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        generator = torch.Generator().manual_seed(rank)
+        self._images = torch.randn(6, 3, 4, 4, generator=generator)
+        self._labels = torch.randint(0, 3, (6,), generator=generator)
+
+    def training(self, epoch: int, first_step: int) -> Iterator[list[Images]]:
+        for step in range(first_step, self.steps):
+            yield [Images(self._images[3 * step : 3 * step + 3], self._labels[3 * step : 3 * step + 3])]
+
+    def validation(self) -> Iterator[Images]:
+        size = 6 // (self._rank + 1)
+        for images, labels in zip(self._images.split(size), self._labels.split(size), strict=True):
+            yield Images(images, labels)
+
+
+def stop_in_validation(rank: int, world: int, folder: Path) -> None:
+    """Trains undisturbed, then with a stop after each of the first epoch's validation batches in turn."""
+    recipe = dataclasses.replace(RECIPE, batch_size=9, epochs=2)
+    identity = dataclasses.replace(IDENTITY, recipe=recipe)
+
+    def trainer() -> Trainer:
+        torch.manual_seed(5)
+        layers = [nn.Flatten(), nn.Linear(48, 32), nn.BatchNorm1d(32, affine=False), nn.ReLU(), nn.Linear(32, 3)]
+        return Trainer(nn.Sequential(*layers), recipe, Worker(rank, world, CPU))
+
+    def kept(trainer: Trainer) -> list[Tensor]:
+        return [tensor.clone() for tensor in trainer.network.state_dict().values()]
+
+    whole, record = trainer(), Recorder(folder / f"whole{rank}", identity=identity)
+    whole.fit(UnevenData(rank), record)
+    for batch in (1, 2, 3):
+        wish = {(0, batch): StepAction.STOP}
+        stopped = Recorder(folder / f"stopped{rank}-{batch}", identity=identity, wishes_in_validation=wish)
+        with pytest.raises(StoppedError, match="after epoch 0, step 2"):
+            trainer().fit(UnevenData(rank), stopped)
+        assert stopped.validated == [0] * batch
+        resumed, rest = trainer(), Recorder(folder / f"rest{rank}-{batch}", identity=identity)
+        # Each rank's own: the running statistics are those of all ranks already.
+        checkpoint.restore(stopped.saved[-1], resumed, identity)
+        resumed.fit(UnevenData(rank), rest)
+        assert rest.rows == record.rows
+        assert all(torch.equal(a, b) for a, b in zip(kept(whole), kept(resumed), strict=True))
+
+
+def test_workers_with_other_numbers_of_validation_batches_stop_at_the_same_place(tmp_path: Path) -> None:
+    run_ranks(3, tmp_path, stop_in_validation, tmp_path, timeout=timedelta(seconds=120))
+
+
+def test_every_third_epoch_and_the_last_have_a_checkpoint(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, epochs=7)
+    torch.manual_seed(11)
+    record = Recorder(tmp_path, identity=dataclasses.replace(IDENTITY, recipe=recipe))
+    trainer = Trainer(make_trainer().network, recipe, Worker(0, 1, CPU), checkpoint_epochs=3)
+    record.wishes = {(4, 2): StepAction.STOP}
+    with pytest.raises(StoppedError):
+        trainer.fit(SmallData(), record)
+    record.wishes = {}
+    trainer.fit(SmallData(), record)
+    places = [(p.epoch, p.step) for p in (checkpoint.read_state(folder).progress for folder in record.saved)]
+    assert places == [(3, 0), (4, 2), (6, 0), (7, 0)]
+    assert len(record.rows) == 7
 
 
 def test_an_epochs_row_counts_every_image(tmp_path: Path) -> None:
@@ -295,17 +378,17 @@ def test_a_bad_gradient_stops_the_run_before_its_checkpoint(tmp_path: Path, valu
     assert (progress.epoch, progress.step) == (1, 2)
 
 
-def test_a_dead_network_is_said_once(tmp_path: Path) -> None:
+def test_a_dead_network_is_said_once() -> None:
     trainer = make_trainer(dataclasses.replace(RECIPE, epochs=110, patience=110))
     for parameter in trainer.network.parameters():
         nn.init.zeros_(parameter)
         parameter.register_hook(torch.zeros_like)
-    record = Recorder(tmp_path)
+    record = Recorder(None)
     trainer.fit(SmallData(), record)
     (warning,) = record.warnings
     assert "for 500 steps" in warning
     assert "ln(3) = 1.099" in warning
-    alive = Recorder(tmp_path / "alive")
+    alive = Recorder(None)
     make_trainer(dataclasses.replace(RECIPE, epochs=110, patience=110)).fit(SmallData(), alive)
     assert not alive.warnings
 
@@ -320,11 +403,11 @@ def test_a_plateau_run_resumed_within_a_patience_count_ends_alike(tmp_path: Path
     assert [bool(row["reason"]) for row in record.rows].count(True) == 4
     waiting = [f for f in record.saved if checkpoint.read_state(f).progress.schedule.bad_epochs == 1]
     assert len(waiting) >= 4
-    for number, folder in enumerate(waiting[:: max(1, len(waiting) // 6)]):
+    for folder in (waiting[0], waiting[-1]):
         resumed = make_trainer(recipe)
         checkpoint.restore(folder, resumed, identity)
         done = resumed.progress.epoch
-        rest = Recorder(tmp_path / f"rest{number}", identity=identity)
+        rest = Recorder(None)
         resumed.fit(SmallData(), rest)
         assert rest.rows == record.rows[done:]
         assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from jobs.look import EXAGGERATION, LookConfig, look
 from pipeline.dataset.info import read_dataset
 from pipeline.dataset.split_reader import SplitReader
+from tests.processes import run_here
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,7 +46,10 @@ def make_look(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_make_look_writes_the_picture(shard_set: Path, tmp_path: Path) -> None:
     output = tmp_path / "look.png"
-    done = make_look(f"DATA={shard_set}", f"LOOK={output}")
+    shown = make_look("--dry-run", f"DATA={shard_set}", f"LOOK={output}").stdout.splitlines()[-1]
+    _, job, *arguments = shlex.split(shown)
+    assert job == "jobs/look.py"
+    done = run_here("look", *arguments)
     assert done.returncode == 0, done.stderr
     assert str(output) in done.stdout
     with Image.open(output) as image:

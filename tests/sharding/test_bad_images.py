@@ -33,9 +33,9 @@ def test_bad_images_are_set_aside_with_a_reason(source: Path, tmp_path: Path) ->
     assert info.set_aside == 2
     assert sum(split.samples for split in info.splits.values()) == 16
     lines = [json.loads(line) for line in (output / "rejects.jsonl").read_text().splitlines()]
-    assert sorted((line["path"], line["class"], line["reason"], line["repaired"]) for line in lines) == [
-        (str(source / "n0" / "n0_1.JPEG"), "n0", "the file is empty", False),
-        (str(source / "n1" / "n1_1.JPEG"), "n1", "it cannot be read: No such file or directory", False),
+    assert sorted((line["path"], line["class"], line["reason"]) for line in lines) == [
+        (str(source / "n0" / "n0_1.JPEG"), "n0", "the file is empty"),
+        (str(source / "n1" / "n1_1.JPEG"), "n1", "it cannot be read: No such file or directory"),
     ]
     assert find_finished(output, plan) == info
 

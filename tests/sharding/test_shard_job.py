@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
-import os
 import shutil
 import subprocess
 import sys
@@ -15,25 +15,17 @@ import pytest
 from jobs.cli.command import run
 from jobs.cli.progress import Progress
 from jobs.shard_imagenet import ShardConfig, main
+from jobs.verify_shards import VerifyConfig, VerifyError
+from jobs.verify_shards import main as verify
 from pipeline.dataset.info import read_dataset
+from pipeline.sharding.shards import BadImageError
 from tests.photographs import write_source
-from tests.processes import run_here
+from tests.processes import outside_clusters, run_here
 from tests.raylets import raylets
 from tests.shard_sets import contents
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 DEADLINE_S = 300
-
-
-def call(job: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs jobs/JOB.py, in the cluster that RAY_ADDRESS names or in a Ray of its own."""
-    command = [sys.executable, str(JOBS / f"{job}.py"), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(JOBS.parent)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
-
-
-def shard(source: Path, output: Path, *more: object) -> subprocess.CompletedProcess[str]:
-    return call("shard_imagenet", "--source", source, "--output", output, *more)
 
 
 def failure(done: subprocess.CompletedProcess[str]) -> str:
@@ -46,16 +38,22 @@ def failure(done: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_source(tmp_path_factory.mktemp("job") / "images", images=20, longest=900)
+    return write_source(tmp_path_factory.mktemp("job") / "images", images=20)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The set as two workers make it in one go, a shard for each two images."""
     output = tmp_path_factory.mktemp("job") / "uninterrupted"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        done = shard(images, output, "--workers", "2", "--samples-per-shard", "2")
+    job = [sys.executable, JOBS / "shard_imagenet.py", "--source", images, "--output", output]
+    done = subprocess.run(
+        [*map(str, job), "--workers", "2", "--samples-per-shard", "2"],
+        env={**outside_clusters(), "PYTHONPATH": str(JOBS.parent)},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "train: 54 images, 27 shards" in done.stdout
     assert "images set aside: 0" in done.stdout
@@ -84,12 +82,13 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(images: Path, 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("joined")
-def test_verify_names_a_damaged_shard_and_only_mends_it(images: Path, uninterrupted: Path, tmp_path: Path) -> None:
+def test_verify_names_a_damaged_shard_and_only_mends_it(
+    images: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = Path(shutil.copytree(uninterrupted, tmp_path / "out"))
-    arguments = ["--data", output, "--decode", "--workers", 1]
-    right = call("verify_shards", *arguments)
-    assert right.returncode == 0, right.stderr
-    assert right.stdout.splitlines() == [
+    config = VerifyConfig(str(output), decode=True, workers=1)
+    verify(config)
+    assert capsys.readouterr().out.splitlines() == [
         "OK train: 54 images in 27 shards, 18 to 18 of each of 3 classes, all decoded",
         "OK val: 6 images in 3 shards, 2 to 2 of each of 3 classes, all decoded",
     ]
@@ -97,13 +96,14 @@ def test_verify_names_a_damaged_shard_and_only_mends_it(images: Path, uninterrup
     data = bytearray(tar.read_bytes())
     data[9000] ^= 1
     tar.write_bytes(data)
-    wrong = call("verify_shards", *arguments)
-    assert failure(wrong).startswith(f"error: {output} has ")
-    assert "OK val" in wrong.stdout
-    assert "OK train" not in wrong.stdout
-    faults = [line for line in wrong.stdout.splitlines() if line.startswith("FAULT")]
+    with pytest.raises(VerifyError, match=f"^{output} has "):
+        verify(config)
+    said = capsys.readouterr().out
+    assert "OK val" in said
+    assert "OK train" not in said
+    faults = [line for line in said.splitlines() if line.startswith("FAULT")]
     assert all(line.startswith("FAULT train-000003") for line in faults)
-    cures = [line for line in wrong.stdout.splitlines() if "rm " in line]
+    cures = [line for line in said.splitlines() if "rm " in line]
     assert len(cures) == 1
     # The commands as they are printed, with the user's images for IMAGES.
     command = "rm " + cures[0].partition(": rm ")[2].replace("IMAGES", str(images))
@@ -117,14 +117,14 @@ def test_verify_names_a_damaged_shard_and_only_mends_it(images: Path, uninterrup
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("joined")
-def test_bad_images_fail_or_are_set_aside_as_asked(tmp_path: Path) -> None:
+def test_bad_images_fail_or_are_set_aside_as_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_source(tmp_path / "images", images=3, longest=280)
     (source / "n1" / "n1_0.JPEG").write_bytes(b"no image")
-    strict = failure(shard(source, tmp_path / "out", "--workers", "1", "--on-bad-image", "fail"))
-    assert "n1_0.JPEG: it is no image in a known format; replace or remove the image" in strict
-    done = shard(source, tmp_path / "out", "--workers", "1", "--max-bad-fraction", "0.2")
-    assert done.returncode == 0, done.stderr
-    assert "images set aside: 1, listed in" in done.stdout
+    config = ShardConfig(str(tmp_path / "out"), str(source), workers=1, max_bad_fraction=0.2)
+    with pytest.raises(BadImageError, match=r"n1_0.JPEG: it is no image in a known format; replace or remove"):
+        main(dataclasses.replace(config, on_bad_image="fail"))
+    main(config)
+    assert "images set aside: 1, listed in" in capsys.readouterr().out
     assert read_dataset(tmp_path / "out").set_aside == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipeline.staging.staging import stage
 from pipeline.storage.retry import SourceReadError
 from tests.faulty_proxy import faulty_proxy
 from tests.photographs import write_source
+from tests.raylets import raylets
 from tests.shard_sets import build_all, contents, make, planned
 
 SET = "sets/photographs"
@@ -190,9 +192,16 @@ def test_google_store(images: Path, on_disk: dict[str, bytes], gcs: str) -> None
     tidy(output, read_dataset(output), print)
 
 
+@pytest.fixture
+def joined(s3: str) -> Iterator[None]:
+    """A Ray that the jobs join, and whose workers know the store's keys."""
+    with raylets(1, cpus=2):
+        yield
+
+
 @pytest.mark.slow
 def test_the_jobs_make_and_verify_a_set_at_a_url(
-    images: Path, on_disk: dict[str, bytes], s3: str, client: Any, capsys: pytest.CaptureFixture[str]
+    images: Path, on_disk: dict[str, bytes], s3: str, client: Any, joined: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = location(s3)
     with faulty_proxy(s3) as proxy:

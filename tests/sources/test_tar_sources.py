@@ -387,7 +387,6 @@ def test_only_imagenets_own_classes_get_its_names() -> None:
     assert not is_imagenet(())
 
 
-@pytest.mark.slow
 def test_imagenets_names_are_in_the_order_of_the_sorted_wnids(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.sources.names.is_imagenet", lambda wnids: True)
     names = names_of(())

@@ -62,6 +62,28 @@ def test_every_decoder_has_a_cure(pixels: bool, gpu: bool, name: str) -> None:
     assert name in DECODER_CURES
 
 
+@pytest.mark.parametrize("was_on_gpu", [False, True])
+@pytest.mark.parametrize("is_on_gpu", [False, True])
+@pytest.mark.parametrize(
+    ("was", "now"), [("jpeg", "pixels"), ("pixels", "jpeg"), ("jpeg", "jpeg"), ("pixels", "pixels")]
+)
+def test_another_kind_of_stage_is_refused_where_its_pixels_differ(
+    was: str, now: str, was_on_gpu: bool, is_on_gpu: bool
+) -> None:
+    """Only a GPU's own decoder gives others: a CPU's are those of a cache of pixels."""
+    first, second = (
+        dataclasses.replace(IDENTITY, decoder=decoder_name(kind == "pixels", gpu))
+        for kind, gpu in ((was, was_on_gpu), (now, is_on_gpu))
+    )
+    by_gpu = [kind == "jpeg" and gpu for kind, gpu in ((was, was_on_gpu), (now, is_on_gpu))]
+    found = first.differences(second)
+    assert bool(found) == (by_gpu[0] != by_gpu[1])
+    if found:
+        cure = "--gpus --gpu-decoder cuda --stage-as jpeg" if by_gpu[0] else "--stage DIR --stage-as pixels on GPUs"
+        assert found[0].startswith("the JPEG decoder is ")
+        assert cure in found[0]
+
+
 @pytest.mark.parametrize("field", ["decoder", "precision"])
 def test_a_state_of_an_unknown_decoder_or_precision_is_refused(saved: Path, field: str) -> None:
     value = json.loads((saved / "state.json").read_text())

@@ -95,4 +95,4 @@ def test_evaluation_names_a_corrupt_image(shard_set: Path, tmp_path: Path) -> No
     place = places(root, "val")[7]
     flip_in_the_middle(place)
     with pytest.raises(DatasetError, match=f"val image {place.key} of {place.shard}: it is not what was written"):
-        evaluate(EvaluateConfig(root, str(saved), gpu=False))
+        evaluate(EvaluateConfig(str(root), str(saved), gpu=False))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from jobs.cluster.nodes import Node
 from jobs.training.checkpoint import committed
 from jobs.training.config import TrainConfig, Workers
-from jobs.training.resources import Resources, check_shortage
+from jobs.training.resources import Resources, check_shortage, few_images
 from jobs.training.run_state import RunFingerprint
 from jobs.training.trackers import EVENTS, read_events
 from jobs.training.worker import WorkerData, make_network
@@ -89,7 +89,7 @@ def test_batch_normalization_refuses_a_single_image(
 
 def cluster(*nodes: tuple[int, int]) -> list[Node]:
     """Nodes of so many cores and GPUs."""
-    return [Node(str(i), f"10.0.0.{i}", f"host{i}", gpus, cpus) for i, (cpus, gpus) in enumerate(nodes)]
+    return [Node(str(i), f"10.0.0.{i}", gpus, cpus) for i, (cpus, gpus) in enumerate(nodes)]
 
 
 @pytest.mark.parametrize(
@@ -145,6 +145,25 @@ def test_workers_that_fit_no_node_are_waited_for_aloud(
         check_shortage(resources, nodes, RECIPES["default"])
 
 
+@pytest.mark.parametrize(
+    ("workers", "gpus", "recipe", "images"),
+    [
+        (4, True, "default", None),
+        (5, True, "default", 25),
+        (5, False, "default", None),
+        (32, True, "large-batch", None),
+    ],
+)
+def test_gpus_that_get_few_images_are_told_of_the_recipe_for_them(
+    workers: int, gpus: bool, recipe: str, images: int | None
+) -> None:
+    warning = few_images(Resources(Workers(1, workers), gpus, 1), RECIPES[recipe])
+    assert (warning is None) == (images is None)
+    if warning is not None:
+        assert f"a GPU gets {images} of a batch's 128 images" in warning
+        assert "--recipe large-batch with its 8192 images" in warning
+
+
 class Losses:
     """Keeps each step's loss, and stops after so many."""
 
@@ -160,7 +179,10 @@ class Losses:
 
     def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None: ...
 
-    def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None: ...
+    def on_validation_batch(self, trainer: Trainer) -> StepAction:
+        return StepAction.NOTHING
+
+    def checkpoint(self, trainer: Trainer) -> None: ...
 
     def on_warning(self, trainer: Trainer, warning: str) -> None: ...
 

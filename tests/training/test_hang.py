@@ -6,19 +6,26 @@ import faulthandler
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import distributed, nn
 
 from jobs.training.config import TrainConfig
+from jobs.training.failures import CollectiveTimeoutError, named_timeouts
 from jobs.training.watchdog import LimitedData
 from model.metrics import LabeledImages
+from model.parallel import data_parallel
 from tests.processes import below
+from tests.ranks import run_ranks
 from tests.runs import ROOT, Run, assert_alike
 
 LIMIT_S = 5.0
@@ -89,6 +96,61 @@ def test_only_the_wait_for_the_images_is_limited(monkeypatch: pytest.MonkeyPatch
 def test_a_limit_that_cannot_pass_is_refused(seconds: float) -> None:
     with pytest.raises(ValueError, match=r"--hang-seconds is .*; it must be above 0"):
         TrainConfig("shards", "runs", "run", hang_seconds=seconds)
+
+
+def miss_an_exchange(rank: int, world: int, folder: Path) -> None:
+    """Rank 1 takes no part in the second backward pass, nor in the exchange after it."""
+    network = data_parallel(nn.Linear(2, 2), world)
+    network(torch.ones(1, 2)).sum().backward()
+    if rank == 1:
+        # Until rank 0 has ended.
+        (folder / "fifo").read_bytes()
+        return
+    with (folder / "fifo").open("wb"):
+        for exchange in (
+            lambda: network(torch.ones(1, 2)).sum().backward(),
+            lambda: distributed.broadcast(torch.ones(1), src=1),
+        ):
+            with pytest.raises(CollectiveTimeoutError) as raised, named_timeouts(2):
+                exchange()
+            assert str(raised.value).startswith(
+                f"{socket.gethostname()} waited 2 s for the other workers: look for one "
+            )
+        with pytest.raises(RuntimeError, match="out of memory"), named_timeouts(2):
+            raise RuntimeError("out of memory")
+
+
+def test_an_exchange_that_does_not_end_is_one_line_with_its_cure(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    run_ranks(2, tmp_path, miss_an_exchange, tmp_path, timeout=timedelta(seconds=2))
+
+
+@pytest.mark.long
+def test_a_rank_that_nobody_hears_from_is_a_failure_of_one_line(pair: Path, shard_set: Path, tmp_path: Path) -> None:
+    """As on a network that is wedged: the others are there, and nothing comes through."""
+    notes = tmp_path / "notes"
+    run = Run(
+        shard_set,
+        str(tmp_path / "runs"),
+        2,
+        2,
+        "--collective-seconds",
+        40,
+        notes=notes,
+        # Ray's own check would be first.
+        RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S="600",
+    )
+    run.wait_for("workers: ")
+    pids = re.findall(r"rank \d is pid (\d+) on ", run.lines[-1])
+    run.wait_for("epoch 2/2 step 1/5")
+    os.kill(int(pids[1]), signal.SIGSTOP)
+    run.wait_for("failure 1 of at most 4: rank 0: CollectiveTimeoutError: ")
+    assert " waited 40 s for the other workers: " in run.lines[-1]
+    assert "starting again from the last checkpoint" in run.lines[-1]
+    assert run.end() == 0, run.text
+    assert run.text.count("failure ") == 1
+    assert "Traceback" not in run.text
+    assert_alike(pair, str(tmp_path / "runs" / "run"), shard_set, 2, 2, notes)
 
 
 @pytest.mark.long

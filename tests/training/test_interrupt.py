@@ -13,13 +13,15 @@ import pytest
 import torch
 from ray.train import ControllerError
 
-from jobs.training import stop_signals
+from jobs.training import checkpoint, stop_signals, worker
+from jobs.training.config import TrainConfig
 from jobs.training.failures import FailureReporter
 from jobs.training.run_state import CheckpointError
 from jobs.training.run_storage import LocalDiskError, StorageError, storage_error
 from jobs.training.stop_signals import StopConsensus, clear_stop_request, request_stop, stop_file, stop_requested
-from model.training import StepAction, Worker
+from model.training import StepAction, StoppedError, Trainer, Worker
 from pipeline.dataset.info import DatasetError
+from tests.model.test_training import IDENTITY, RECIPE, ManyBatches, make_trainer
 from tests.ranks import run_ranks
 
 SECONDS = 60.0
@@ -71,6 +73,33 @@ def test_a_stop_is_followed_after_one_step_however_fast_those_before_were(fast: 
         assert consensus.after_step(0.001) is StepAction.NOTHING
     clock.now += 1800
     assert consensus.after_step(0.001) is StepAction.CHECKPOINT
+
+
+def test_a_stop_that_comes_during_validation_is_in_the_runs_folder_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through what reports in a real run, with three validation batches."""
+    asked = 0
+
+    class Poller:
+        def __init__(self, *_: object) -> None: ...
+
+        def news(self) -> tuple[str | None, None]:
+            # After each of five steps nothing, then after the first validation batch nothing, after the second a stop.
+            nonlocal asked
+            asked += 1
+            return ("SIGTERM to the driver" if asked == 7 else None), None
+
+    monkeypatch.setattr(worker, "StopRequestPoller", Poller)
+    (tmp_path / "run").mkdir()
+    reporter = worker.Reporter(TrainConfig("set", str(tmp_path), "run"), IDENTITY, Worker(0, 1, CPU), 5, [])
+    trainer = Trainer(make_trainer().network, RECIPE, Worker(0, 1, CPU))
+    with pytest.raises(StoppedError):
+        trainer.fit(ManyBatches(), reporter)
+    reporter.wait()
+    reporter.close("stopped")
+    assert asked == 7
+    assert list(checkpoint.committed(str(tmp_path / "run"))) == ["checkpoint_0000_000005"]
 
 
 def test_a_word_to_stop_is_followed_and_a_drain_has_one_checkpoint() -> None:

@@ -63,7 +63,10 @@ class Stops:
 
     def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None: ...
 
-    def checkpoint(self, trainer: Trainer, row: dict[str, Any] | None) -> None:
+    def on_validation_batch(self, trainer: Trainer) -> StepAction:
+        return StepAction.NOTHING
+
+    def checkpoint(self, trainer: Trainer) -> None:
         place = (trainer.progress.epoch, trainer.progress.step)
         # Of the epochs' ends only the last is looked at.
         if self._worker.rank == 0 and (place in self._wishes or trainer.progress.finished):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import threading
+import time
+import urllib.request
 from pathlib import Path
 
 import boto3
 import pytest
+import ray
 
+from jobs.cluster.connection import connected
 from jobs.training import trackers as module
 from jobs.training.trackers import (
     EVENTS,
@@ -17,6 +22,7 @@ from jobs.training.trackers import (
     BestEffort,
     End,
     TrackedRun,
+    Tracker,
     check_installed,
     make_trackers,
     read_events,
@@ -55,7 +61,7 @@ def test_tensorboard_shows_once_what_an_interruption_made_happen_twice(tmp_path:
 def test_what_was_told_after_the_last_epoch_reaches_an_object_store_too(s3: str) -> None:
     boto3.client("s3", endpoint_url=f"http://{s3}").create_bucket(Bucket="runs")
     run = f"s3://runs/here?region=us-east-1&scheme=http&endpoint_override={s3}"
-    (tensorboard,) = make_trackers(None, TrackedRun(run, SETTINGS, "here", 0))
+    tensorboard, *_ = make_trackers(None, TrackedRun(run, SETTINGS, "here", 0))
     tensorboard.log({"train/loss": 2.5}, 10)
     tensorboard.close("finished")
     assert read_events(join(run, EVENTS)).scalars == {"train/loss": [(10, 2.5)]}
@@ -63,7 +69,7 @@ def test_what_was_told_after_the_last_epoch_reaches_an_object_store_too(s3: str)
 
 def test_a_store_that_takes_nothing_is_one_warning(s3: str, capsys: pytest.CaptureFixture[str]) -> None:
     run = f"s3://nowhere/here?region=us-east-1&scheme=http&endpoint_override={s3}&allow_bucket_creation=false"
-    (tensorboard,) = make_trackers(None, TrackedRun(run, SETTINGS, "here", 0))
+    tensorboard, *_ = make_trackers(None, TrackedRun(run, SETTINGS, "here", 0))
     for step in range(3):
         tensorboard.log({"train/loss": 2.5}, step)
         tensorboard.flush()
@@ -73,7 +79,34 @@ def test_a_store_that_takes_nothing_is_one_warning(s3: str, capsys: pytest.Captu
     assert line.endswith("; training goes on")
 
 
-class Broken:
+@pytest.mark.slow
+def test_prometheus_would_read_the_last_values_from_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # Ray's own 10 s, to wait less.
+    monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
+    train = {"train/loss": 2.5, "train/top1_error": 0.75, "train/lr": 1e-05}
+    train |= {"train/images_per_s": 1234.5, "train/data_wait": 0.125}
+    val = {"val/loss": 2.25, "val/top1_error": 0.5, "val/top5_error": 0.25}
+    wanted = {name.replace("/", "_"): value for name, value in (train | val).items()}
+    with connected(1):
+        (node,) = ray.nodes()
+        trackers = make_trackers(None, TrackedRun(str(tmp_path / "first"), SETTINGS, "here", 0))
+        for values, step in ((dict.fromkeys(train, 9.0), 10), (train, 20), (val, 20)):
+            for one in trackers:
+                one.log(values, step)
+        address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        deadline, found = time.monotonic() + 120, dict[str, float]()
+        while found != wanted and time.monotonic() < deadline:
+            time.sleep(0.1)
+            text = urllib.request.urlopen(address, timeout=30).read().decode()
+            lines = re.findall(r'^ray_alexnet_(\w+)\{.*\brun="first".*\} (\S+)$', text, re.MULTILINE)
+            found = {name: float(value) for name, value in lines}
+        assert found == wanted
+        for one in trackers:
+            one.close("finished")
+
+
+class Broken(Tracker):
     """Fails at whatever is in `at`; a call to `hang` waits for the test to end."""
 
     def __init__(self, at: set[str], ended: threading.Event | None = None) -> None:

@@ -1,0 +1,181 @@
+"""Evaluation where the data are: at a URL, in a copy that training has staged, over several workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tyro
+
+from jobs.evaluate import EvaluateConfig, judge
+from jobs.train import evaluation
+from jobs.training import checkpoint
+from jobs.training.config import TrainConfig, Workers
+from jobs.training.run_state import RunFingerprint, State
+from jobs.training.worker import make_network
+from model.recipe import Recipe
+from model.schedule import Plateau
+from model.training import Progress
+from pipeline.dataset.info import read_dataset
+from pipeline.staging.decoded_cache import stage_pixels
+from pipeline.staging.staging import stage
+from tests.processes import JOBS, outside_clusters, run_here
+from tests.staging.test_staging import s3_location, upload
+
+BATCH = 4  # Of 15 images: four batches, the last one shorter.
+
+
+@pytest.fixture(scope="module")
+def saved(shard_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of initial weights, for which each image has a loss of its own."""
+    folder = tmp_path_factory.mktemp("saved")
+    identity = RunFingerprint.of(Recipe(), read_dataset(shard_set))
+    checkpoint.save_network(folder, make_network(identity), State(identity, Progress(Plateau(0.01))))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def here(shard_set: Path, saved: Path) -> dict[str, Any]:
+    """What this process finds in the set where it is."""
+    return evaluated(shard_set, saved)[0]
+
+
+def evaluated(data: object, saved: Path, *more: object) -> tuple[dict[str, Any], str]:
+    """What an evaluation in this process found, but for where the set is; and what it printed."""
+    output = saved / "result.json"
+    done = run_here("evaluate", "--data", data, "--checkpoint", saved, "--no-gpus", "--json", output, *more)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())
+    del found["data"]
+    return found, done.stdout
+
+
+def test_a_set_at_a_url_is_judged_by_a_copy_of_its_validation_images(
+    shard_set: Path, saved: Path, here: dict[str, Any], s3: str, tmp_path: Path
+) -> None:
+    upload(shard_set, s3)
+    first, printed = evaluated(s3_location(s3), saved, "--stage", tmp_path)
+    again, then = evaluated(s3_location(s3), saved, "--stage", tmp_path)
+    assert first == again == here
+    assert first["images"] == 15
+    assert "in 2 of 2 shards from s3://bucket/shards" in printed
+    assert "staging" not in then
+    assert {path.name for path in tmp_path.rglob("*.tar")} == {"val-000000.tar", "val-000001.tar"}
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "pixels"])
+def test_what_training_has_staged_is_not_copied_again(
+    shard_set: Path, saved: Path, here: dict[str, Any], tmp_path: Path, kind: str
+) -> None:
+    if kind == "jpeg":
+        stage(str(shard_set), tmp_path, print)
+    else:
+        stage_pixels(str(shard_set), tmp_path, print, 1)
+    before = {path: path.stat().st_ino for path in tmp_path.rglob("*")}
+    found, printed = evaluated(shard_set, saved, "--stage", tmp_path, "--stage-as", kind)
+    assert {path: path.stat().st_ino for path in tmp_path.rglob("*")} == before
+    assert not any(word in printed for word in ("staging", "decoding"))
+    assert found == here
+
+
+def test_a_url_without_a_stage_is_refused_with_a_command_that_has_one() -> None:
+    done = run_here("evaluate", "--data", "s3://KEY:SECRET@bucket/set", "--checkpoint", "a b", "--ten-crop")
+    (line,) = done.stderr.splitlines()
+    command = f"{sys.executable} {JOBS}/evaluate.py --data s3://bucket/set --checkpoint 'a b' --ten-crop --stage"
+    assert command in line
+    assert done.returncode == 1
+
+
+def test_the_parts_of_several_workers_add_up_to_the_whole(shard_set: Path, saved: Path) -> None:
+    state = checkpoint.read_state(saved)
+    network = make_network(state.identity)
+    checkpoint.load_network(saved, network)
+    config = EvaluateConfig(str(shard_set), str(saved), batch_size=BATCH)
+
+    def part(rank: int, world: int) -> torch.Tensor:
+        return judge(config, state.identity.rgb, network, False, 1, rank, world)
+
+    whole, parts = part(0, 1), torch.stack([part(rank, 3) for rank in range(3)])
+    # The last of four batches is shorter; none is cut.
+    assert parts[:, 0].tolist() == [4, 4, 7]
+    # Images and errors are counted; the losses are added in another order.
+    assert parts.sum(dim=0)[[0, 2, 3]].equal(whole[[0, 2, 3]])
+    torch.testing.assert_close(parts.sum(dim=0), whole, rtol=1e-14, atol=0)
+    # With more workers than batches.
+    assert part(0, 5).tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.slow
+def test_two_workers_find_what_one_process_does(shard_set: Path, saved: Path, tmp_path: Path) -> None:
+    output = tmp_path / "two.json"
+    command = ["--data", shard_set, "--stage", tmp_path / "disk", "--checkpoint", saved, "--no-gpus", "--json", output]
+    command += ["--batch-size", BATCH, "--workers", 2]
+    done = subprocess.run(
+        [sys.executable, JOBS / "evaluate.py", *map(str, command)],
+        env=outside_clusters(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())
+    one, _ = evaluated(shard_set, saved, "--batch-size", BATCH)
+    assert found.pop("data") == str(shard_set)
+    assert found.pop("loss") == pytest.approx(one.pop("loss"), rel=1e-14)
+    assert found == one
+
+
+def test_training_ends_with_a_command_to_evaluate_where_it_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(
+        "s3://KEY:SECRET@bucket/my set?region=a&scheme=http",
+        "s3://bucket/runs",
+        "first",
+        stage="/mnt/nvme",
+        stage_as="pixels",
+        workers=Workers(2, 4),
+        gpus=True,
+    )
+    set_there = "s3://bucket/my set?region=a&scheme=http"
+
+    def given(words: list[str]) -> EvaluateConfig:
+        return tyro.cli(EvaluateConfig, args=words, config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone))
+
+    program, job, *words = shlex.split(evaluation(config, "s3://bucket/runs/first"))
+    assert (program, job) == (sys.executable, str(JOBS / "evaluate.py"))
+    plain = EvaluateConfig(set_there, "s3://bucket/runs/first", "/mnt/nvme", "pixels", ten_crop=True)
+    assert given(words) == plain
+
+    folder = tmp_path / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    words = shlex.split(evaluation(config, "s3://bucket/runs/first"))
+    assert words[:8] == ["ray", "job", "submit", "--working-dir", ".", "--", "python", "jobs/evaluate.py"]
+    assert given(words[8:]) == EvaluateConfig(
+        set_there, "s3://bucket/runs/first", "/mnt/nvme", "pixels", ten_crop=True, workers=4, gpu=True
+    )
+
+
+@pytest.mark.slow
+def test_the_command_that_training_ends_with_needs_no_environment(saved: Path, shard_set: Path, tmp_path: Path) -> None:
+    config = TrainConfig(str(shard_set), str(saved.parent), saved.name, stage=str(tmp_path / "my disk"))
+    done = subprocess.run(
+        evaluation(config, str(saved)),
+        shell=True,
+        cwd=tmp_path,
+        # As where the project is installed.
+        env={"PATH": os.defpath, "PYTHONPATH": str(JOBS.parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ten crops, 15 images" in done.stdout
