@@ -18,7 +18,7 @@ need_data = test -e "$(DATA)/dataset.json" || { echo "error: there is no shard s
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: .venv/.installed ## make the environment .venv (7 GB); then: . .venv/bin/activate
+install: .venv/.installed ## make the environment .venv (7.3 GB); then: . .venv/bin/activate
 
 .venv/.installed: requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 with its venv module is here: install one (Debian, \
