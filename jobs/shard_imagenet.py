@@ -102,6 +102,7 @@ from pipeline.images.resize import encoder_settings
 from pipeline.sharding.set_lock import JobLock
 from pipeline.sharding.shard_set import (
     SetPlan,
+    check_folder,
     claim_folder,
     find_finished,
     finish,
@@ -112,6 +113,7 @@ from pipeline.sharding.shard_set import (
 )
 from pipeline.sharding.shards import BuiltShard, plan_shards
 from pipeline.sources.sources import check_output, read_source
+from pipeline.sources.stored_listing import ListingStore
 
 
 def main(config: ShardConfig) -> None:
@@ -122,8 +124,15 @@ def main(config: ShardConfig) -> None:
     """
     output = join(config.output)
     check_output(output, config.source, config.source_val)
+    check_folder(output)
     listing = read_source(
-        config.source, config.source_val, config.val_fraction, config.seed, config.val_labels, config.val_synsets
+        config.source,
+        config.source_val,
+        config.val_fraction,
+        config.seed,
+        config.val_labels,
+        config.val_synsets,
+        ListingStore(output, log),
     )
     counts = ", ".join(f"{len(entries):,} {split}" for split, entries in listing.splits.items())
     print(f"{' and '.join(listing.roots)}: {counts} images of {len(listing.classes):,} classes", flush=True)

@@ -20,6 +20,8 @@ class RangeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.root = root
         self.ranges = ranges
+        self.etags = True
+        """Whether a file's answers say when it is another file."""
         self.requests = 0
         """How many GETs and HEADs came."""
         self.bytes = 0
@@ -62,6 +64,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         self.send_header("Content-Length", str(end - start))
+        if self.server.etags:
+            self.send_header("ETag", f'"{path.stat().st_mtime_ns:x}-{path.stat().st_size:x}"')
         self.end_headers()
         if with_body:
             with path.open("rb") as file:

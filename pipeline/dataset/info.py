@@ -144,10 +144,15 @@ class DatasetInfo:
         """Raises ValueError for what can be of no set."""
         if [label.index for label in self.classes] != list(range(len(self.classes))):
             raise ValueError("the classes are not numbered from 0 on, in order")
+        values = {**self.image, "encoder": None, **self.image.get("encoder", {})}.values()
+        if any(isinstance(value, dict | list) for value in values):
+            raise ValueError("the image settings are nested too deep")
         for name, split in self.splits.items():
             rows = split.shards
-            if min((number for row in rows for number in (row.samples, row.bytes)), default=0) < 0:
-                raise ValueError(f"negative sample or byte count in a shard of {name}")
+            numbers = [split.samples, split.bytes, split.labels_crc32, self.set_aside]
+            numbers += (number for row in rows for number in (row.samples, row.bytes))
+            if not all(0 <= number < 2**63 for number in numbers):
+                raise ValueError(f"negative or too large number in {name} or a shard of it")
             if len({row.name for row in rows}) < len(rows):
                 raise ValueError(f"two shards of {name} have one name")
 
@@ -196,7 +201,9 @@ def parse_dataset(text: str | bytes, where: str) -> DatasetInfo:
         return DatasetInfo.from_json(value)
     # Of JSON that goes too deep, whose numbers are too long or that is no UTF-8, Python's errors are others.
     except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{where} cannot be used: {error}") from error
+        raise DatasetError(
+            f"{where} cannot be used: {error}; copy it again from where it was made, or make the set again"
+        ) from error
 
 
 def rebuild_advice(root: Location, split: str, shard: str, settings: str = "") -> str:

@@ -20,8 +20,9 @@ from pipeline.dataset.info import DatasetInfo
 from pipeline.dataset.sample_index import open_index
 from pipeline.images.decode import decode_stored
 from pipeline.images.rgb_stats import MAX_LEVEL, RgbStatistics
+from pipeline.sources.files import read_bytes
 from pipeline.storage.locations import Location, join
-from pipeline.storage.remote import read_range, write
+from pipeline.storage.remote import write
 
 SHEET_FILE = "contact_sheet.jpg"
 PCA_FILE = "rgb_pca.png"
@@ -80,7 +81,7 @@ def choose(root: Location, info: DatasetInfo) -> list[Row]:
         images = []
         for sample in some[labels == label][:COLUMNS].tolist():
             tar = join(root, "train", f"{shards[index.shards[sample]].name}.tar")
-            images.append(decode_stored(read_range(tar, int(index.offsets[sample]), int(index.sizes[sample]))))
+            images.append(decode_stored(read_bytes(tar, int(index.offsets[sample]), int(index.sizes[sample]))))
         rows.append(Row(label, tuple(images)))
     return rows
 

@@ -1,14 +1,12 @@
-"""The bytes of a shard's images in order; those at URLs fetched some images ahead, since each waits on a network."""
+"""The bytes of a shard's images in order, fetched some images ahead: each waits on a network, or on a disk as NFS."""
 
 from __future__ import annotations
 
 import collections
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from pipeline.sources.listing import Entry
-from pipeline.storage.locations import is_url
 
 AHEAD = 16  # Images requested at a time, so that a network's delay is waited for once for all of them.
 
@@ -21,9 +19,6 @@ def readings(entries: Iterable[Entry], read: Read) -> Iterator[tuple[Entry, Call
         waiting: collections.deque[tuple[Entry, Future[bytes]]] = collections.deque()
         try:
             for entry in entries:
-                if not is_url(entry.path):
-                    yield entry, functools.partial(read, entry)
-                    continue
                 waiting.append((entry, pool.submit(read, entry)))
                 if len(waiting) == AHEAD:
                     first, future = waiting.popleft()

@@ -34,8 +34,9 @@ from pipeline.images.rgb_stats import RgbMoments, RgbStatistics
 from pipeline.sharding.claim import UNFINISHED_FILE, Claim, ShardSetError, differences, read_claim
 from pipeline.sharding.pictures import PCA_FILE, SHEET_FILE, write_pictures
 from pipeline.sharding.set_lock import LOCK_FILE
-from pipeline.sharding.shards import BuiltShard, ShardPlan, inputs_digest, shard_file
+from pipeline.sharding.shards import BuiltShard, ShardPlan, shard_file
 from pipeline.sources.listing import Listing
+from pipeline.sources.stored_listing import LISTING_FILE
 from pipeline.storage.locations import Location, is_url, join, shown
 from pipeline.storage.remote import TEMPORARY_SUFFIX, delete, read, scan, write
 
@@ -124,10 +125,18 @@ def _compare_finished(root: Location, plan: SetPlan) -> tuple[DatasetInfo, bool]
     whole = True
     # Where one of these differs every shard does: the samples per shard would be blamed for it.
     if not different:
-        with ThreadPoolExecutor(REQUESTS) as pool:
-            annotations = list(pool.map(lambda shard: _read_or_none(root, shard), plan.shards))
-        found = [(shard, annotation) for shard, annotation in zip(plan.shards, annotations, strict=True) if annotation]
-        dealt_alike = all(annotation.inputs == inputs_digest(shard, plan.image) for shard, annotation in found)
+        # Of a set that was left finished, the first shard of each split tells how all were dealt.
+        shards = [next(shard for shard in plan.shards if shard.split == split) for split in plan.listing.splits]
+        annotations = [_read_or_none(root, shard) for shard in shards]
+        if None in annotations or is_left_over(root):
+            shards = list(plan.shards)
+            with ThreadPoolExecutor(REQUESTS) as pool:
+                annotations = list(pool.map(lambda shard: _read_or_none(root, shard), shards))
+        found = [(shard, annotation) for shard, annotation in zip(shards, annotations, strict=True) if annotation]
+        # Of one source, seed and size all shards are dealt alike.
+        dealt_alike = all(
+            len(shard.entries) == annotation.samples + len(annotation.rejected) for shard, annotation in found
+        )
         rows = [(split, row) for split, content in info.splits.items() for row in content.shards]
         if not dealt_alike or not {row.name for _, row in rows} <= {shard.name for shard in plan.shards}:
             different = "samples per shard"
@@ -157,6 +166,16 @@ def make_folder(root: Location) -> None:
         raise ShardSetError(f"cannot make the folder {root}: {error.strerror}; give another --output") from error
 
 
+def check_folder(root: Location) -> None:
+    """Raises ShardSetError if ROOT holds anything else than a set, finished or not."""
+    names = _names(root)
+    foreign = sorted(name for name in names if not _is_passing(name))
+    if foreign and names.isdisjoint((UNFINISHED_FILE, DATASET_FILE)):
+        raise ShardSetError(
+            f"{shown(root)} holds {foreign[0]!r} and no shard set of this program: give --output a new or empty folder"
+        )
+
+
 def claim_folder(root: Location, plan: SetPlan) -> None:
     """Makes ROOT ready for the set's shards: a new or empty folder, or one where the same set was begun.
 
@@ -167,15 +186,8 @@ def claim_folder(root: Location, plan: SetPlan) -> None:
         OSError: if ROOT cannot be written.
     """
     make_folder(root)
+    check_folder(root)
     mine, there = plan.claim, read_claim(root)
-    names = _names(root)
-    if there is None and DATASET_FILE not in names:
-        foreign = sorted(name for name in names if not _is_passing(name))
-        if foreign:
-            raise ShardSetError(
-                f"{shown(root)} holds {foreign[0]!r} and no shard set of this program: "
-                "give --output a new or empty folder"
-            )
     if there is not None:
         # The same folder with a repaired or added image continues; another folder is more likely a mistake.
         same_source = there.source_fingerprint == mine.source_fingerprint or there.roots == mine.roots
@@ -290,9 +302,13 @@ def _read_or_none(root: Location, shard: ShardPlan) -> ShardAnnotation | None:
 
 
 def _missing(root: Location, split: str, rows: Iterable[ShardRow]) -> list[ShardRow]:
-    """The shards whose tar is not there or has another size, or whose index is not there."""
+    """The shards whose tar is not there or has another size, or whose index or annotation is not there."""
     sizes = {item.name: item.size for item in scan(join(root, split), missing_ok=True)}
-    return [row for row in rows if sizes.get(f"{row.name}.tar") != row.bytes or f"{row.name}.idx" not in sizes]
+    return [
+        row
+        for row in rows
+        if sizes.get(f"{row.name}.tar") != row.bytes or not {f"{row.name}.idx", f"{row.name}.json"} <= sizes.keys()
+    ]
 
 
 def _names(folder: Location) -> set[str]:
@@ -301,8 +317,8 @@ def _names(folder: Location) -> set[str]:
 
 
 def _is_passing(name: str) -> bool:
-    """Whether a name is of a file that was being written, or of a job's lock."""
-    return name == LOCK_FILE or (name.startswith(".") and name.endswith(TEMPORARY_SUFFIX))
+    """Whether a name is of a file that was being written, or of a job's lock or its source's listing."""
+    return name in (LOCK_FILE, LISTING_FILE) or (name.startswith(".") and name.endswith(TEMPORARY_SUFFIX))
 
 
 def _remove_passing(root: Location) -> None:

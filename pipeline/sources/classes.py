@@ -6,7 +6,7 @@ A layout that is not fully understood is refused by name. A folder or tar is a c
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from pipeline.sources.names import (
     wnid_in,
 )
 from pipeline.sources.splits import check_series, check_whole, inner
-from pipeline.sources.tree import FORMS, Tree, read_all
+from pipeline.sources.tree import FORMS, Branch, Tree, read_all
 from pipeline.sources.webdatasets import Names, Samples, by_class, names_beside, names_by_samples
 
 _DEPTH, _WIDTH = 5, 20  # How far a message looks for the --source that would be right.
@@ -40,16 +40,20 @@ class Content(NamedTuple):
     """What a WebDataset's labels are called."""
 
 
+ReadAll = Callable[[Sequence[Branch]], Iterator[Tree]]
+
+
 class DepthError(SourceError):
     """Folders where images are expected: SOURCE may be too high, or too deep."""
 
 
-def read_classes(tree: Tree, flag: str, trained: Names | None = None) -> Content:
+def read_classes(tree: Tree, flag: str, trained: Names | None = None, read: ReadAll = read_all) -> Content:
     """The images of a split by class.
 
     Args:
         flag: the argument that named it.
         trained: what a WebDataset's labels are called in the training set.
+        read: reads what lies in many folders or tars.
 
     Raises:
         DepthError: for folders in class folders.
@@ -67,7 +71,7 @@ def read_classes(tree: Tree, flag: str, trained: Names | None = None) -> Content
         return Content(_by_file_names(tree, [tree], flag), others)
     tars = [branch for branch in tree.below if branch.is_tar]
     if len(tree.below) == len(tars) == 1 and not len(tree.images):
-        return read_classes(tars[0].tree, flag, trained)
+        return read_classes(tars[0].tree, flag, trained, read)
     kind = "tar" if tars else "folder"
     if len(tree.images) or 0 < len(tars) < len(tree.below):
         folder = next((branch.name for branch in tree.below if not branch.is_tar), None)
@@ -79,7 +83,7 @@ def read_classes(tree: Tree, flag: str, trained: Names | None = None) -> Content
             f"{tree.where} holds {' and '.join(found)} beside each other: give {flag} class folders or class tars "
             "alone (was a script that sorts them stopped half way? Run it to its end, or move away what is no class)"
         )
-    trees: Sequence[Tree] = read_all(tree.below)
+    trees: Sequence[Tree] = list(read(tree.below))
     samples = [one.samples for one in trees if one.samples is not None]
     if samples:
         _check_shards(tree, trees)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -42,7 +42,7 @@ class FileTable:
         offsets: NDArray[np.int64],
     ) -> None:
         """Each column has a row a file; `holder` says which of the holders it lies in."""
-        self._holders = holders
+        self.holders = holders
         self._holder = holder
         self._names = names
         self._sizes = sizes
@@ -72,7 +72,7 @@ class FileTable:
         places: dict[Holder, int] = {}
         holder = []
         for table in tables:
-            mine = np.array([places.setdefault(one, len(places)) for one in table._holders], np.int32)
+            mine = np.array([places.setdefault(one, len(places)) for one in table.holders], np.int32)
             holder.append(mine[table._holder])
         return cls(
             tuple(places),
@@ -82,11 +82,19 @@ class FileTable:
             np.concatenate([np.zeros(0, np.int64), *(table._offsets for table in tables)]),
         )
 
+    @classmethod
+    def from_arrow(cls, holders: Sequence[Holder], rows: pa.RecordBatch) -> FileTable:
+        """The table of which `holders` and `to_arrow` are these."""
+        return cls(tuple(holders), rows[0].to_numpy(), rows[1], rows[2].to_numpy(), rows[3].to_numpy())
+
+    def to_arrow(self, labels: NDArray[np.int32]) -> pa.RecordBatch:
+        """A row a file: the number of its holder, its name, size and offset, and a label that is given."""
+        columns = [_numbers(column) for column in (self._holder, self._sizes, self._offsets, labels)]
+        columns.insert(1, self._names)
+        return pa.RecordBatch.from_arrays(columns, ["holder", "name", "size", "offset", "label"])
+
     def __len__(self) -> int:
         return len(self._sizes)
-
-    def __iter__(self) -> Iterator[File]:
-        return self.at(np.arange(len(self)))
 
     def at(self, rows: Rows) -> Iterator[File]:
         """The files of some rows."""
@@ -94,9 +102,9 @@ class FileTable:
             block = rows[start : start + BLOCK]
             columns = (self._holder[block], self._sizes[block], self._offsets[block])
             for name, holder, size, offset in zip(
-                _decoded(self._names.take(_places(block))), *(column.tolist() for column in columns), strict=True
+                _decoded(self._names.take(_numbers(block))), *(column.tolist() for column in columns), strict=True
             ):
-                path, inside, _ = self._holders[holder]
+                path, inside, _ = self.holders[holder]
                 if offset == _OF_ITS_OWN:
                     yield File(child(path, name), size)
                 else:
@@ -104,12 +112,12 @@ class FileTable:
 
     def states(self, rows: Rows) -> dict[str, FileState]:
         """The tars on a disk that hold some rows, each as it was when it was listed."""
-        holders = (self._holders[i] for i in np.unique(self._holder[rows]))
+        holders = (self.holders[i] for i in np.unique(self._holder[rows]))
         return {holder.path: holder.state for holder in holders if holder.state is not None}
 
     def names(self, rows: Rows | None = None) -> Iterator[str]:
         """The files' own names, without folders; of some rows or all."""
-        names = self._names if rows is None else self._names.take(_places(rows))
+        names = self._names if rows is None else self._names.take(_numbers(rows))
         for start in range(0, len(names), BLOCK):
             for name in _decoded(names.slice(start, BLOCK)):
                 yield os.path.basename(name)
@@ -118,9 +126,9 @@ class FileTable:
         """A table of these rows alone, and of no more holders than they need."""
         used, holder = np.unique(self._holder[rows], return_inverse=True)
         return FileTable(
-            tuple(self._holders[i] for i in used),
+            tuple(self.holders[i] for i in used),
             holder.astype(np.int32),
-            self._names.take(_places(rows)),
+            self._names.take(_numbers(rows)),
             self._sizes[rows],
             self._offsets[rows],
         )
@@ -140,8 +148,9 @@ def _encoded(names: Sequence[str]) -> pa.LargeBinaryArray:
     return pa.Array.from_buffers(pa.large_binary(), len(values), buffers)
 
 
-def _places(rows: Rows) -> pa.Int64Array:
-    return pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(np.ascontiguousarray(rows, np.int64))])
+def _numbers(values: NDArray[Any]) -> pa.Array:
+    kind = pa.from_numpy_dtype(values.dtype)
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])
 
 
 def _decoded(names: pa.LargeBinaryArray) -> list[str]:

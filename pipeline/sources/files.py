@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import os
+import resource
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +15,7 @@ from pipeline.storage.locations import is_url
 NAMED = 4  # So many names stand in a message.
 IMAGE_EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"})
 LISTING_THREADS = 16  # A network disk answers many at once; a local one does not mind.
+URL_THREADS = 64  # Each waits for a header, whose answer takes some 20 ms.
 UNREADABLE = -1
 
 
@@ -67,30 +71,27 @@ def read_bytes(path: str, offset: int | None, size: int) -> bytes:
         return remote.read(path) if offset is None else remote.read_range(path, offset, size)
     if offset is None:
         return Path(path).read_bytes()
-    with LocalRanges(path) as file:
-        return file.read_at(offset, size)
+    # A tar is opened once for many images. Another file in its place is another file.
+    status = os.stat(path)
+    return _opened(path, status.st_ino, status.st_size, status.st_mtime_ns).read_at(offset, size)
 
 
-class LocalRanges:
-    """A file on a disk, read at any place."""
-
-    def __init__(self, path: str) -> None:
-        self._file = os.open(path, os.O_RDONLY)
-
-    def __enter__(self) -> LocalRanges:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+class LocalRanges(io.FileIO):
+    """A file on a disk, read at any place, by many threads at a time; closed when nobody has it any more."""
 
     def read_at(self, offset: int, length: int) -> bytes:
         """`length` bytes from `offset` on; fewer where it ends before."""
         parts, missing = [], length
         # A network disk may hand out less than it was asked for.
-        while missing > 0 and (part := os.pread(self._file, missing, offset + length - missing)):
+        while missing > 0 and (part := os.pread(self.fileno(), missing, offset + length - missing)):
             parts.append(part)
             missing -= len(part)
         return b"".join(parts)
 
-    def close(self) -> None:
-        os.close(self._file)
+    def __del__(self) -> None:
+        self.close()
+
+
+@functools.lru_cache(min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
+def _opened(path: str, *state: int) -> LocalRanges:
+    return LocalRanges(path)

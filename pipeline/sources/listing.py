@@ -64,10 +64,10 @@ class Entries(Sequence[Entry]):
             renamed: the keys that are not what `key_of` gives, by file.
             rows: which files are meant; None for all.
         """
-        self._files = files
-        self._labels = labels
+        self.files = files
+        self.labels = labels
         self._wnids = wnids
-        self._renamed = renamed
+        self.renamed = renamed
         self._rows = np.arange(len(files)) if rows is None else rows
 
     @classmethod
@@ -105,36 +105,29 @@ class Entries(Sequence[Entry]):
         for start in range(0, len(self), BLOCK):
             yield from self._at(self._rows[start : start + BLOCK])
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Entries):
-            return NotImplemented
-        return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
-
-    __hash__ = None  # type: ignore[assignment]
-
     def take(self, places: Rows) -> Entries:
         """The entries at these places, in this order; it shares the columns."""
-        return Entries(self._files, self._labels, self._wnids, self._renamed, self._rows[places])
+        return Entries(self.files, self.labels, self._wnids, self.renamed, self._rows[places])
 
     @property
     def tar_states(self) -> dict[str, FileState]:
         """The tars on a disk that hold these entries, each as it was when it was listed."""
-        return self._files.states(self._rows)
+        return self.files.states(self._rows)
 
     def __reduce__(self) -> tuple[type[Entries], tuple[object, ...]]:
-        labels = self._labels[self._rows]
+        labels = self.labels[self._rows]
         wnids = {label: self._wnids[label] for label in np.unique(labels).tolist()}
         rows = enumerate(self._rows.tolist())
-        renamed = {place: self._renamed[row] for place, row in rows if row in self._renamed}
-        return Entries, (self._files.take(self._rows), labels, wnids, renamed)
+        renamed = {place: self.renamed[row] for place, row in rows if row in self.renamed}
+        return Entries, (self.files.take(self._rows), labels, wnids, renamed)
 
     def _at(self, rows: Rows) -> Iterator[Entry]:
-        names = self._files.names(rows)
+        names = self.files.names(rows)
         for row, label, file, name in zip(
-            rows.tolist(), self._labels[rows].tolist(), self._files.at(rows), names, strict=True
+            rows.tolist(), self.labels[rows].tolist(), self.files.at(rows), names, strict=True
         ):
             wnid = self._wnids[label]
-            key = self._renamed.get(row) or key_of(wnid, name)
+            key = self.renamed.get(row) or key_of(wnid, name)
             yield Entry(file.path, label, wnid, key, file.size, file.offset, file.member)
 
 

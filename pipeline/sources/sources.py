@@ -22,7 +22,8 @@ from pipeline.sources.file_table import Classes
 from pipeline.sources.files import NAMED, SourceError
 from pipeline.sources.listing import Entries, Listing
 from pipeline.sources.splits import find_splits
-from pipeline.sources.tree import Tree, read_place
+from pipeline.sources.stored_listing import ListingStore
+from pipeline.sources.tree import Tree, read_all, read_place
 from pipeline.sources.val_labels import by_label
 from pipeline.storage.locations import Location, is_url, shown
 
@@ -61,6 +62,7 @@ def read_source(
     seed: int,
     val_labels: Location | None = None,
     val_synsets: Location | None = None,
+    store: ListingStore | None = None,
 ) -> Listing:
     """Lists a source.
 
@@ -74,6 +76,7 @@ def read_source(
         val_labels: text file with the class of each validation image: a line each, in the order of their names, or
             rows of an image's name and its class.
         val_synsets: text file with "id wnid" a line, where `val_labels` holds the devkit's ids.
+        store: where the listing is taken from if the source is as it was, and kept.
 
     Raises:
         SourceError: naming what was found, what is needed and what to do.
@@ -83,13 +86,19 @@ def read_source(
     if val_synsets is not None and val_labels is None:
         raise SourceError("--val-synsets explains the ids of --val-labels: give that too")
     given = None if source_val is None else _absolute(source_val)
+    read = read_all
+    if store is not None:
+        texts = (None if text is None else _absolute(text) for text in (val_labels, val_synsets))
+        if (stored := store.find([_absolute(source), given, *texts], val_fraction, seed)) is not None:
+            return stored
+        read = store.read_all
     root = read_place(_absolute(source), "--source")
     train_tree, val_tree, unread = find_splits(root, None if given is None else shown(given))
     if given is not None:
         val_tree = read_place(given, "--source-val")
     notes = [f"beside the images to train on, not read: {', '.join(unread)}"] if unread else []
     try:
-        content = read_classes(train_tree, "--source")
+        content = read_classes(train_tree, "--source", read=read)
     except DepthError as error:
         raise SourceError(f"{error}: {_where_to_look(train_tree, val_tree)}") from error
     train, others = content.classes, content.others
@@ -114,7 +123,7 @@ def read_source(
         roots.append(val_tree.where)
         if val_labels is None:
             try:
-                content = read_classes(val_tree, "--source-val", content.names)
+                content = read_classes(val_tree, "--source-val", content.names, read)
             except DepthError as error:
                 raise SourceError(f"{error}: give --source-val {right_source(val_tree) or 'another folder'}") from error
             val = content.classes
@@ -132,7 +141,10 @@ def read_source(
             )
     notes += _what_is_missing(classes, val, others)
     splits = {"train": Entries.of(classes, train), "val": Entries.of(classes, val)}
-    return Listing(tuple(map(_printable, roots)), tuple(classes), splits, tuple(map(_printable, notes)))
+    listing = Listing(tuple(map(_printable, roots)), tuple(classes), splits, tuple(map(_printable, notes)))
+    if store is not None:
+        store.save(listing)
+    return listing
 
 
 def _printable(text: str) -> str:

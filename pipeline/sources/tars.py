@@ -5,7 +5,6 @@ ImageNet's training images come as one tar of 1000 class tars, its validation im
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import posixpath
@@ -80,7 +79,7 @@ def whole(path: str | os.PathLike[str]) -> Stretch:
     return Stretch(location, 0, state.size, state=state)
 
 
-def members(tar: Stretch) -> Generator[Member]:
+def members_in(file: Window) -> Generator[Member]:
     """The regular files of a tar, in its order, each header read and no contents.
 
     Raises:
@@ -88,12 +87,6 @@ def members(tar: Stretch) -> Generator[Member]:
             one whose name leads out of the tar.
         OSError: if it cannot be read.
     """
-    with contextlib.closing(Window(tar)) as file:
-        yield from members_in(file)
-
-
-def members_in(file: Window) -> Generator[Member]:
-    """As `members`, for one who reads contents on the way, too."""
     tar = file.tar
     last = ""
     try:

@@ -15,7 +15,7 @@ import braceexpand
 from pyarrow import fs
 
 from pipeline.sources.file_table import FileTable, Holder
-from pipeline.sources.files import LISTING_THREADS, UNREADABLE, SourceError, is_image_name
+from pipeline.sources.files import LISTING_THREADS, UNREADABLE, URL_THREADS, SourceError, is_image_name, state_of
 from pipeline.sources.names import is_tar_name, is_unread_archive
 from pipeline.sources.tars import Member, Stretch, Window, members_in, table_of, whole
 from pipeline.sources.webdatasets import SampleReader, Samples
@@ -54,26 +54,31 @@ class Branch:
         self.where = where
         self.is_tar = is_tar
         self._read = read
+        self.kept: Tree | None = None
+        """What lies in it, once that is known."""
 
     @property
     def stem(self) -> str:
         """Its name, a tar's without the extension."""
         return os.path.splitext(self.name)[0] if self.is_tar else self.name
 
-    @functools.cached_property
+    # Before Python 3.12, functools.cached_property reads one at a time, of all there are.
+    @property
     def tree(self) -> Tree:
         """What lies in it.
 
         Raises:
             SourceError, OSError: if it cannot be read, or is no whole tar.
         """
-        return self._read()
+        if self.kept is None:
+            self.kept = self._read()
+        return self.kept
 
 
-def read_all(branches: Sequence[Branch]) -> list[Tree]:
-    """What lies in each, read in several threads."""
-    with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        return list(pool.map(lambda branch: branch.tree, branches))
+def read_all(branches: Sequence[Branch]) -> Iterator[Tree]:
+    """What lies in each, in their order, read in several threads."""
+    with ThreadPoolExecutor(URL_THREADS if is_url(branches[0].where) else LISTING_THREADS) as pool:
+        yield from pool.map(lambda branch: branch.tree, branches)
 
 
 def read_place(location: str, flag: str) -> Tree:
@@ -83,7 +88,7 @@ def read_place(location: str, flag: str) -> Tree:
         SourceError: if there is nothing, or no tar where only a tar will do.
         OSError: if it cannot be read.
     """
-    if "{" in location and not (not is_url(location) and os.path.exists(location)):
+    if _is_pattern(location):
         tars = _expanded(location)
         branches = tuple(_tar_branch(name, tar) for name, tar in tars.items())
         return Tree(shown(location), parent(next(iter(tars.values()))), below=branches)
@@ -92,15 +97,49 @@ def read_place(location: str, flag: str) -> Tree:
             f"{shown(location)} is no tar, and HTTP cannot list folders: give {flag} http://HOST/NAME.tar, "
             "or shards as http://HOST/NAME-{000000..000146}.tar"
         )
-    if is_url(location):
-        kind = remote.kind(location)
-    elif os.path.isdir(location):
-        kind = fs.FileType.Directory
-    else:
-        kind = fs.FileType.File if os.path.exists(location) else fs.FileType.NotFound
+    kind = _kind(location)
     if kind == fs.FileType.NotFound:
         raise SourceError(f"{shown(location)} does not exist: give {flag} {FORMS}")
     return read_folder(location) if kind == fs.FileType.Directory else read_tar(whole(location))
+
+
+def walk(location: str) -> Iterator[tuple[str, str]]:
+    """The folders and files at a place, in a fixed order, each with what changes when it is another or written anew.
+
+    That is empty for a file on a web server that does not tell. Nothing is read, and no tar looked into.
+
+    Raises:
+        OSError: if it cannot be looked at.
+    """
+    if not _is_pattern(location) and _kind(location) == fs.FileType.Directory:
+        yield location, "folder"
+        for item in sorted(_scan(location)):
+            place = child(location, item.name)
+            yield from walk(place) if item.folder else [(place, f"{item.size} {item.mtime_ns}")]
+        return
+    tars = list(_expanded(location).values()) if _is_pattern(location) else [location]
+    with ThreadPoolExecutor(URL_THREADS) as pool:
+        yield from zip(tars, pool.map(_version, tars), strict=True)
+
+
+def _version(location: str) -> str:
+    try:
+        return remote.version(location) if is_url(location) else str(state_of(location))
+    # A server on the web may forbid what it does not have.
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return "missing"
+
+
+def _is_pattern(location: str) -> bool:
+    return "{" in location and not (not is_url(location) and os.path.exists(location))
+
+
+def _kind(location: str) -> fs.FileType:
+    if is_url(location):
+        return remote.kind(location)
+    if os.path.isdir(location):
+        return fs.FileType.Directory
+    return fs.FileType.File if os.path.exists(location) else fs.FileType.NotFound
 
 
 def _expanded(pattern: str) -> dict[str, str]:
@@ -168,7 +207,7 @@ def _scan_disk(folder: str) -> Iterator[Item]:
                 continue
             # A pipe called x.jpg would be waited for without end.
             size = status.st_size if status is not None and stat.S_ISREG(status.st_mode) else None
-            yield Item(item.name, is_folder, size)
+            yield Item(item.name, is_folder, size, 0 if status is None else status.st_mtime_ns)
 
 
 def _tree(where: str, folder: str, images: FileTable, below: list[Branch], others: Iterable[str]) -> Tree:

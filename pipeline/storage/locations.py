@@ -81,26 +81,13 @@ def open_location(location: Location) -> tuple[fs.FileSystem, str]:
     base, mark, options = location.partition("?")
     scheme, _, rest = base.partition("://")
     host, _, path = rest.partition("/")
+    if scheme in ("az", "azure"):
+        raise ValueError(f"{shown(location)}: for Azure give abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH")
     try:
         filesystem, root = _filesystem(f"{scheme}://{host}/{mark}{options}")
     except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"{shown(location)} cannot be opened: {error}") from error
     return filesystem, f"{root.rstrip('/')}/{unquote(path)}".rstrip("/")
-
-
-def read_text(filesystem: fs.FileSystem, path: str) -> str:
-    """The whole of a text file.
-
-    Raises:
-        ValueError: if it is no UTF-8.
-        OSError: if it cannot be read.
-    """
-    with filesystem.open_input_stream(path) as stream:
-        data = stream.read()
-    try:
-        return str(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
 
 
 @functools.lru_cache

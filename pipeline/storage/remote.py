@@ -8,6 +8,7 @@ ValueError is raised for a URL that nobody can open.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import os
@@ -15,7 +16,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import aiohttp
 from pyarrow import fs
@@ -23,10 +24,9 @@ from pyarrow import fs
 from pipeline.storage.locations import Location, NoRangesError, is_http, is_url, open_location, shown
 from pipeline.storage.retry import SourceReadError, retry
 
-# Reading on costs less than a new request, up to some distance: what lies nearer than this is read through.
-NEAR = 2 * 2**20
-PEEK = 32 * 2**10
-OPEN_FILES = 512  # Kept open by a process: opening asks for the size, which costs a request.
+NEAR = 2 * 2**20  # A connection brings this in the time of a request, or some times as much.
+PEEK = 4 * 2**10  # Holds a few headers and labels.
+OPEN_FILES = 4096  # Kept open by a process: opening asks for the size, which costs a request.
 
 CHUNK = 8 * 2**20  # Bytes
 TEMPORARY_SUFFIX = ".tmp"  # Of files being written aside; no reader looks at them.
@@ -41,6 +41,8 @@ class Item(NamedTuple):
     folder: bool
     size: int | None
     """In bytes; None for what is neither a folder nor a regular file."""
+    mtime_ns: int = 0
+    """When it was last written; 0 where nobody knows."""
 
 
 def kind(location: Location) -> fs.FileType:
@@ -66,6 +68,17 @@ def size(url: str) -> int:
     return _try(url, ask)
 
 
+def version(url: str) -> str:
+    """What changes when a file is written anew; empty where a web server does not tell."""
+    filesystem, path = open_location(url)
+    if not is_http(url):
+        return str(_try(url, lambda: filesystem.get_file_info(path).mtime_ns))
+    # It tells apart why there is none, as the library below does not.
+    bytes_ = size(url)
+    info = _try(url, lambda: filesystem.handler.fs.info(path))
+    return f"{bytes_} {tag}" if (tag := info.get("ETag") or info.get("Last-Modified")) else ""
+
+
 def scan(folder: Location, missing_ok: bool = False) -> list[Item]:
     """What a folder holds; for S3 one request a thousand names, for Google's store a thousand of all that is below."""
     filesystem, path = open_location(folder)
@@ -78,7 +91,7 @@ def scan(folder: Location, missing_ok: bool = False) -> list[Item]:
         if deeper or info.type == fs.FileType.Directory:
             found[name] = Item(name, True, None)
         else:
-            found[name] = Item(name, False, info.size if info.type == fs.FileType.File else None)
+            found[name] = Item(name, False, info.size if info.type == fs.FileType.File else None, info.mtime_ns or 0)
     return list(found.values())
 
 
@@ -153,10 +166,6 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
 
 def read_range(url: str, offset: int, length: int) -> bytes:
     """`length` bytes of a file from `offset` on; fewer where it ends before."""
-    if not is_url(url):
-        with open(url, "rb") as local:
-            local.seek(offset)
-            return local.read(length)
 
     def ask() -> bytes:
         with _opened(url) as file:
@@ -171,10 +180,14 @@ def read_range(url: str, offset: int, length: int) -> bytes:
 
 
 class ReadAhead:
-    """A stretch of a file for someone who goes through it in order, jumping: small reads make few requests.
+    """A stretch of a file for someone who goes through it in order, jumping, as from header to header of a tar.
 
-    After a jump it reads PEEK bytes, and NEAR bytes once the next read turns out to be near.
+    Each read costs a request. One that goes through a file alone waits for each, some 20 ms, in which it reads NEAR
+    bytes: so it reads on over what is nearer. Where many go through a file each, they wait at the same time and share
+    the network, and what is near is nearer by as much. Then a read fetches PEEK bytes.
     """
+
+    _at_work: ClassVar[set[int]] = set()
 
     def __init__(self, url: str, end: int, data: bytes = b"") -> None:
         """
@@ -186,15 +199,23 @@ class ReadAhead:
         self._end = end
         self._start = 0
         self._data = data
+        self._last: int | None = None
+        self._step = NEAR
+        """How far apart its peeks would be, in the mean of the last ones, in bytes."""
+        self._at_work.add(id(self))
 
     def read_at(self, offset: int, length: int) -> bytes:
         """`length` bytes from `offset` of the file on; fewer where it ends before."""
+        if self._last is None:
+            self._last = offset
+        elif (step := offset - self._last) >= PEEK:
+            self._step += (step - self._step) // 4
+            self._last = offset
         inside = offset - self._start
         if not 0 <= inside <= inside + length <= len(self._data):
-            near = bool(self._data) and 0 <= inside < len(self._data) + NEAR
             # The old bytes go before the new ones come: many of these may be at work.
             self._data = b""
-            wanted = max(length, NEAR if near else PEEK)
+            wanted = max(length, NEAR if self._step * len(self._at_work) < NEAR else PEEK)
             self._data = read_range(self._url, offset, max(0, min(wanted, self._end - offset)))
             self._start, inside = offset, 0
         return self._data[inside : inside + length]
@@ -202,9 +223,11 @@ class ReadAhead:
     def close(self) -> None:
         """Forgets what was read."""
         self._data = b""
+        self._at_work.discard(id(self))
 
 
-_free: dict[str, list[Any]] = {}
+_free: collections.OrderedDict[str, list[Any]] = collections.OrderedDict()
+"""Open files that nobody reads from, by URL, those last used at the end."""
 _lock = threading.Lock()
 
 
@@ -218,8 +241,10 @@ def _opened(url: str) -> Iterator[Any]:
         file = _open(url)
     yield file
     with _lock:
-        if sum(map(len, _free.values())) < OPEN_FILES:
-            _free.setdefault(url, []).append(file)
+        _free.setdefault(url, []).append(file)
+        _free.move_to_end(url)
+        if len(_free) > OPEN_FILES:
+            _free.popitem(last=False)
 
 
 def _open(location: Location, stream: bool = False) -> Any:

@@ -102,13 +102,23 @@ def test_two_shards_of_one_name_are_refused(hostile: Path) -> None:
         read_dataset(hostile)
 
 
-NEGATIVE = "negative sample or byte count in a shard of train"
+def nested(levels: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
 CONTENTS = {
     "infinite": (lambda value: first_row(value).update(samples=float("inf")), "OverflowError"),
-    "negative": (lambda value: first_row(value).update(samples=-1), NEGATIVE),
-    "negative-bytes": (lambda value: first_row(value).update(bytes=-(2**70)), NEGATIVE),
-    "mean": (lambda value: value["rgb"].update(mean=[0.5, float("nan"), 0.5]), "not finite numbers"),
-    "eigenvalue": (lambda value: value["rgb"].update(eigenvalues=[float("inf"), 0, 0]), "not finite numbers"),
+    "negative": (lambda value: first_row(value).update(samples=-1), "negative or too large number in train"),
+    "negative-bytes": (lambda value: first_row(value).update(bytes=-(2**70)), "negative or too large number in train"),
+    "huge": (lambda value: first_row(value).update(bytes=10**400), "negative or too large number in train"),
+    "huge-split": (lambda value: value["splits"]["val"].update(samples=2**63), "negative or too large number in val"),
+    "huge-rejects": (lambda value: value.update(set_aside=10**400), "negative or too large number in train"),
+    "deep-settings": (lambda value: value["image"].update(encoder=nested(800)), "image settings are nested too deep"),
+    "mean": (lambda value: value["rgb"].update(mean=[0.5, 10**400, 0.5]), "OverflowError"),
+    "eigenvalue": (lambda value: value["rgb"].update(eigenvalues=["inf", 0, 0]), "not finite numbers"),
     "class": (lambda value: value["classes"][0].update(index=10**9), "not numbered from 0 on"),
     "classes": (lambda value: value.update(classes=7), "TypeError"),
     "splits": (lambda value: value.update(splits=[]), "AttributeError"),
@@ -119,7 +129,7 @@ CONTENTS = {
 def test_numbers_of_no_set_are_refused(hostile: Path, name: str) -> None:
     change, reason = CONTENTS[name]
     edit(hostile, change)
-    with pytest.raises(DatasetError, match=rf"dataset\.json cannot be used: .*{reason}"):
+    with pytest.raises(DatasetError, match=rf"dataset\.json cannot be used: .*{reason}.*; copy it again"):
         read_dataset(hostile)
 
 

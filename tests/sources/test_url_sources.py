@@ -7,7 +7,9 @@ import json
 import pickle
 import shutil
 import tarfile
+import threading
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -17,10 +19,10 @@ from pipeline.images.resize import encoder_settings
 from pipeline.sharding.read_ahead import readings
 from pipeline.sharding.shard_set import SetPlan, claim_folder, finish
 from pipeline.sharding.shards import build_shard, plan_shards
+from pipeline.sources import tree
 from pipeline.sources.files import SourceError, read_bytes
 from pipeline.sources.listing import Listing
 from pipeline.sources.sources import read_source
-from pipeline.storage import remote
 from pipeline.storage.locations import NoRangesError, child, shown
 from pipeline.storage.retry import SourceReadError
 from tests.photographs import write_source
@@ -212,6 +214,22 @@ def test_listing_a_tar_reads_through_near_headers_and_jumps_over_far_ones(tmp_pa
         assert server.bytes < 0.03 * size["far"]
 
 
+@pytest.mark.parametrize("at_a_url", [False, True])
+def test_class_tars_are_listed_at_the_same_time(forms: Path, at_a_url: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(3)
+    true = tree.members_in
+
+    def members_in(file: Any) -> Any:
+        if file.tar.inside:
+            together.wait(timeout=30)
+        return true(file)
+
+    monkeypatch.setattr(tree, "members_in", members_in)
+    with serving(forms / "tars") as server:
+        folder = server.url if at_a_url else forms / "tars"
+        assert listed(f"{folder}/ILSVRC2012_img_train.tar", forms / "folders" / "val").images == 18
+
+
 def test_an_image_in_a_tar_costs_one_request_for_its_own_bytes(forms: Path) -> None:
     with serving(forms / "tars") as server:
         location = f"{server.url}/ILSVRC2012_img_train.tar"
@@ -329,4 +347,3 @@ def test_locations_are_escaped_and_shown_without_secrets() -> None:
     assert location == "s3://key:secret@bucket/a%20b/c%20d%3F.jpg?region=x"
     assert shown(location) == "s3://bucket/a b/c d?.jpg"
     assert shown("/a?b") == "/a?b"
-    assert remote.Item("x", False, 1) == ("x", False, 1)
