@@ -114,8 +114,8 @@ def test_a_healthy_machine_passes(shard_set: Path, tmp_path: Path) -> None:
         timeout=300,
         check=False,
     )
-    found = {row["check"]: row for row in json.loads((tmp_path / "found.json").read_text())["findings"]}
     assert done.returncode == 0, done.stdout + done.stderr
+    found = {row["check"]: row for row in json.loads((tmp_path / "found.json").read_text())["findings"]}
     assert {name for name, row in found.items() if row["status"] == "ok"} >= {"storage", "data", "disk", "all-reduce"}
     assert not list((tmp_path / "runs").iterdir())
 
