@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray._private import ray_constants
 from ray.cluster_utils import Cluster
 
 from jobs.cluster.connection import LOOPBACK_SWITCH
@@ -29,6 +30,8 @@ def raylets(count: int, cpus: int = 1) -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**LOOPBACK_SWITCH, "PYTHONPATH": str(ROOT)}.items():
             patch.setenv(name, value)
+        # Ray reads the switch at import. Without it, what joins from this process asks for another address.
+        patch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)
         cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
         try:
             for _ in range(count - 1):
