@@ -40,7 +40,16 @@ def test_the_pixels_are_the_images(shard_set: Path) -> None:
 
 def make_look(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`make look` in this environment instead of the project's own .venv."""
-    command = ["make", "-o", ".venv/.installed", "look", f"BIN={Path(sys.executable).parent}", *arguments]
+    # Below another make, as in `make test`, it would also print where it is.
+    command = [
+        "make",
+        "--no-print-directory",
+        "-o",
+        ".venv/.installed",
+        "look",
+        f"BIN={Path(sys.executable).parent}",
+        *arguments,
+    ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
 
 
