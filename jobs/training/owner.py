@@ -24,7 +24,7 @@ from pyarrow import fs as arrow_fs
 
 from jobs.cli.command import one_line
 from pipeline.storage.locations import join, open_location, shown
-from pipeline.storage.remote import write
+from pipeline.storage.remote import read, write
 
 PREFIX = "owner-"
 BEAT_SECONDS = 20.0  # From one renewal to the next.
@@ -150,15 +150,11 @@ class Claim:
     def _read(self, file: str) -> Owner | None:
         """A claim; None where it has been taken back, or is none of ours."""
         try:
-            with self._filesystem.open_input_stream(file) as stream:
-                return Owner(**json.loads(stream.read()))
+            # Again where it fails: another host may be renewing it, and its length then differs from what was asked.
+            return Owner(**json.loads(read(join(self._run, os.path.basename(file)))))
         # Taken back, even if it is there again by now: who writes one later looks for this process's own.
         except (ValueError, TypeError, FileNotFoundError):
             return None
-        except OSError:
-            if self._filesystem.get_file_info(file).type == arrow_fs.FileType.NotFound:
-                return None
-            raise
 
     def _living(self, claims: dict[str, tuple[Owner, float]]) -> list[tuple[Owner, float]]:
         return [(owner, silent) for owner, silent in claims.values() if owner.lives(self._here, silent)]
