@@ -28,7 +28,7 @@ from ray.train import ControllerError, FailureConfig, LoggingConfig, RunConfig, 
 
 from jobs.cluster.connection import connected, on_cluster
 from jobs.cluster.nodes import alive_nodes, on_each
-from jobs.cluster.paths import PACKAGE_FOLDER
+from jobs.cluster.paths import in_job_copy
 from jobs.training import checkpoint
 from jobs.training.backend import NodeTorchConfig, NodeTrainer
 from jobs.training.failures import PERMANENT, FailureReporter
@@ -265,7 +265,7 @@ def evaluation(config: TrainConfig, run: str) -> str:
     words = ["--data", data, "--checkpoint", saved, "--ten-crop"]
     if config.stage is not None:
         words += ["--stage", config.stage, "--stage-as", config.stage_as]
-    if PACKAGE_FOLDER not in os.getcwd():
+    if not in_job_copy():
         return shell_line([sys.executable, str(Path(__file__).with_name("evaluate.py")), *words])
     words += ["--workers", str(config.workers.max_workers if config.workers else 1)] + ["--gpus"] * bool(config.gpus)
     return shell_line(["ray", "job", "submit", "--working-dir", ".", "--", "python", "jobs/evaluate.py", *words])

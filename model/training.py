@@ -282,7 +282,7 @@ class Trainer:
                 self._do(action, observer)
 
     def _watched(self, batches: Iterator[LabeledImages], observer: Observer) -> Iterator[LabeledImages]:
-        """This worker's validation batches; after each, what is due is done, on every worker alike.
+        """Yields this worker's validation batches. After each one, all workers do what is due.
 
         A run that stops here goes on with the same validation, as its checkpoint holds all steps of the epoch.
         """

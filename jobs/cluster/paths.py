@@ -9,6 +9,11 @@ from pipeline.storage.locations import is_url
 PACKAGE_FOLDER = "/working_dir_files/_ray_pkg_"  # Where Ray unpacks a job's working directory.
 
 
+def in_job_copy() -> bool:
+    """Whether this process runs in the temporary copy of the code that `ray job submit --working-dir` makes."""
+    return PACKAGE_FOLDER in os.getcwd()
+
+
 def whole_path(option: str, location: str) -> str:
     """A location of the command line as every node can use it: a URL as it is, a path absolute.
 
@@ -18,7 +23,7 @@ def whole_path(option: str, location: str) -> str:
     """
     if is_url(location):
         return location
-    if PACKAGE_FOLDER in os.getcwd() and not os.path.isabs(location):
+    if in_job_copy() and not os.path.isabs(location):
         raise ValueError(
             f"{option} is the relative path {location}, and a submitted job runs in a temporary copy of the code: give "
             "an absolute path or a URL"

@@ -198,7 +198,7 @@ class StopConsensus:
         return self.agree()
 
     def agree(self) -> StepAction:
-        """What to do now, on all ranks alike."""
+        """What is due now: rank 0 decides, and every rank gets the same answer."""
         # On the CPU, whatever trains: to read it from a GPU would wait for the steps that are queued there.
         decision = torch.tensor(self._decide() if self._worker.rank == 0 else (False,) * 3)
         if self._worker.world > 1:

@@ -133,7 +133,7 @@ def _compare_finished(root: Location, plan: SetPlan) -> tuple[DatasetInfo, bool]
             with ThreadPoolExecutor(REQUESTS) as pool:
                 annotations = list(pool.map(lambda shard: _read_or_none(root, shard), shards))
         found = [(shard, annotation) for shard, annotation in zip(shards, annotations, strict=True) if annotation]
-        # Of one source, seed and size all shards are dealt alike.
+        # Source and seed are the same, so only another size of shards gives one another number of images.
         dealt_alike = all(
             len(shard.entries) == annotation.samples + len(annotation.rejected) for shard, annotation in found
         )

@@ -25,6 +25,27 @@ class Rows(NamedTuple):
     labels: Tensor
 
 
+def averaged(
+    network: DistributedDataParallel, own: nn.Module, images: torch.Tensor, steps: int
+) -> list[list[torch.Tensor]]:
+    """The gradients that the workers exchanged in each of so many equal steps of two micro-batches."""
+    found = []
+    for _ in range(steps):
+        own.zero_grad()
+        with no_sync(network):
+            network(images[:2]).square().sum().backward()
+        network(images[2:]).square().sum().backward()
+        found.append([parameter.grad.clone() for parameter in own.parameters() if parameter.grad is not None])
+    return found
+
+
+def alone(own: nn.Module, images: torch.Tensor) -> list[torch.Tensor | None]:
+    """This worker's own gradients."""
+    own.zero_grad()
+    own(images).square().sum().backward()
+    return [parameter.grad for parameter in own.parameters()]
+
+
 def steps(rank: int, world: int, folder: Path) -> None:
     """Saves the averaged gradients of three equal steps, this worker's own, and the statistics of a fourth's rows."""
     torch.manual_seed(rank)
@@ -33,16 +54,7 @@ def steps(rank: int, world: int, folder: Path) -> None:
     # DDP gives all the weights of rank 0.
     network = data_parallel(own, world)
     assert isinstance(network, DistributedDataParallel)
-    found = []
-    for _ in range(3):
-        own.zero_grad()
-        with no_sync(network):
-            network(images[:2]).square().sum().backward()
-        network(images[2:]).square().sum().backward()
-        found.append([parameter.grad.clone() for parameter in own.parameters() if parameter.grad is not None])
-    own.zero_grad()
-    own(images).square().sum().backward()
-    torch.save([found, [parameter.grad for parameter in own.parameters()]], folder / f"rank{rank}")
+    torch.save([averaged(network, own, images, 3), alone(own, images)], folder / f"rank{rank}")
 
     normalized = nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.Linear(3, 2))
     trainer = Trainer(normalized, Recipe(batch_size=len(ROWS)), Worker(rank, world, torch.device("cpu")))
@@ -88,7 +100,7 @@ def compressed(rank: int, world: int, folder: Path) -> None:
     images = torch.randn(4, FEATURES)
     network = data_parallel(own, world, "bfloat16")
     assert isinstance(network, DistributedDataParallel)
-    sent, found = [], []
+    sent = []
     all_reduce = torch.distributed.all_reduce
 
     def count(tensor: torch.Tensor, async_op: bool = False) -> object:
@@ -96,15 +108,8 @@ def compressed(rank: int, world: int, folder: Path) -> None:
         return all_reduce(tensor, async_op=async_op)
 
     with mock.patch.object(torch.distributed, "all_reduce", count):
-        for _ in range(2):
-            own.zero_grad()
-            with no_sync(network):
-                network(images[:2]).square().sum().backward()
-            network(images[2:]).square().sum().backward()
-            found.append([parameter.grad.clone() for parameter in own.parameters() if parameter.grad is not None])
-    own.zero_grad()
-    own(images).square().sum().backward()
-    torch.save([found, [parameter.grad for parameter in own.parameters()], sent], folder / f"rank{rank}")
+        found = averaged(network, own, images, 2)
+    torch.save([found, alone(own, images), sent], folder / f"rank{rank}")
 
 
 def test_compressed_gradients_are_those_of_the_formula_in_half_the_bytes(tmp_path: Path) -> None:
