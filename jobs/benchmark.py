@@ -6,13 +6,15 @@ network longest.
 
     python jobs/benchmark.py --data SHARDS
 
-With --check-gpu: first compares the GPU's loader with the CPU's (`make gpu` is the whole command).
+With --check-gpu: first compares the GPU's loader with the CPU's, and a training with a second one (`make gpu` is the
+whole command).
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import statistics
 import time
@@ -36,7 +38,7 @@ class BenchmarkConfig:
     json: Path | None = None
     """Also write the figures to this file."""
     check_gpu: bool = False
-    """First check the GPU's batches against the CPU's, and memory over 1,000 batches."""
+    """First check the GPU's batches against the CPU's, memory over 1,000 batches, and that training twice is equal."""
     gpu_decoder: Literal["cuda", "hardware"] = "cuda"
     """What decodes JPEGs on a GPU, as in jobs/train.py."""
     batch_size: int = 128
@@ -69,7 +71,7 @@ from torchvision.io import decode_jpeg
 from jobs.cli.device import choose_device, processor
 from jobs.diagnostics import gpu_check
 from jobs.training.run_state import RunFingerprint
-from jobs.training.worker import make_network
+from jobs.training.worker import make_network, prepare_torch
 from model.recipe import RECIPES
 from model.training import Trainer, Worker
 from pipeline.dataset.info import read_dataset, write_json
@@ -136,18 +138,25 @@ class Rates:
         return {**dataclasses.asdict(self), "verdict": verdict, "advice": advice, "hours_90_epochs": self.hours}
 
 
+def make_trainer(config: BenchmarkConfig, device: torch.device) -> Trainer:
+    """One worker of the default recipe, with its initial weights."""
+    recipe = dataclasses.replace(RECIPES["default"], batch_size=config.batch_size)
+    prepare_torch(device, config.threads)
+    network = make_network(RunFingerprint.of(recipe, read_dataset(config.data))).train()
+    network.to(memory_format=torch.channels_last).to(device)
+    precision = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return Trainer(network, recipe, Worker(0, 1, device, precision))
+
+
 def measure(config: BenchmarkConfig) -> tuple[Rates, str]:
     """The rates, and the profiler's table of one step. Each round measures all rates: they share its drift."""
     info = read_dataset(config.data)
     reader = SplitReader(config.data, info, "train")
-    recipe = dataclasses.replace(RECIPES["default"], batch_size=config.batch_size)
-    plan = Plan(len(reader), config.batch_size, recipe.seed, color_matrix(info.rgb, recipe.color))
     device = choose_device(config.gpu)
     gpu = device.type == "cuda"
-    torch.set_num_threads(config.threads)
-    network = make_network(RunFingerprint.of(recipe, info)).to(memory_format=torch.channels_last).to(device)
-    trainer = Trainer(network, recipe, Worker(0, 1, device, torch.bfloat16 if gpu else torch.float32))
-    network.train()
+    trainer = make_trainer(config, device)
+    recipe = trainer.recipe
+    plan = Plan(len(reader), config.batch_size, recipe.seed, color_matrix(info.rgb, recipe.color))
     loader = Loader(reader, info.rgb, config.batch_size, device, config.threads, gpu_decoder=config.gpu_decoder)
     batches = loader.run(plan.endless())
     resident = next(batches)
@@ -227,7 +236,13 @@ def main(config: BenchmarkConfig) -> None:
             raise ValueError("--check-gpu needs a GPU, but torch sees none here: run it on a machine with one")
         print(f"{torch.cuda.get_device_name(device)} against this machine's CPU, batch {config.batch_size}", flush=True)
         checked = gpu_check.check(
-            config.data, device, config.batch_size, COMPARED, config.threads, gpu_decoder=config.gpu_decoder
+            config.data,
+            device,
+            functools.partial(make_trainer, config, device),
+            config.batch_size,
+            COMPARED,
+            config.threads,
+            gpu_decoder=config.gpu_decoder,
         )
         print("\n".join(checked.lines()), flush=True)
     rates, kernels = measure(config)

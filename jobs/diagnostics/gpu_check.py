@@ -1,4 +1,4 @@
-"""Whether a GPU's loader does what the CPU's does.
+"""Whether a GPU's loader does what the CPU's does, and a training on it what another one did.
 
 From equal pixels, both must give the same batches, bit for bit. From JPEGs, the GPU's images must not depend on how a
 plan is cut into batches; its decoder is another one than the CPU's, so these two are compared with a tolerance.
@@ -6,6 +6,8 @@ plan is cut into batches; its decoder is another one than the CPU's, so these tw
 Two correct decoders differ: their inverse DCTs by 1, interpolating chroma rounds once more, and RGB weighs chroma by up
 to 1.772, so that blue may differ by 1 + 1.772 * 2 + 0.5, that is 5 levels. Another channel order is beyond that, and so
 is chroma that is repeated instead of interpolated.
+
+Two trainings of the same steps must end with the same weights, bit for bit: a resumed run relies on it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import resource
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.training import Trainer
 from pipeline.dataset.info import read_dataset
 from pipeline.dataset.split_reader import Allocate, SplitReader
 from pipeline.images.decode import IMAGE_BYTES, IMAGE_SHAPE
@@ -40,8 +43,11 @@ LIMITS = (
 )
 
 
+TRAINED = 50  # Steps of each of the two trainings.
+
+
 class GpuCheckError(ValueError):
-    """The two loaders do not give the same stream."""
+    """The two loaders do not give the same stream, or two trainings not the same weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +140,28 @@ def _rows(batches: Iterable[Batch]) -> Iterator[tuple[Tensor, int, int]]:
         yield from zip(images, batch.samples.tolist(), labels, strict=True)
 
 
+def trained_alike(make_trainer: Callable[[], Trainer], batches: Sequence[Batch], steps: int = TRAINED) -> str:
+    """Where two trainings of the same steps differ in any bit of a weight or its momentum; empty if nowhere."""
+    one, two = (_trained(make_trainer(), batches, steps) for _ in range(2))
+    differ = [name for name, tensor in one.items() if not torch.equal(tensor, two[name])]
+    return f"after {steps} steps, {len(differ)} of {len(one)} tensors differ: {', '.join(differ)}" if differ else ""
+
+
+def _trained(trainer: Trainer, batches: Sequence[Batch], steps: int) -> dict[str, Tensor]:
+    for batch in itertools.islice(itertools.cycle(batches), steps):
+        trainer.step([batch])
+        trainer.progress.step += 1
+    state = trainer.optimizer.state
+    momentum = {
+        f"{name}'s momentum": state[parameter]["momentum_buffer"]
+        for name, parameter in trainer.network.named_parameters()
+    }
+    return {**trainer.network.state_dict(), **momentum}
+
+
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How two streams compare."""
+    """How two streams, or trainings, compare."""
 
     of: str
     found: str
@@ -165,19 +190,24 @@ class GpuCheck:
         """Raises GpuCheckError if there are any."""
         problems = [f"{one.of}: {problem}" for one in self.agreements for problem in one.problems]
         if problems:
-            raise GpuCheckError(f"the loader on {device} is not the CPU's: {'; '.join(problems)}")
+            raise GpuCheckError(f"{device} cannot be relied on: {'; '.join(problems)}")
 
 
 def check(
     data: Path,
     device: torch.device,
+    make_trainer: Callable[[], Trainer],
     batch_size: int,
     steps: int,
     threads: int,
     memory_batches: int = 1000,
     gpu_decoder: GpuDecoder = "cuda",
 ) -> GpuCheck:
-    """Compares a loader on `device` with one on the CPU, over `steps` training batches and as many of center crops."""
+    """Compares a loader on `device` with one on the CPU, over `steps` training batches and as many of center crops.
+
+    Args:
+        make_trainer: called twice; gives a new trainer on `device`, with the same initial weights.
+    """
     info = read_dataset(data)
     reader = SplitReader(data, info, "train")
     plan = Plan(len(reader), min(batch_size, len(reader)), 0, color_matrix(info.rgb))
@@ -204,6 +234,7 @@ def check(
         "training and center crops, from equal pixels": equal(*plain),
         "ten crops, from equal pixels": equal(*ten_crops),
         "batches of two sizes on the device, from JPEGs": equal(whole, on_device.run(cut)),
+        "training twice": trained_alike(make_trainer, whole),
     }
     agreements = [
         Agreement(of, wrong or "equal, bit for bit", (wrong,) if wrong else ()) for of, wrong in must_be_equal.items()

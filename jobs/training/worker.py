@@ -156,8 +156,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, getattr(torch, config.precision))
-    if device.type == "cpu":
-        torch.set_num_threads(threads)
+    prepare_torch(device, threads)
     check_run_folder(config.run)
     folder = local_set(config.data, config.stage, config.stage_as, threads)
     if config.stage is not None:
@@ -200,6 +199,14 @@ def _train(config: TrainConfig) -> dict[str, Any]:
     finally:
         reporter.close(end)
     return {"error": error, "stopped": stopped, "history": trainer.progress.history}
+
+
+def prepare_torch(device: torch.device, threads: int) -> None:
+    """Sets the network's threads on a CPU; on a GPU, chooses kernels that give the same bits each time."""
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
+    else:
+        torch.backends.cudnn.deterministic = True
 
 
 def machine(config: TrainConfig, worker: Worker) -> str:

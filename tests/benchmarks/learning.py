@@ -14,8 +14,8 @@ images by the same sums. Each finished run is kept in --work, and the same comma
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,10 +28,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from jobs.cli.command import run
-from jobs.cli.device import processor
+from jobs.cli.command import GpuChoice, run
+from jobs.cli.cores import cores
+from jobs.cli.device import choose_device, processor
 from jobs.training.run_state import RunFingerprint
-from jobs.training.worker import WorkerData, make_network
+from jobs.training.worker import WorkerData, make_network, prepare_torch
 from model.alexnet import INPUT_SIZE, AlexNet
 from model.metrics import LabeledImages, Score, evaluate
 from model.recipe import RECIPES, Recipe
@@ -40,7 +41,6 @@ from model.training import StepAction, Trainer, Worker
 from pipeline.dataset.info import read_dataset, write_json
 from tests.benchmarks.loader_sets import make_folder
 
-CPU = torch.device("cpu")
 JUDGED_AT_ONCE = 100
 Row = dict[str, Any]
 """epoch, lr, train_loss, val_loss, val_top1_error, val_top5_error."""
@@ -66,8 +66,10 @@ class LearningConfig:
     """Stop after so many, if the schedule has not stopped before."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the network."""
-    threads: int = os.cpu_count() or 1
-    """Threads of the network and of our decoder; the plain loop's DataLoader has as many workers."""
+    gpu: GpuChoice = None
+    """Train on a GPU; None: if torch sees one."""
+    threads: int = cores()
+    """Threads of the network on a CPU, and of our decoder; the plain loop's DataLoader has as many workers."""
     json: Path | None = None
     """Also write every epoch of every run to this file."""
 
@@ -83,7 +85,14 @@ class LearningConfig:
 
     def network(self, seed: int) -> AlexNet:
         identity = RunFingerprint.of(self.recipe(seed), read_dataset(self.data))
-        return make_network(identity).to(memory_format=torch.channels_last)
+        return make_network(identity).to(memory_format=torch.channels_last).to(self.device)
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        return choose_device(self.gpu)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,7 +101,7 @@ class LearningConfig:
     def settings(self) -> dict[str, Any]:
         """What results must have in common to stand in one table."""
         names = ("batch_size", "lr", "patience", "epochs", "precision")
-        return {"data": str(self.data), **{name: getattr(self, name) for name in names}}
+        return {"data": str(self.data), "device": self.device.type, **{name: getattr(self, name) for name in names}}
 
 
 def print_row(row: Row) -> None:
@@ -132,15 +141,15 @@ class Collector:
 
 def ours(config: LearningConfig, seed: int) -> list[Row]:
     """The project's loop over the project's data."""
-    recipe, worker = config.recipe(seed), Worker(0, 1, CPU, config.dtype)
+    recipe, worker = config.recipe(seed), Worker(0, 1, config.device, config.dtype)
     data = WorkerData(config.data, recipe, worker, recipe.batch_size, config.threads)
     collector = Collector()
     Trainer(config.network(seed), recipe, worker).fit(data, collector)
     return collector.rows
 
 
-class Judged(NamedTuple):
-    """What `evaluate` judges."""
+class Labeled(NamedTuple):
+    """A batch on the device."""
 
     images: Tensor
     labels: Tensor
@@ -156,7 +165,11 @@ def plain(config: LearningConfig, seed: int) -> list[Row]:
     center = transforms.Compose([transforms.CenterCrop(INPUT_SIZE), *scale])
     train = torchvision.datasets.ImageFolder(str(unpacked(config, "train")), augment)
     val = torchvision.datasets.ImageFolder(str(unpacked(config, "val")), center)
-    batches = DataLoader(train, config.batch_size, shuffle=True, drop_last=True, num_workers=config.threads)
+    loader = functools.partial(
+        DataLoader[Any], num_workers=config.threads, persistent_workers=True, pin_memory=config.device.type == "cuda"
+    )
+    batches = loader(train, config.batch_size, shuffle=True, drop_last=True)
+    judged = loader(val, JUDGED_AT_ONCE)
     optimizer = torch.optim.SGD(network.parameters(), lr=config.lr, momentum=0.9, weight_decay=0.0005)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, factor=PAPER_FACTOR, patience=config.patience - 1, threshold=0.0, eps=0.0
@@ -169,25 +182,29 @@ def plain(config: LearningConfig, seed: int) -> list[Row]:
             break
         network.train()
         losses = []
-        for images, labels in batches:
+        for images, labels in on_device(batches, config.device):
             optimizer.zero_grad()
-            with torch.autocast("cpu", config.dtype, enabled=config.dtype != torch.float32):
-                logits = network(images.to(memory_format=torch.channels_last))
+            with config.autocast():
+                logits = network(images)
             loss = F.cross_entropy(logits.float(), labels)
             loss.backward()
             optimizer.step()
-            losses.append(loss.item())
-        with torch.autocast("cpu", config.dtype, enabled=config.dtype != torch.float32):
-            score = Score.of(evaluate(network, judged(DataLoader(val, JUDGED_AT_ONCE)), CPU))
+            losses.append(loss.detach())
+        with config.autocast():
+            score = Score.of(evaluate(network, on_device(judged, config.device), config.device))
         schedule.step(score.top1_error)
-        row = {"epoch": epoch, "lr": rate, "train_loss": statistics.mean(losses), "val_loss": score.loss}
+        row = {"epoch": epoch, "lr": rate, "train_loss": float(torch.stack(losses).mean()), "val_loss": score.loss}
         rows.append({**row, "val_top1_error": score.top1_error, "val_top5_error": score.top5_error})
         print_row(rows[-1])
     return rows
 
 
-def judged(batches: DataLoader[Any]) -> Iterator[Judged]:
-    return (Judged(images, labels) for images, labels in batches)
+def on_device(batches: DataLoader[Any], device: torch.device) -> Iterator[Labeled]:
+    for images, labels in batches:
+        yield Labeled(
+            images.to(device, memory_format=torch.channels_last, non_blocking=True),
+            labels.to(device, non_blocking=True),
+        )
 
 
 def unpacked(config: LearningConfig, split: str) -> Path:
@@ -250,7 +267,7 @@ def table(runs: dict[str, list[list[Row]]]) -> list[str]:
 
 def main(config: LearningConfig) -> None:
     config.work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(config.threads)
+    prepare_torch(config.device, config.threads)
     found: dict[str, list[list[Row]]] = {name: [] for name in config.contenders}
     columns = []
     for seed in config.seeds:
@@ -263,8 +280,9 @@ def main(config: LearningConfig) -> None:
             found[name].append(rows)
             columns.append({"run": f"{name}, seed {seed}", **{key: [row[key] for row in rows] for key in rows[0]}})
     info = read_dataset(config.data)
+    name = torch.cuda.get_device_name(config.device) if config.device.type == "cuda" else processor()
     print(
-        f"{processor()}, {config.threads} thread(s): {info.splits['train'].samples} images of {len(info.classes)} "
+        f"{name}, {config.threads} thread(s): {info.splits['train'].samples} images of {len(info.classes)} "
         f"classes in steps of {config.batch_size} from rate {config.lr:g}, patience {config.patience}, "
         f"{config.precision}; {info.splits['val'].samples} validation images"
     )

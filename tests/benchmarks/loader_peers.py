@@ -2,6 +2,8 @@
 
     python -m tests.benchmarks.loader_peers --name ours --data SHARDS --work FOLDER --cores 1
 
+With --gpu, ours and DALI's give them on a GPU.
+
 All give batches of 128, float32 [128, 3, 227, 227]: a random window, mirrored or not, less the mean. Ours and DALI's
 also draw the color shift, which torchvision and ffcv have not.
 """
@@ -94,7 +96,8 @@ def _pixels(config: PeerConfig, made: Path) -> SplitReader:
 
 
 def _ours(config: PeerConfig, reader: SplitReader) -> Batches:
-    loader = Loader(reader, read_dataset(config.data).rgb, BATCH, torch.device("cpu"), config.cores)
+    rgb = read_dataset(config.data).rgb
+    loader = Loader(reader, rgb, BATCH, config.device, config.cores, gpu_decoder=config.gpu_decoder)
     for batch in loader.run(config.endless()):
         yield batch.images
 
@@ -126,7 +129,8 @@ def dali(config: PeerConfig, made: Path) -> Batches:
     """DALI's own reader of WebDataset shards, the same augmentation drawn and done by DALI, memory pooled as here."""
     tars = sorted(map(str, (config.data / "train").glob("*.tar")))
     matrix = COLOR_STD * config.plan.color
-    pipeline = Pipeline(BATCH, config.cores, None, prefetch_queue_depth=PREFETCH, seed=0)
+    on_gpu = config.device.type == "cuda"
+    pipeline = Pipeline(BATCH, config.cores, 0 if on_gpu else None, prefetch_queue_depth=PREFETCH, seed=0)
     with pipeline:
         encoded, _ = fn.readers.webdataset(  # type: ignore[misc]
             paths=tars,
@@ -138,8 +142,10 @@ def dali(config: PeerConfig, made: Path) -> Batches:
         )
         images = fn.decoders.image_crop(
             encoded,
+            device="mixed" if on_gpu else "cpu",
             output_type=types.RGB,
             jpeg_fancy_upsampling=True,
+            hw_decoder_load=1.0 if config.gpu_decoder == "hardware" else 0.0,
             crop=(CROP_SIZE, CROP_SIZE),
             crop_pos_x=fn.random.uniform(range=(0.0, 1.0)),
             crop_pos_y=fn.random.uniform(range=(0.0, 1.0)),

@@ -7,10 +7,14 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from jobs.cli.command import GpuChoice
+from jobs.cli.device import choose_device
 from pipeline.dataset.info import read_dataset
 from pipeline.dataset.split_reader import SplitReader
+from pipeline.loading.graph import GpuDecoder
 from pipeline.loading.plan import CROP_SIZE, Plan, PlannedBatch, color_matrix
 from tests.benchmarks.loader_sets import open_train
 
@@ -28,6 +32,10 @@ class PeerConfig:
     """Folder for what the loaders read."""
     cores: int = 1
     """Threads or worker processes."""
+    gpu: GpuChoice = False
+    """Give batches on a GPU; ours and DALI's can."""
+    gpu_decoder: GpuDecoder = "cuda"
+    """What decodes JPEGs there."""
     seconds: float = 6.0
     """Measure for at least so long."""
     prepare: bool = False
@@ -40,6 +48,10 @@ class PeerConfig:
     @functools.cached_property
     def reader(self) -> SplitReader:
         return open_train(self.data)
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        return choose_device(self.gpu)
 
     @functools.cached_property
     def mean(self) -> list[float]:

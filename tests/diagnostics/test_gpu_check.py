@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from jobs.diagnostics.gpu_check import DecodedOnHost, GpuCheckError, check, compare, equal
+from jobs.diagnostics.gpu_check import DecodedOnHost, GpuCheckError, check, compare, equal, trained_alike
+from model.recipe import RECIPES
+from model.training import Trainer, Worker
 from pipeline.dataset.info import read_dataset
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.loading.loader import Batch, Loader
@@ -36,10 +40,26 @@ def batches(loader: Loader, planned: list[PlannedBatch]) -> list[Batch]:
     return list(loader.run(planned))
 
 
+def make_trainer(scale: float = 1.0) -> Trainer:
+    """Of a network that trains in no time."""
+    linear = nn.Linear(48, 3)
+    nn.init.constant_(linear.weight, 0.01 * scale)
+    nn.init.zeros_(linear.bias)
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), linear)
+    return Trainer(network, RECIPES["default"], Worker(0, 1, CPU))
+
+
+def test_two_trainings_are_compared_to_the_last_bit(batches: list[Batch]) -> None:
+    assert trained_alike(make_trainer, batches, 5) == ""
+    scales = iter((1.0, 1.0 + 2**-20))
+    found = trained_alike(lambda: make_trainer(next(scales)), batches, 5)
+    assert found.startswith("after 5 steps, 4 of 4 tensors differ: 2.weight, 2.bias, ")
+
+
 def test_a_loader_agrees_with_another(shard_set: Path) -> None:
-    found = check(shard_set, CPU, 20, 2, 1, memory_batches=20)
+    found = check(shard_set, CPU, make_trainer, 20, 2, 1, memory_batches=20)
     *exact, decoded = found.agreements
-    assert len(exact) == 3
+    assert len(exact) == 4
     assert all(one.found == "equal, bit for bit" for one in exact)
     assert "mean absolute difference 0.000" in decoded.found
     found.check_problems(CPU)
@@ -160,9 +180,10 @@ def test_a_check_that_fails_says_where(shard_set: Path, monkeypatch: pytest.Monk
         return (dataclasses.replace(batch, images=batch.images + off) for batch in run(self, planned))
 
     monkeypatch.setattr(Loader, "run", shifted)
-    found = check(shard_set, CPU, 10, 1, 1, memory_batches=10)
+    scales = itertools.count(1.0)
+    found = check(shard_set, CPU, lambda: make_trainer(next(scales)), 10, 1, 1, memory_batches=10)
     with pytest.raises(
-        GpuCheckError, match=r"is not the CPU's: training and center crops, .*: image 0, sample .* differ"
+        GpuCheckError, match=r"cannot be relied on: training and center crops, .*: image 0, sample .* differ"
     ):
         found.check_problems(CPU)
     assert all(one.problems for one in found.agreements)
