@@ -74,10 +74,11 @@ from torch import Tensor
 
 from jobs.cli.device import choose_device
 from jobs.cli.progress import counted
+from jobs.cli.workers import Workers
 from jobs.cluster.connection import connected, in_parallel
 from jobs.cluster.nodes import alive_nodes
 from jobs.training import checkpoint
-from jobs.training.config import HardwareOptions, Workers
+from jobs.training.config import HardwareOptions
 from jobs.training.data import local_set
 from jobs.training.resources import Resources, check_shortage
 from jobs.training.run_state import RunFingerprint

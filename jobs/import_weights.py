@@ -35,9 +35,9 @@ import torch
 from jobs.training import checkpoint
 from jobs.training.run_state import RunFingerprint, State
 from jobs.training.worker import make_network
+from model.progress import Progress
 from model.recipe import Recipe
 from model.schedule import Plateau
-from model.training import Progress
 from model.weights.caffemodel import read_caffemodel
 from model.weights.interchange import CAFFE_MEAN, Imported, InterchangeError, from_caffe, from_jiecaoyu
 from pipeline.dataset.info import DatasetInfo, read_dataset

@@ -99,19 +99,11 @@ from pipeline.dataset.info import REJECTS_FILE, DatasetInfo
 from pipeline.dataset.sample_index import SCHEMA
 from pipeline.images.equal_images import equal_images
 from pipeline.images.resize import encoder_settings
+from pipeline.sharding.set_folder import check_folder, claim_folder, is_left_over, make_folder, with_encoder_of
 from pipeline.sharding.set_lock import JobLock
-from pipeline.sharding.shard_set import (
-    SetPlan,
-    check_folder,
-    claim_folder,
-    find_finished,
-    finish,
-    is_left_over,
-    make_folder,
-    tidy,
-    with_encoder_of,
-)
-from pipeline.sharding.shards import BuiltShard, plan_shards
+from pipeline.sharding.shard_plan import SetPlan, plan_shards
+from pipeline.sharding.shard_set import find_finished, finish, tidy
+from pipeline.sharding.shards import BuiltShard
 from pipeline.sources.sources import check_output, read_source
 from pipeline.sources.stored_listing import ListingStore
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from shlex import join as shell_line
 
 from jobs.cli.command import one_line, run
-from jobs.training.config import TrainConfig, Workers, from_groups
+from jobs.cli.workers import Workers
+from jobs.training.config import TrainConfig, from_groups
 
 if __name__ == "__main__":
     run(from_groups, "jobs.train")  # Before the imports below, which take seconds.

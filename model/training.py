@@ -19,14 +19,13 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from model.guards import DivergedError, Window, dead_network, divergence, flat_steps
+from model.guards import DivergedError, Window, dead_network, diverged, divergence, flat_steps
 from model.metrics import LabeledImages, Score, batch_metrics, evaluate
 from model.optimizer import make_optimizer, resume_rate, set_rate
 from model.parallel import InFlightStepLimit, data_parallel, no_sync
+from model.progress import Progress
 from model.recipe import Recipe
 from model.schedule import Plateau
-
-NO_CAUSE = 1e-6  # Below this learning rate a network does not diverge.
 
 
 class TrainingData(Protocol):
@@ -55,44 +54,6 @@ class Worker:
     device: torch.device
     precision: torch.dtype = torch.float32
     """float32, or bfloat16 for autocast."""
-
-
-@dataclasses.dataclass
-class Progress:
-    """All that a checkpoint holds besides network and optimizer."""
-
-    schedule: Plateau
-    epoch: int = 0
-    """Epochs completed."""
-    step: int = 0
-    """Steps completed of the epoch under way."""
-    sums: list[float] = dataclasses.field(default_factory=lambda: [0.0] * 4)
-    """Images, loss, top-1 and top-5 errors of the epoch under way, summed over all workers."""
-    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """One row an epoch."""
-    best_error: float | None = None
-    """The lowest validation top-1 error so far."""
-    rate: float | None = None
-    """The learning rate of the last step; None before the first."""
-    flat_steps: int = 0
-    """For how many steps the loss has been that of guessing."""
-    finished: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Progress:
-        """What `to_json` gave.
-
-        Raises:
-            TypeError, ValueError, KeyError: for anything else.
-        """
-        fields = dict(value)
-        progress = cls(schedule=Plateau(**fields.pop("schedule")), **fields)
-        if not all(type(number) is int and number >= 0 for number in (progress.epoch, progress.step)):
-            raise ValueError(f"training cannot be after epoch {progress.epoch!r}, step {progress.step!r}")
-        return progress
 
 
 class StepAction(enum.Enum):
@@ -197,7 +158,7 @@ class Trainer:
             score = Score.of(self._all_reduce(sums))
             if not math.isfinite(score.loss):
                 raise self._diverged(f"the validation loss became {score.loss}", data.steps, data.steps)
-            row = self._close_epoch(train, score)
+            row = self.progress.close_epoch(self.recipe, train, score)
             row["train_seconds"] = train_seconds
             row["seconds"] = self._clock() - started
             observer.on_epoch_end(self, row)
@@ -326,42 +287,7 @@ class Trainer:
         return score, Window(steps, score.loss, gradient_norm, weight_norm, rate, self._classes)
 
     def _diverged(self, cause: str, first: int, last: int) -> DivergedError:
-        rate = self.progress.rate or 0.0
-        cure = "start again with a lower --lr"
-        if rate < NO_CAUSE:
-            cure = (
-                "so low a rate is not the cause; check the images (python jobs/verify_shards.py --data OUT --decode) "
-                "and the initial weights, and try --precision float32"
-            )
-        return DivergedError(
-            f"{cause} in epoch {self.progress.epoch + 1}, steps {first} to {last}, at rate {rate:g}: {cure}"
-        )
-
-    def _close_epoch(self, train: Score, score: Score) -> dict[str, Any]:
-        """Takes the schedule's decision and returns the epoch's row, which is added to the history."""
-        progress, recipe = self.progress, self.recipe
-        epoch = progress.epoch + 1
-        if recipe.schedule == "plateau":
-            metric = score.top1_error if recipe.plateau_metric == "top1_error" else score.loss
-            progress.schedule = progress.schedule.after(epoch, metric, recipe.patience, recipe.plateau_metric)
-        row: dict[str, Any] = {
-            "epoch": epoch,
-            "lr": progress.rate,
-            "train_loss": train.loss,
-            "train_error": train.top1_error,
-            "val_loss": score.loss,
-            "top1_error": score.top1_error,
-            "top5_error": score.top5_error,
-            "val_images": score.images,
-            "images": train.images,
-            "reason": progress.schedule.reason,
-        }
-        progress.history.append(row)
-        progress.epoch, progress.step, progress.sums = epoch, 0, [0.0] * 4
-        if progress.best_error is None or score.top1_error < progress.best_error:
-            progress.best_error = score.top1_error
-        progress.finished = progress.schedule.stopped or epoch >= recipe.epochs
-        return row
+        return diverged(cause, self.progress.epoch + 1, first, last, self.progress.rate or 0.0)
 
     @torch.no_grad()
     def _share_buffers(self) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.images.resize import encoder_settings
-from pipeline.sharding.shard_set import SetPlan, claim_folder, finish
-from pipeline.sharding.shards import BuiltShard, build_shard, plan_shards
+from pipeline.sharding.set_folder import claim_folder
+from pipeline.sharding.shard_plan import SetPlan, plan_shards
+from pipeline.sharding.shard_set import finish
+from pipeline.sharding.shards import BuiltShard, build_shard
 from pipeline.sources.sources import read_source
 
 PER_SHARD = 4

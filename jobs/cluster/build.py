@@ -14,8 +14,8 @@ from jobs.cluster.connection import LostError, stream
 from pipeline.dataset.annotation import ShardError
 from pipeline.sharding.claim import Claim
 from pipeline.sharding.set_lock import at_work
-from pipeline.sharding.shard_set import SetPlan
-from pipeline.sharding.shards import BuiltShard, ShardPlan, Step, build_in_steps
+from pipeline.sharding.shard_plan import SetPlan, ShardPlan
+from pipeline.sharding.shards import BuiltShard, Step, build_in_steps
 from pipeline.storage.locations import shown
 from pipeline.storage.retry import SourceReadError
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from jobs.cli.workers import Workers
 from jobs.cluster.connection import check_gpus_or_cluster, on_cluster
 from jobs.cluster.nodes import Node
-from jobs.training.config import HardwareOptions, TrainConfig, Workers
+from jobs.training.config import HardwareOptions, TrainConfig
 from model.recipe import RECIPES, Recipe
 
 FEW_IMAGES = 32  # Of a batch on one GPU

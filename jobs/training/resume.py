@@ -19,8 +19,9 @@ from jobs.training.checkpoint import scan
 from jobs.training.run_state import CheckpointError, DamagedError, RunFingerprint
 from jobs.training.run_storage import local_checkpoint, local_copy, set_aside
 from model.alexnet import LAST_LAYER
+from model.progress import Progress
 from model.recipe import Recipe
-from model.training import Progress, Trainer
+from model.training import Trainer
 from pipeline.storage.locations import join, shown
 from pipeline.storage.remote import read
 

@@ -7,8 +7,8 @@ import hashlib
 import json
 from collections.abc import Collection
 
+from model.progress import Progress
 from model.recipe import Recipe
-from model.training import Progress
 from pipeline.dataset.info import DatasetInfo
 from pipeline.images.rgb_stats import RgbStatistics
 from pipeline.storage.locations import shown

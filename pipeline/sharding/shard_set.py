@@ -1,27 +1,17 @@
-"""The whole shard set while it is made, at a path or URL: what is done already, and how it is finished.
-
-A folder with other things in it, or another set, is refused by name: nothing that this program did not write is ever
-replaced.
-"""
+"""Whether a shard set is finished already, and how it is finished."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 from pipeline.dataset.annotation import Reject, ShardAnnotation, ShardError, read_annotation
 from pipeline.dataset.info import (
     DATASET_FILE,
     REJECTS_FILE,
-    SPLITS,
     ClassLabel,
     DatasetInfo,
     ShardRow,
@@ -31,49 +21,15 @@ from pipeline.dataset.info import (
 )
 from pipeline.dataset.sample_index import describe_index, index_file, index_is_whole, pack_index
 from pipeline.images.rgb_stats import RgbMoments, RgbStatistics
-from pipeline.sharding.claim import UNFINISHED_FILE, Claim, ShardSetError, differences, read_claim
+from pipeline.sharding.claim import UNFINISHED_FILE, ShardSetError, differences
 from pipeline.sharding.pictures import PCA_FILE, SHEET_FILE, write_pictures
-from pipeline.sharding.set_lock import LOCK_FILE
-from pipeline.sharding.shards import BuiltShard, ShardPlan, shard_file
-from pipeline.sources.listing import Listing
-from pipeline.sources.stored_listing import LISTING_FILE
-from pipeline.storage.locations import Location, is_url, join, shown
-from pipeline.storage.remote import TEMPORARY_SUFFIX, delete, read, scan, write
+from pipeline.sharding.set_folder import is_left_over, names_in, remove_passing
+from pipeline.sharding.shard_plan import SetPlan, ShardPlan, shard_file
+from pipeline.sharding.shards import BuiltShard
+from pipeline.storage.locations import Location, join, shown
+from pipeline.storage.remote import delete, scan, write
 
 REQUESTS = 16  # Small files read or written at a time: each waits on a disk's flush or on a network.
-
-
-@dataclasses.dataclass(frozen=True)
-class SetPlan:
-    """What a set is to become."""
-
-    listing: Listing
-    image: dict[str, Any]
-    """`encoder_settings`."""
-    seed: int
-    samples_per_shard: int
-    shards: tuple[ShardPlan, ...]
-
-    def settings(self) -> dict[str, Any]:
-        """What must be the same for an unfinished set to be continued."""
-        return {**self.image, "seed": self.seed, "samples_per_shard": self.samples_per_shard}
-
-    @property
-    def claim(self) -> Claim:
-        return Claim(self.settings(), list(self.listing.roots), self.listing.fingerprint)
-
-
-def with_encoder_of(root: Location, plan: SetPlan) -> SetPlan:
-    """The plan with the encoder versions of the set in ROOT, finished or not, if there is one.
-
-    An upgrade then changes nothing of what is there: versions matter where an image is encoded, and are compared there.
-    """
-    for name, field in ((UNFINISHED_FILE, "settings"), (DATASET_FILE, "image")):
-        # What cannot be understood is refused by name where it is used.
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-            encoder = dict(json.loads(read(join(root, name)))[field]["encoder"])
-            return dataclasses.replace(plan, image={**plan.image, "encoder": encoder})
-    return plan
 
 
 def find_finished(root: Location, plan: SetPlan) -> DatasetInfo | None:
@@ -83,15 +39,10 @@ def find_finished(root: Location, plan: SetPlan) -> DatasetInfo | None:
         ShardSetError: if ROOT holds another finished set.
         DatasetError: if ROOT's dataset.json cannot be understood.
     """
-    if DATASET_FILE not in _names(root):
+    if DATASET_FILE not in names_in(root):
         return None
     info, whole = _compare_finished(root, plan)
     return info if whole else None
-
-
-def is_left_over(root: Location) -> bool:
-    """Whether a job still works on the finished set in ROOT, or was killed between its last file and its end."""
-    return not _names(root).isdisjoint((UNFINISHED_FILE, LOCK_FILE))
 
 
 def tidy(root: Location, info: DatasetInfo, report: Callable[[str], None]) -> None:
@@ -108,7 +59,7 @@ def tidy(root: Location, info: DatasetInfo, report: Callable[[str], None]) -> No
             f"warning: the set is finished, without {SHEET_FILE} and {PCA_FILE}, which could not be drawn "
             f"({type(error).__name__}: {' '.join(str(error).split())})"
         )
-    _remove_passing(root)
+    remove_passing(root)
     delete(join(root, UNFINISHED_FILE))
 
 
@@ -150,61 +101,6 @@ def _compare_finished(root: Location, plan: SetPlan) -> tuple[DatasetInfo, bool]
             f"give another --output, or delete {shown(root)} first"
         )
     return info, whole
-
-
-def make_folder(root: Location) -> None:
-    """Makes sure that there is a folder ROOT; a store needs none.
-
-    Raises:
-        ShardSetError: if it cannot be made.
-    """
-    if is_url(root):
-        return
-    try:
-        os.makedirs(root, exist_ok=True)
-    except OSError as error:
-        raise ShardSetError(f"cannot make the folder {root}: {error.strerror}; give another --output") from error
-
-
-def check_folder(root: Location) -> None:
-    """Raises ShardSetError if ROOT holds anything else than a set, finished or not."""
-    names = _names(root)
-    foreign = sorted(name for name in names if not _is_passing(name))
-    if foreign and names.isdisjoint((UNFINISHED_FILE, DATASET_FILE)):
-        raise ShardSetError(
-            f"{shown(root)} holds {foreign[0]!r} and no shard set of this program: give --output a new or empty folder"
-        )
-
-
-def claim_folder(root: Location, plan: SetPlan) -> None:
-    """Makes ROOT ready for the set's shards: a new or empty folder, or one where the same set was begun.
-
-    Shards of an earlier state of the source are built again by `build_shard`; those beyond the plan are removed here.
-
-    Raises:
-        ShardSetError: if ROOT holds anything else.
-        OSError: if ROOT cannot be written.
-    """
-    make_folder(root)
-    check_folder(root)
-    mine, there = plan.claim, read_claim(root)
-    if there is not None:
-        # The same folder with a repaired or added image continues; another folder is more likely a mistake.
-        same_source = there.source_fingerprint == mine.source_fingerprint or there.roots == mine.roots
-        if different := differences(there.settings, mine.settings, same_source):
-            raise ShardSetError(
-                f"{shown(root)} holds an unfinished set of another {different}: "
-                f"go on with the same, give another --output, or delete {shown(root)} first"
-            )
-    # A dataset.json stays: it is of the same set, which lacks a file.
-    mine.write(root)
-    _remove_passing(root)
-    planned = {shard.name for shard in plan.shards}
-    for split in SPLITS:
-        for name in _names(join(root, split)):
-            stem, extension = os.path.splitext(name)
-            if extension in (".tar", ".idx", ".json") and stem.startswith(f"{split}-") and stem not in planned:
-                delete(join(root, split, name))
 
 
 def finish(
@@ -309,25 +205,3 @@ def _missing(root: Location, split: str, rows: Iterable[ShardRow]) -> list[Shard
         for row in rows
         if sizes.get(f"{row.name}.tar") != row.bytes or not {f"{row.name}.idx", f"{row.name}.json"} <= sizes.keys()
     ]
-
-
-def _names(folder: Location) -> set[str]:
-    """Of what lies in a folder that may not be there."""
-    return {item.name for item in scan(folder, missing_ok=True)}
-
-
-def _is_passing(name: str) -> bool:
-    """Whether a name is of a file that was being written, or of a job's lock or its source's listing."""
-    return name in (LOCK_FILE, LISTING_FILE) or (name.startswith(".") and name.endswith(TEMPORARY_SUFFIX))
-
-
-def _remove_passing(root: Location) -> None:
-    """Removes what was being written to a disk when a job or a worker was killed."""
-    if is_url(root):
-        return
-    for folder in (Path(root), *(Path(root) / split for split in SPLITS)):
-        for path in sorted(folder.glob(f".*{TEMPORARY_SUFFIX}")):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()

@@ -1,4 +1,4 @@
-"""One shard: what goes into it, its tar, its index and its annotation.
+"""Builds one shard: its tar, its index and its annotation.
 
 A shard is three files: NAME.tar, NAME.idx and, written last, NAME.json. All are written aside and renamed, and their
 bytes depend on the images, their order and the settings alone, so a job that was killed goes on where it stopped: a
@@ -12,29 +12,27 @@ import dataclasses
 import errno
 import hashlib
 import io
-import json
 import os
 import socket
-import tarfile
 import time
-from collections.abc import Callable, Generator, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from pipeline.dataset.annotation import Reject, ShardAnnotation, ShardError, read_annotation
-from pipeline.dataset.info import INDEX_VERSION, write_json
+from pipeline.dataset.info import write_json
 from pipeline.dataset.sample_index import shard_rows
 from pipeline.images.decode import ImageError
 from pipeline.images.isolation import IsolatedConverter, KilledError, convert_or_exit
 from pipeline.images.resize import Converted, encoder_settings
 from pipeline.images.rgb_stats import RgbMoments
 from pipeline.sharding.claim import Claim
+from pipeline.sharding.pack import index_of, pack
 from pipeline.sharding.read_ahead import readings
+from pipeline.sharding.shard_plan import ShardPlan, inputs_digest, shard_file
 from pipeline.sources.files import read_bytes, state_of
-from pipeline.sources.keys import split_name
-from pipeline.sources.listing import Entries, Entry, Listing
-from pipeline.sources.sources import permutation
+from pipeline.sources.listing import Entries, Entry
 from pipeline.storage.locations import Location, is_url, join
 from pipeline.storage.remote import delete, read, write
 from pipeline.storage.retry import SourceReadError
@@ -52,17 +50,6 @@ Convert = Callable[[bytes, int], Converted]
 
 class BadImageError(ShardError):
     """An image that does not convert, where none may be set aside."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardPlan:
-    """The images of one shard, decided before any is read."""
-
-    split: str
-    name: str
-    """train-000000."""
-    entries: Entries
-    """In the order in which they are stored."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,64 +72,6 @@ class Step(NamedTuple):
     """Set aside so far."""
     image: str
     """Which one comes next."""
-
-
-def plan_shards(listing: Listing, seed: int, samples_per_shard: int) -> list[ShardPlan]:
-    """Deals a seeded permutation of each whole split into shards, so that each is a fair sample of its split.
-
-    The order depends on the seed, the split's name and its count alone. The last shard of a split may be short.
-    """
-    plans = []
-    for split, entries in listing.splits.items():
-        order = permutation(seed, f"shards {split}", len(entries))
-        for number, start in enumerate(range(0, len(order), samples_per_shard)):
-            chosen = entries.take(order[start : start + samples_per_shard])
-            plans.append(ShardPlan(split, f"{split}-{number:06d}", chosen))
-    return plans
-
-
-def inputs_digest(plan: ShardPlan, image: dict[str, Any]) -> str:
-    """sha256 over a shard's name, its images' keys, classes and sizes in order, and the image settings."""
-    digest = hashlib.sha256(json.dumps([plan.split, plan.name, image], sort_keys=True).encode())
-    for entry in plan.entries:
-        digest.update(f"{entry.key} {entry.label} {entry.size}\n".encode())
-    return digest.hexdigest()
-
-
-def pack(samples: Sequence[tuple[str, int, bytes]]) -> tuple[bytes, str]:
-    """A tar of (key, label, JPEG) samples, KEY.cls then KEY.jpg in the order given, and its index (see `index_of`).
-
-    USTAR with no times and owners: equal samples give equal bytes, and no member needs a second header.
-    """
-    parts: list[bytes] = []
-    lines = [f"{INDEX_VERSION} {len(samples)}"]
-    end = 0
-    for key, label, jpeg in samples:
-        line = []
-        for extension, data in (("cls", str(label).encode()), ("jpg", jpeg)):
-            member = tarfile.TarInfo(f"{key}.{extension}")
-            member.size = len(data)
-            member.mode = 0o644
-            padding = bytes(-len(data) % tarfile.BLOCKSIZE)
-            # Not addfile, which copies the member and sends its data through a file.
-            parts += (member.tobuf(tarfile.USTAR_FORMAT), data, padding)
-            line.append(f"{extension} {end + tarfile.BLOCKSIZE} {len(data)} {member.name}")
-            end += tarfile.BLOCKSIZE + len(data) + len(padding)
-        lines.append(" ".join(line))
-    zeros = 2 * tarfile.BLOCKSIZE
-    parts.append(bytes(zeros + -(end + zeros) % tarfile.RECORDSIZE))
-    return b"".join(parts), "\n".join(lines) + "\n"
-
-
-def index_of(file: BinaryIO) -> str:
-    """DALI's "v1.2" index of a tar of samples, with offsets as the tar has them, as DALI's wds2idx writes it."""
-    samples: dict[str, list[str]] = {}
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            key, extension = split_name(member.name)
-            samples.setdefault(key, []).append(f"{extension} {member.offset_data} {member.size} {member.name}")
-    lines = [f"{INDEX_VERSION} {len(samples)}", *(" ".join(components) for components in samples.values())]
-    return "\n".join(lines) + "\n"
 
 
 def build_shard(root: Location, plan: ShardPlan, image: dict[str, Any], set_aside: bool) -> BuiltShard:
@@ -193,11 +122,6 @@ def build_in_steps(
     if found.annotation.rejected and not set_aside:
         raise _bad_image(found.annotation.rejected[0])
     return found
-
-
-def shard_file(root: Location, plan: ShardPlan, suffix: str) -> str:
-    """The location of a shard's tar, idx or json."""
-    return join(root, plan.split, f"{plan.name}.{suffix}")
 
 
 def _write_shard(

@@ -32,8 +32,10 @@ from PIL import Image
 from jobs.cli.command import run
 from pipeline.images.decode import IMAGE_SIZE
 from pipeline.images.resize import encoder_settings, resize
-from pipeline.sharding.shard_set import SetPlan, claim_folder, finish
-from pipeline.sharding.shards import BuiltShard, ShardPlan, build_shard, plan_shards
+from pipeline.sharding.set_folder import claim_folder
+from pipeline.sharding.shard_plan import SetPlan, ShardPlan, plan_shards
+from pipeline.sharding.shard_set import finish
+from pipeline.sharding.shards import BuiltShard, build_shard
 from pipeline.sources.sources import read_source
 
 QUALITY = 90

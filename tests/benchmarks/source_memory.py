@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 from jobs.cli.command import run
-from pipeline.sharding.shards import plan_shards
+from pipeline.sharding.shard_plan import plan_shards
 from pipeline.sources.sources import read_source
 from tests.benchmarks.plan_cost import high_water_mb
 

@@ -21,7 +21,7 @@ from pipeline.dataset.info import ClassLabel, DatasetError, DatasetInfo, ShardRo
 from pipeline.dataset.sample_index import SCHEMA, describe_index, pack_index, record_batch, shard_rows
 from pipeline.dataset.split_reader import END_OF_IMAGE, SplitReader
 from pipeline.images.decode import MAX_JPEG_BYTES
-from pipeline.sharding.shards import pack
+from pipeline.sharding.pack import pack
 from pipeline.staging.decoded_cache import stage_pixels
 from pipeline.staging.staging import stage
 from tests.damage import flip_bit, overwrite, own_copy, places

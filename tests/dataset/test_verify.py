@@ -24,8 +24,8 @@ from pipeline.dataset.sample_index import describe_index, open_index, pack_index
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.dataset.verify import ShardReport, check_set, check_shard
 from pipeline.images.rgb_stats import RgbMoments
+from pipeline.sharding.pack import pack
 from pipeline.sharding.shard_set import find_finished
-from pipeline.sharding.shards import pack
 from pipeline.staging.staging import stage
 from tests.photographs import encoded, photograph, write_source
 from tests.shard_sets import contents, make, planned, read_index

@@ -23,8 +23,10 @@ from pipeline.dataset.info import read_dataset
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.images.decode import MAX_PIXELS, ImageError
 from pipeline.images.resize import convert, encoder_settings
-from pipeline.sharding.shard_set import SetPlan, claim_folder, finish
-from pipeline.sharding.shards import build_shard, plan_shards
+from pipeline.sharding.set_folder import claim_folder
+from pipeline.sharding.shard_plan import SetPlan, plan_shards
+from pipeline.sharding.shard_set import finish
+from pipeline.sharding.shards import build_shard
 from pipeline.sources.sources import read_source
 from tests.photographs import encoded, photograph
 from tests.reference_resize import central_square

@@ -28,7 +28,7 @@ from pipeline.sharding.pictures import (
     pca_figure,
     write_pictures,
 )
-from pipeline.sharding.shard_set import claim_folder
+from pipeline.sharding.set_folder import claim_folder
 from pipeline.sharding.shards import build_shard
 from tests.foreign_shards import sample, stored, write_set, write_shards
 from tests.shard_sets import make, planned

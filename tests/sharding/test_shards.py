@@ -20,17 +20,11 @@ from PIL import Image
 from pipeline.dataset.annotation import ShardAnnotation, ShardError, read_annotation
 from pipeline.dataset.info import read_dataset, write_json
 from pipeline.dataset.split_reader import SplitReader
-from pipeline.sharding.shard_set import (
-    SetPlan,
-    ShardSetError,
-    claim_folder,
-    find_finished,
-    finish,
-    is_left_over,
-    tidy,
-    with_encoder_of,
-)
-from pipeline.sharding.shards import build_shard, index_of, inputs_digest, pack
+from pipeline.sharding.pack import index_of, pack
+from pipeline.sharding.set_folder import claim_folder, is_left_over, with_encoder_of
+from pipeline.sharding.shard_plan import SetPlan, inputs_digest
+from pipeline.sharding.shard_set import ShardSetError, find_finished, finish, tidy
+from pipeline.sharding.shards import build_shard
 from tests.photographs import encoded, photograph, write_source
 from tests.shard_sets import build_all, contents, make, planned, tars
 

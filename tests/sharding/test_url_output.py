@@ -17,7 +17,8 @@ from jobs.shard_imagenet import main as shard
 from jobs.verify_shards import VerifyConfig, VerifyError
 from jobs.verify_shards import main as verify
 from pipeline.dataset.info import read_dataset
-from pipeline.sharding.shard_set import ShardSetError, claim_folder, find_finished, finish, is_left_over, tidy
+from pipeline.sharding.set_folder import claim_folder, is_left_over
+from pipeline.sharding.shard_set import ShardSetError, find_finished, finish, tidy
 from pipeline.sharding.shards import build_in_steps, build_shard
 from pipeline.staging.staging import stage
 from pipeline.storage.retry import SourceReadError

@@ -15,8 +15,10 @@ import pytest
 
 from pipeline.dataset.annotation import ShardError
 from pipeline.images.resize import Converted, convert, encoder_settings
-from pipeline.sharding.shard_set import SetPlan, claim_folder, finish
-from pipeline.sharding.shards import build_shard, plan_shards
+from pipeline.sharding.set_folder import claim_folder
+from pipeline.sharding.shard_plan import SetPlan, plan_shards
+from pipeline.sharding.shard_set import finish
+from pipeline.sharding.shards import build_shard
 from pipeline.sources.files import SourceError, read_bytes
 from pipeline.sources.names import is_imagenet, names_of
 from pipeline.sources.sources import Listing, read_source

@@ -17,8 +17,10 @@ from pyarrow import fs
 
 from pipeline.images.resize import encoder_settings
 from pipeline.sharding.read_ahead import readings
-from pipeline.sharding.shard_set import SetPlan, claim_folder, finish
-from pipeline.sharding.shards import build_shard, plan_shards
+from pipeline.sharding.set_folder import claim_folder
+from pipeline.sharding.shard_plan import SetPlan, plan_shards
+from pipeline.sharding.shard_set import finish
+from pipeline.sharding.shards import build_shard
 from pipeline.sources import tree
 from pipeline.sources.files import SourceError, read_bytes
 from pipeline.sources.listing import Listing

@@ -15,9 +15,9 @@ from jobs.evaluate import main as evaluate
 from jobs.training import checkpoint
 from jobs.training.run_state import RunFingerprint, State
 from jobs.training.worker import make_network
+from model.progress import Progress
 from model.recipe import RECIPES, Recipe
 from model.schedule import Plateau
-from model.training import Progress
 from pipeline.dataset.info import DatasetError, read_dataset
 from pipeline.loading.plan import Plan, color_matrix
 from tests.damage import Place, flip_in_the_middle, own_copy, places

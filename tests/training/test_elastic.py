@@ -14,9 +14,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from jobs.cli.workers import Workers
 from jobs.cluster.nodes import Node
 from jobs.training.checkpoint import committed
-from jobs.training.config import TrainConfig, Workers
+from jobs.training.config import TrainConfig
 from jobs.training.resources import Resources, check_shortage, few_images
 from jobs.training.run_state import RunFingerprint
 from jobs.training.trackers import EVENTS, read_events

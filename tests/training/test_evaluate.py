@@ -14,15 +14,16 @@ import pytest
 import torch
 import tyro
 
+from jobs.cli.workers import Workers
 from jobs.evaluate import EvaluateConfig, judge
 from jobs.train import evaluation
 from jobs.training import checkpoint
-from jobs.training.config import TrainConfig, Workers
+from jobs.training.config import TrainConfig
 from jobs.training.run_state import RunFingerprint, State
 from jobs.training.worker import make_network
+from model.progress import Progress
 from model.recipe import Recipe
 from model.schedule import Plateau
-from model.training import Progress
 from pipeline.dataset.info import read_dataset
 from pipeline.staging.decoded_cache import stage_pixels
 from pipeline.staging.staging import stage

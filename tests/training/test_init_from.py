@@ -17,9 +17,10 @@ from jobs.training.checkpoint import MODEL_FILE
 from jobs.training.resume import initialize, resume
 from jobs.training.run_state import CheckpointError, RunFingerprint, State
 from jobs.training.worker import make_network
+from model.progress import Progress
 from model.recipe import Recipe
 from model.schedule import Plateau
-from model.training import Progress, Trainer, Worker
+from model.training import Trainer, Worker
 from tests.damage import flip_bit
 from tests.model.test_training import IDENTITY, RECIPE, make_trainer
 from tests.processes import run_here
