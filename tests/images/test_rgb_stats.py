@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-
 import numpy as np
 import pytest
 
@@ -57,19 +54,3 @@ def test_small_differences_survive_large_sums() -> None:
     square, sums = n * (254**2 + 255**2), n * (254 + 255)
     statistics = RgbStatistics.of(RgbMoments(2 * n, (sums,) * 3, (square,) * 6))
     assert statistics.std[0] * 255 == pytest.approx(0.5, rel=1e-12)
-
-
-def test_json_keeps_every_digit() -> None:
-    moments = merged()
-    statistics = RgbStatistics.of(moments)
-    assert RgbMoments.from_json(json.loads(json.dumps(dataclasses.asdict(moments)))) == moments
-    assert RgbStatistics.from_json(json.loads(json.dumps(dataclasses.asdict(statistics)))) == statistics
-
-
-def test_no_pixels_and_wrong_arrays_are_refused() -> None:
-    with pytest.raises(ValueError, match="training split is empty"):
-        RgbStatistics.of(RgbMoments())
-    with pytest.raises(ValueError, match=r"not \[4, 4\] uint8"):
-        RgbMoments.of(np.zeros((4, 4), np.uint8))
-    with pytest.raises(ValueError, match="float64"):
-        RgbMoments.of(np.zeros((4, 4, 3)))  # type: ignore[arg-type]
