@@ -180,8 +180,8 @@ def after(data: bytes, mark: bytes) -> int:
 GIF, WEBP = encoded(INDEXED, "GIF"), encoded(PHOTO, "WEBP", lossless=True)
 BIG = f"it claims more than {MAX_PIXELS} pixels"
 BOMBS = {
-    "jpeg-65535": claims(JPEG, after(JPEG, b"\xff\xc0") + 3, struct.pack(">HH", 65535, 65535)),
-    # Above our limit, below Pillow's.
+    # Above our limit, below Pillow's and libjpeg's.
+    "jpeg-9000": claims(JPEG, after(JPEG, b"\xff\xc0") + 3, struct.pack(">HH", 9000, 9000)),
     "png-9000": claims(PNG, 16, struct.pack(">II", 9000, 9000)),
     "gif-frame-65535": claims(GIF, GIF.index(b"\x2c\0\0\0\0") + 5, struct.pack("<HH", 65535, 65535)),
     "webp-16383": claims(WEBP, after(WEBP, b"VP8L") + 5, struct.pack("<I", 16382 | 16382 << 14)),

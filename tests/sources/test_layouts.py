@@ -116,7 +116,6 @@ UNREAD = "which is compressed or not whole"
         ({**TRAIN_FOLDERS, **VAL_FOLDERS, "val/x.JPEG": b""}, "val holds the class folder '.*' and 1 images of no"),
         # What cannot be read in place.
         ({**TRAIN_FOLDERS, "train/n9.tar.gz": b""}, f"train holds 'n9.tar.gz', {UNREAD}"),
-        ({**below("train", TRAIN_TARS), "train/n9.tar.part": b""}, f"train holds 'n9.tar.part', {UNREAD}"),
         ({**below("train", TRAIN_TARS), f"train/{A}.tar.aria2": b""}, rf"train holds '.*\.tar\.aria2', {UNREAD}"),
         ({**TRAIN_FOLDERS, f"train/{A}/more.zip": b""}, f"holds 'more.zip', {UNREAD}"),
         ({**TRAIN_FOLDERS, "val.tar.gz": b""}, "holds 'val.tar.gz', which .*, or move it away, or give --source-val"),

@@ -126,9 +126,7 @@ def test_permutation_is_a_fixed_function_of_its_arguments() -> None:
     assert permutation(0, "shards train", 8).tolist() == [6, 0, 2, 3, 4, 5, 7, 1]
 
 
-def test_imagenets_classes_alone_get_its_names_in_the_order_of_the_sorted_wnids(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_imagenets_classes_alone_get_its_names_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names_of(("n01440764", "n01443537")) == ("n01440764", "n01443537")
     assert not is_imagenet(tuple(f"n{number:08d}" for number in range(1000)))
     monkeypatch.setattr("pipeline.sources.names.is_imagenet", lambda wnids: True)
