@@ -8,7 +8,7 @@ import boto3
 import pytest
 
 from tests.photographs import encoded, photograph, write_source
-from tests.sources.layouts import below, listed, made, write
+from tests.sources.layouts import Layout, below, listed, made, write
 
 ODD_NAME = "n0_a b%20?#é.JPEG"
 
@@ -36,7 +36,7 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> Path:
         files = sorted(folder.iterdir(), reverse=True)
         classes[f"{folder.name}.tar"] = {file.name: file.read_bytes() for file in files}
     ids = {"n0": 3, "n1": 1, "n2": 2}
-    flat = {
+    flat: Layout = {
         "ILSVRC2012_img_val.tar": dict(reversed(val.items())),
         "wnids.txt": "".join(f"{wnid}\n" for wnid in wnids),
         "ids.txt": "".join(f"{ids[wnid]}\n" for wnid in wnids),
@@ -44,7 +44,7 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     write(root / "tars", {"ILSVRC2012_img_train.tar": classes, **flat})
     write(root / "class_tars", {**classes, **flat})
-    noted = {name: {**tar, "notes.txt": "?"} for name, tar in classes.items()}
+    noted = {name: {**tar, "notes.txt": b"?"} for name, tar in classes.items()}
     write(root / "inside", {**below("train", noted), **flat})
     for split in ("train", "val"):
         for label in range(3):

@@ -58,9 +58,9 @@ def listed(
     source: str | Path, form: str, out: str | Path | None, options: str = "", said: list[str] | None = None
 ) -> Listing:
     place, val, labels = (None if name is None else f"{source}/{name}{options}" for name in FORMS[form])
-    report = [].append if said is None else said.append
+    lines: list[str] = [] if said is None else said
     assert place is not None
-    return read_source(place, val, 0.25, 0, labels, None, None if out is None else ListingStore(out, report))
+    return read_source(place, val, 0.25, 0, labels, None, None if out is None else ListingStore(out, lines.append))
 
 
 def facts(listing: Listing) -> list[object]:

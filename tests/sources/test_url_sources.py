@@ -51,12 +51,11 @@ def google(forms: Path, gcs: str) -> str:
 def test_a_store_gives_a_disks_bytes(forms: Path, request: pytest.FixtureRequest, store: str, where: str) -> None:
     options = request.getfixturevalue(store)
     right = images(listed(forms / "folders"))
-    for places in PLACES:
-        source, *others = (None if place is None else f"{where}/{place}{options}" for place in places)
-        assert source is not None
-        listing = listed(source, *others)
+    for source, *others in PLACES:
+        val, labels = (None if place is None else f"{where}/{place}{options}" for place in others)
+        listing = listed(f"{where}/{source}{options}", val, labels)
         assert images(listing) == right
-        assert listing.roots[0].startswith(f"{where}/{places[0]}".replace("anonymous@", ""))
+        assert listing.roots[0].startswith(f"{where}/{source}".replace("anonymous@", ""))
         assert "endpoint" not in "".join(listing.roots) + "".join(entry.where for entry in listing.splits["train"])
 
 
