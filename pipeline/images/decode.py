@@ -32,7 +32,6 @@ IMAGE_SHAPE = (IMAGE_SIZE, IMAGE_SIZE, 3)
 IMAGE_BYTES = IMAGE_SIZE * IMAGE_SIZE * 3
 MAX_JPEG_BYTES = 4 * 2**20  # Twenty times what the pixels take: no index has memory taken for more.
 
-
 # ImageNet's largest image has 61 million pixels; a header that claims more than this is a mistake or an attack.
 # Pillow's own limit is a little higher, and is heeded too.
 MAX_PIXELS = 80_000_000
@@ -51,7 +50,6 @@ _TURN_BACK = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-
 
 _BASELINE = 0xC0
 _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # Those three are tables and a reserved one.

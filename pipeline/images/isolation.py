@@ -7,7 +7,6 @@ import multiprocessing
 import signal
 import sys
 from multiprocessing.connection import Connection
-from types import TracebackType
 
 from pipeline.images.decode import ImageError
 from pipeline.images.resize import Converted, convert
@@ -44,9 +43,7 @@ class IsolatedConverter:
         self._start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop()
 
     def convert(self, data: bytes, quality: int) -> Converted:

@@ -15,14 +15,7 @@ import numpy as np
 from pipeline.sources.file_table import Classes, FileTable
 from pipeline.sources.files import IMAGE_EXTENSIONS, NAMED, SourceError
 from pipeline.sources.keys import stem_of
-from pipeline.sources.names import (
-    are_shards,
-    folder_split,
-    is_wnid,
-    series,
-    tar_split,
-    wnid_in,
-)
+from pipeline.sources.names import are_shards, folder_split, is_wnid, series, tar_split, wnid_in
 from pipeline.sources.splits import check_series, check_whole, inner
 from pipeline.sources.tree import FORMS, Branch, Tree, read_all
 from pipeline.sources.webdatasets import Names, Samples, by_class, names_beside, names_by_samples

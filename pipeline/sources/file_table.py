@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,23 +31,16 @@ class Holder(NamedTuple):
     """Of a tar on a disk, when it was listed."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class FileTable:
-    """Some files, in an order. Never changed."""
+    """Some files, in an order: each column has a row a file."""
 
-    def __init__(
-        self,
-        holders: tuple[Holder, ...],
-        holder: NDArray[np.int32],
-        names: pa.LargeBinaryArray,
-        sizes: NDArray[np.int64],
-        offsets: NDArray[np.int64],
-    ) -> None:
-        """Each column has a row a file; `holder` says which of the holders it lies in."""
-        self.holders = holders
-        self._holder = holder
-        self._names = names
-        self._sizes = sizes
-        self._offsets = offsets
+    holders: tuple[Holder, ...]
+    _holder: NDArray[np.int32]
+    """Which of the holders each file lies in."""
+    _names: pa.LargeBinaryArray
+    _sizes: NDArray[np.int64]
+    _offsets: NDArray[np.int64]
 
     @classmethod
     def of(

@@ -57,13 +57,8 @@ def stem_of(wnid: str, name: str) -> str:
 
 
 def may_be_of(wnid: str, key: str) -> bool:
-    """Whether a key can be of an image of that class."""
-    return key.startswith(beginning(wnid))
-
-
-def beginning(wnid: str) -> str:
-    """What the key of every image of that class begins with."""
-    return escape(wnid)[: MAX_KEY - _HASHED]
+    """Whether a key can be of an image of that class: it begins with the class, as far as `key_of` keeps that."""
+    return key.startswith(escape(wnid)[: MAX_KEY - _HASHED])
 
 
 def escape(text: str) -> str:

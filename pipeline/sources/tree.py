@@ -46,16 +46,16 @@ class Tree:
     is_tar: bool = False
 
 
+@dataclasses.dataclass(eq=False)
 class Branch:
     """A folder or tar in another, which is read once it is asked for."""
 
-    def __init__(self, name: str, where: str, is_tar: bool, read: Callable[[], Tree]) -> None:
-        self.name = name
-        self.where = where
-        self.is_tar = is_tar
-        self._read = read
-        self.kept: Tree | None = None
-        """What lies in it, once that is known."""
+    name: str
+    where: str
+    is_tar: bool
+    _read: Callable[[], Tree]
+    kept: Tree | None = None
+    """What lies in it, once that is known."""
 
     @property
     def stem(self) -> str:

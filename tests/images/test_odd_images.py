@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,10 @@ from PIL import Image, ImageCms
 from pipeline.dataset.info import read_dataset
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.images.decode import MAX_PIXELS, ImageError
-from pipeline.images.resize import convert, encoder_settings
-from pipeline.sharding.set_folder import claim_folder
-from pipeline.sharding.shard_plan import SetPlan, plan_shards
-from pipeline.sharding.shard_set import finish
-from pipeline.sharding.shards import build_shard
-from pipeline.sources.sources import read_source
+from pipeline.images.resize import convert
 from tests.photographs import encoded, photograph
 from tests.reference_resize import central_square
+from tests.shard_sets import make, planned
 
 WIDTH, HEIGHT = 330, 290
 PHOTO = photograph(1, WIDTH, HEIGHT)
@@ -80,16 +75,6 @@ def ycck() -> bytes:
     return bytes(data)
 
 
-def turned(form: str, **options: Any) -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return encoded(picture(PHOTO), form, exif=exif, **options)
-
-
-def profile() -> bytes:
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
-
-
 def by_torchvision(data: bytes) -> NDArray[np.uint8]:
     """A JPEG's pixels by another binding and another copy of libjpeg."""
     tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -106,6 +91,9 @@ PALETTE = np.array(INDEXED.getpalette(), np.uint8).reshape(-1, 3)
 INDEX = np.asarray(INDEXED)
 CLEAR = bytes([0] * 20 + [128] * 20 + [255] * 24)  # the alpha of each of the palette's colors
 _VEIL = np.frombuffer(CLEAR, np.uint8)[INDEX][..., None] / 255
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ"))
 CORRUPT = bytearray(JPEG)
 CORRUPT[len(JPEG) // 2 : len(JPEG) // 2 + 30] = bytes(range(30))
 
@@ -123,18 +111,14 @@ JPEGS = {
 
 # What was put in is what must come out.
 PIXELS: dict[str, tuple[bytes, NDArray[Any]]] = {
+    **{f"jpeg-{name}": (data, by_torchvision(data)) for name, data in JPEGS.items()},
     "cmyk-by-formula": (CMYK, OF_INK),
     "ycck-by-formula": (ycck(), OF_INK),
-    "exif-turned-jpeg": (turned("JPEG", quality=95), PHOTO),
-    "exif-turned-png": (turned("PNG"), PHOTO),
-    "exif-turned-webp": (turned("WEBP", lossless=True), PHOTO),
-    "icc-profile": (encoded(PHOTO, quality=95, icc_profile=profile()), PHOTO),
-    "icc-profile-png": (encoded(PHOTO, "PNG", icc_profile=profile()), PHOTO),
+    "exif-turned": (encoded(PHOTO, quality=95, exif=TURNED), PHOTO),
+    "icc-profile": (encoded(PHOTO, quality=95, icc_profile=PROFILE.tobytes()), PHOTO),
     "png": (PNG, PHOTO),
-    "png-with-garbage": (PNG + b"garbage" * 99, PHOTO),
     "bmp": (encoded(PHOTO, "BMP"), PHOTO),
     "tiff": (encoded(PHOTO, "TIFF"), PHOTO),
-    "tiff-lzw": (encoded(PHOTO, "TIFF", compression="tiff_lzw"), PHOTO),
     "webp": (encoded(PHOTO, "WEBP", lossless=True), PHOTO),
     "gif": (encoded(INDEXED, "GIF"), PALETTE[INDEX]),
     "png-palette": (png(INDEX, 8, 3, PALETTE.tobytes()), PALETTE[INDEX]),
@@ -158,7 +142,6 @@ PIXELS: dict[str, tuple[bytes, NDArray[Any]]] = {
     "webp-alpha": (encoded(picture(np.dstack([PHOTO, ALPHA])), "WEBP", lossless=True, exact=True), ON_WHITE),
     "multi-picture-jpeg": (frames("MPO", quality=95), PHOTO),
     "multi-page-tiff": (frames("TIFF"), PHOTO),
-    "animated-png": (frames("PNG"), PHOTO),
     "animated-webp": (frames("WEBP", lossless=True), PHOTO),
     "1x1": (png(np.full((1, 1, 3), (10, 200, 90)), 8, 2), np.full((1, 1, 3), (10, 200, 90))),
     "1x4000": (png(np.full((4000, 1, 3), (10, 200, 90)), 8, 2), np.full((4000, 1, 3), (10, 200, 90))),
@@ -173,35 +156,15 @@ def stored(data: bytes) -> NDArray[np.float64]:
         return np.asarray(image, np.float64)
 
 
-@pytest.mark.parametrize("kind", JPEGS)
-def test_a_jpeg_is_what_another_decoder_makes_of_it(kind: str) -> None:
-    pixels = by_torchvision(JPEGS[kind])
-    difference = np.abs(stored(JPEGS[kind]) - central_square(pixels))
-    # Wrong bits leave hard edges of color, which the stored JPEG's halved chroma smears.
-    assert difference.mean() < (3 if kind == "corrupt-middle" else 1.5)
-
-
 @pytest.mark.parametrize("kind", PIXELS)
 def test_pixels_come_out_as_they_were_put_in(kind: str) -> None:
     data, pixels = PIXELS[kind]
     expected = central_square(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
     difference = np.abs(stored(data) - expected)
-    # Palettes and bilevel images have hard edges of color; the rest is smooth.
-    assert difference.mean() < (5 if {"gif", "palette", "bilevel", "clear"} & set(kind.split("-")) else 1.5)
+    # Wrong bits, palettes and bilevel images have hard edges of color, which the stored JPEG's halved chroma smears.
+    assert difference.mean() < (5 if {"corrupt", "gif", "palette", "bilevel", "clear"} & set(kind.split("-")) else 1.5)
     # Another image, or this one turned, mirrored or inverted, would be far from it.
     assert difference.mean() < np.abs(stored(encoded(OTHER, "PNG")) - expected).mean() / 5
-
-
-def test_only_the_first_of_several_pictures_counts() -> None:
-    assert convert(frames("TIFF"), 90).jpeg == convert(encoded(PHOTO, "TIFF"), 90).jpeg
-    assert convert(frames("MPO", quality=92), 90).jpeg == convert(JPEG, 90).jpeg
-
-
-def test_what_is_behind_the_image_and_around_its_pixels_does_not_count() -> None:
-    plain = convert(JPEG, 90).jpeg
-    assert convert(JPEG + os.urandom(5000), 90).jpeg == plain
-    assert convert(encoded(PHOTO, quality=92, icc_profile=profile()), 90).jpeg == plain
-    assert convert(turned("JPEG", quality=92), 90).jpeg == plain
 
 
 def claims(data: bytes, place: int, size: bytes) -> bytes:
@@ -214,22 +177,12 @@ def after(data: bytes, mark: bytes) -> int:
     return data.index(mark) + len(mark)
 
 
-def postscript() -> bytes:
-    buffer = io.BytesIO()
-    picture(PHOTO).save(buffer, "EPS")
-    return buffer.getvalue()
-
-
-BMP, GIF, WEBP = encoded(PHOTO, "BMP"), encoded(INDEXED, "GIF"), encoded(PHOTO, "WEBP", lossless=True)
-TIFF = encoded(PHOTO, "TIFF")
+GIF, WEBP = encoded(INDEXED, "GIF"), encoded(PHOTO, "WEBP", lossless=True)
 BIG = f"it claims more than {MAX_PIXELS} pixels"
 BOMBS = {
-    "jpeg-65535": claims(JPEG, after(JPEG, b"\xff\xc0") + 3, struct.pack(">HH", 65535, 65535)),
-    "png-65535": claims(PNG, 16, struct.pack(">II", 65535, 65535)),
-    # Above our limit, below Pillow's.
+    # Above our limit, below Pillow's and libjpeg's.
+    "jpeg-9000": claims(JPEG, after(JPEG, b"\xff\xc0") + 3, struct.pack(">HH", 9000, 9000)),
     "png-9000": claims(PNG, 16, struct.pack(">II", 9000, 9000)),
-    "bmp-65535": claims(BMP, 18, struct.pack("<ii", 65535, 65535)),
-    "gif-65535": claims(GIF, 6, struct.pack("<HH", 65535, 65535)),
     "gif-frame-65535": claims(GIF, GIF.index(b"\x2c\0\0\0\0") + 5, struct.pack("<HH", 65535, 65535)),
     "webp-16383": claims(WEBP, after(WEBP, b"VP8L") + 5, struct.pack("<I", 16382 | 16382 << 14)),
     # Ninety million black pixels' worth of a stream that is small.
@@ -238,7 +191,7 @@ BOMBS = {
     ),
 }
 # The header's checksum must fit, or it would be refused for that.
-for _name in ("png-65535", "png-9000", "png-bomb"):
+for _name in ("png-9000", "png-bomb"):
     BOMBS[_name] = claims(BOMBS[_name], 29, struct.pack(">I", zlib.crc32(BOMBS[_name][12:29])))
 TEXT_BOMB = (
     PNG[:33]
@@ -249,94 +202,59 @@ TEXT_BOMB = (
 SET_ASIDE = {
     "empty": (b"", "the file is empty"),
     "html": (b"<html>404 Not Found</html>", "it is no image in a known format"),
-    "text": (b"no image", "it is no image in a known format"),
-    "zeros": (bytes(50_000), "it is no image in a known format"),
-    "postscript": (postscript(), "it is no image in a known format"),
+    "postscript": (encoded(picture(PHOTO), "EPS"), "it is no image in a known format"),
     "jpeg-start": (JPEG[:2], "it is no image in a known format"),
     "jpeg-header-only": (JPEG[: after(JPEG, b"\xff\xda") + 10], "it does not decode: Truncated File Read"),
     "jpeg-half": (JPEG[: len(JPEG) // 2], "it does not decode: image file is truncated"),
     "jpeg-without-end": (JPEG[:-2], "it does not decode: image file is truncated"),
     "png-half": (PNG[: len(PNG) // 2], "it does not decode: image file is truncated"),
     "png-wrong-bit": (claims(PNG, len(PNG) // 2, bytes([PNG[len(PNG) // 2] ^ 1])), "it does not decode: broken data"),
-    "gif-half": (GIF[: len(GIF) // 2], "it does not decode: image file is truncated"),
     "webp-half": (WEBP[: len(WEBP) // 2], "it does not decode: could not create decoder object"),
-    "bmp-half": (BMP[: len(BMP) // 2], "it does not decode: image file is truncated"),
-    "tiff-half": (TIFF[: len(TIFF) // 2], "it does not decode: image file is truncated"),
     "float-tiff": (encoded(Image.fromarray(np.ones((9, 9), np.float32)), "TIFF"), "its pixels are 32-bit numbers"),
     "text-bomb": (TEXT_BOMB, "it does not decode: Decompressed data too large"),
     **{name: (data, BIG) for name, data in BOMBS.items()},
 }
 
 
-@pytest.mark.parametrize("kind", SET_ASIDE)
-def test_what_is_set_aside_says_why(kind: str) -> None:
-    data, reason = SET_ASIDE[kind]
-    with pytest.raises(ImageError) as caught:
-        convert(data, 90)
-    assert str(caught.value).startswith(reason)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_header_alone_takes_no_memory(tmp_path: Path) -> None:
-    """In a process of its own, since a peak does not go down again."""
-    for name, data in {**BOMBS, "text-bomb": TEXT_BOMB}.items():
-        (tmp_path / name).write_bytes(data)
-    program = """
-import pathlib, resource, sys
-from pipeline.images.decode import ImageError
-from pipeline.images.resize import convert
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-files = [path.read_bytes() for path in sorted(pathlib.Path(sys.argv[1]).iterdir())]
-before, refused = peak(), 0
-for data in files:
+@pytest.mark.parametrize("kind", [*BOMBS, "text-bomb"])
+def test_a_header_alone_takes_no_memory(kind: str) -> None:
+    """An image of 65535 x 65535 has 12 GiB."""
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 64 * 2**20, hard))
     try:
-        convert(data, 90)
-    except ImageError:
-        refused += 1
-print(refused, peak() - before)
-"""
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
-    refused, grown = (int(field) for field in done.stdout.split())
-    assert refused == len(BOMBS) + 1
-    assert grown < 64 * 1024  # KiB: an image of 65535 x 65535 has 12 GiB.
+        with pytest.raises(ImageError, match=SET_ASIDE[kind][1]):
+            convert(SET_ASIDE[kind][0], 90)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def test_a_folder_of_odd_images_becomes_a_set_and_says_what_it_left_out(tmp_path: Path) -> None:
     """All of them under the name .JPEG, in one shard, with links that lead nowhere."""
-    source, output = tmp_path / "images", tmp_path / "out"
-    good = {
-        **{f"jpeg-{name}": data for name, data in JPEGS.items()},
-        **{name: pair[0] for name, pair in PIXELS.items()},
-    }
-    for wnid in ("n0", "n1"):
-        (source / "train" / wnid).mkdir(parents=True)
-        (source / "val" / wnid).mkdir(parents=True)
-        (source / "val" / wnid / f"{wnid}_val.JPEG").write_bytes(JPEG)
-    (source / "train" / "n1" / "n1_plain.JPEG").write_bytes(JPEG)
-    folder = source / "train" / "n0"
-    for name, data in [*good.items(), *((name, pair[0]) for name, pair in SET_ASIDE.items())]:
-        (folder / f"n0_{name}.JPEG").write_bytes(data)
+    good = {name: data for name, (data, _) in PIXELS.items()}
+    bad = {name: data for name, (data, _) in SET_ASIDE.items()}
+    reasons = {name: reason for name, (_, reason) in SET_ASIDE.items()}
+    if os.geteuid() != 0:  # Root reads everything.
+        bad["locked"], reasons["locked"] = JPEG, "it cannot be read: Permission denied"
+    files = {f"train/n0/n0_{name}": data for name, data in {**good, **bad}.items()}
+    files |= {"train/n1/n1_plain": JPEG, "val/n0/n0_val": JPEG, "val/n1/n1_val": JPEG}
+    for name, data in files.items():
+        path = tmp_path / "images" / f"{name}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        path.chmod(0 if name.endswith("locked") else 0o644)
+    folder = tmp_path / "images" / "train" / "n0"
     (folder / "n0_broken-link.JPEG").symlink_to(tmp_path / "nowhere")
     (folder / "n0_loop.JPEG").symlink_to(folder / "n0_loop.JPEG")
-    reasons = {
-        **{name: reason for name, (_, reason) in SET_ASIDE.items()},
-        "broken-link": "it cannot be read: No such file or directory",
-        "loop": "it cannot be read: Too many levels of symbolic links",
-    }
-    if os.geteuid() != 0:  # Root reads everything.
-        (folder / "n0_locked.JPEG").write_bytes(JPEG)
-        (folder / "n0_locked.JPEG").chmod(0)
-        reasons["locked"] = "it cannot be read: Permission denied"
-    listing = read_source(source, None, 0.1, 0)
-    plan = SetPlan(listing, encoder_settings(90), 0, 1000, tuple(plan_shards(listing, 0, 1000)))
-    claim_folder(output, plan)
-    built = [build_shard(output, shard, plan.image, set_aside=True) for shard in plan.shards]
-    info = finish(output, plan, built, 1.0)
-    reader = SplitReader(output, read_dataset(output), "train")
-    names = {f"n0_{name}" for name in good} | {"n1_plain"}
-    assert {reader.key(i) for i in range(len(reader))} == names
+    reasons["broken-link"] = "it cannot be read: No such file or directory"
+    reasons["loop"] = "it cannot be read: Too many levels of symbolic links"
+
+    output = make(tmp_path / "out", planned(tmp_path / "images", per_shard=1000), max_bad_fraction=1.0)
+    info = read_dataset(output)
+    reader = SplitReader(output, info, "train")
+    assert {reader.key(i) for i in range(len(reader))} == {"n1_plain", *(f"n0_{name}" for name in good)}
     lines = [json.loads(line) for line in (output / "rejects.jsonl").read_text().splitlines()]
     said = {Path(line["path"]).stem.removeprefix("n0_"): line["reason"] for line in lines}
-    assert said.keys() == reasons.keys()
-    assert all(said[name].startswith(reason) for name, reason in reasons.items())
+    assert {name: reason[: len(reasons.get(name, ""))] for name, reason in said.items()} == reasons
+    assert not any("\n" in reason for reason in said.values())
     assert info.set_aside == len(reasons)

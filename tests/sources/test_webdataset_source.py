@@ -10,18 +10,11 @@ import pytest
 from pipeline.dataset.info import read_dataset
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.sources.files import SourceError, read_bytes
-from pipeline.sources.sources import Listing, read_source
-from tests.sources.test_tar_sources import tar_of
+from tests.sources.layouts import A, B, Layout, below, class_images, listed, samples, write
 
-
-def listed(source: Path, source_val: Path | None = None) -> Listing:
-    return read_source(source, source_val, 0.25, 0)
-
-
-def write(path: Path, **contents: bytes) -> None:
-    """A shard; its members' names are given with _ for the dot."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(tar_of({name.replace("_", ".", 1): data for name, data in contents.items()}))
+TRAIN, VAL = {A: range(3), B: range(3)}, {A: range(5, 6), B: range(5, 7)}
+SHARD, OTHER = samples(TRAIN, {A: 0, B: 1}), samples(VAL, {A: 1, B: 0})
+PAIR: Layout = {"a.jpg": b"", "a.cls": b"0", "b.jpg": b"", "b.cls": b"1"}
 
 
 def test_a_set_of_ours_keeps_its_keys_classes_and_bytes(shard_set: Path) -> None:
@@ -37,10 +30,12 @@ def test_a_set_of_ours_keeps_its_keys_classes_and_bytes(shard_set: Path) -> None
 
 
 def test_one_folder_of_public_shards_is_told_apart_by_names(tmp_path: Path) -> None:
-    write(tmp_path / "imagenet1k-train-0000.tar", a_jpg=b"a", a_cls=b"1", a_json=b"{}")
-    write(tmp_path / "imagenet1k-train-0001.tar", b_cls=b"0\n", b_JPEG=b"bb", c_png=b"ccc", c_cls=b"2")
-    write(tmp_path / "imagenet1k-validation-00.tar", d_jpg=b"dddd", d_cls=b"2")
-    listing = listed(tmp_path)
+    layout: Layout = {
+        "imagenet1k-train-0000.tar": {"a.jpg": "a", "a.cls": "1", "a.json": "{}"},
+        "imagenet1k-train-0001.tar": {"b.cls": "0\n", "b.JPEG": "bb", "c.png": "ccc", "c.cls": "2"},
+        "imagenet1k-validation-00.tar": {"d.jpg": "dddd", "d.cls": "2"},
+    }
+    listing = listed(write(tmp_path, layout))
     assert listing.classes == ("class_0000", "class_0001", "class_0002")
     assert [(e.key, e.label, e.size) for e in listing.splits["train"]] == [
         ("class_0000_b", 0, 2),
@@ -54,50 +49,72 @@ def test_one_folder_of_public_shards_is_told_apart_by_names(tmp_path: Path) -> N
     )
 
 
-def test_shards_of_one_name_are_split(tmp_path: Path) -> None:
-    write(tmp_path / "x-0.tar", **{f"{i}_{end}": str(i % 2).encode() for i in range(8) for end in ("cls", "jpg")})
-    assert {split: len(entries) for split, entries in listed(tmp_path).splits.items()} == {"train": 6, "val": 2}
+def test_shards_of_one_name_are_split_and_may_hold_more_pictures_than_images(tmp_path: Path) -> None:
+    more = {f"{A}_0.seg.png": b"mask", f"{A}_1.depth.png": b"depth"}
+    listing = listed(write(tmp_path, {"x-0.tar": {**samples({A: range(4), B: range(4)}, {A: 0, B: 1}), **more}}))
+    assert {split: len(entries) for split, entries in listing.splits.items()} == {"train": 6, "val": 2}
+    assert listing.notes[-1].endswith("2 (1 .seg.png, 1 .depth.png)")
 
 
 @pytest.mark.parametrize(
-    ("contents", "message"),
+    ("key", "note"),
     [
-        ({"a_jpg": b"", "a_cls": b"0", "b_jpg": b""}, "the sample 'b' has an image and no .cls"),
-        ({"a_jpg": b"", "a_cls": b"0", "b_cls": b"0"}, "the sample 'b' has a .cls and no image"),
-        ({"a_jpg": b"", "a_png": b"", "a_cls": b"0"}, "holds two images of the sample 'a'"),
-        ({"a_jpg": b"", "a_cls": b"cat"}, "the sample 'a' has the label b'cat': a label is a number from 0 on"),
-        ({"a_jpg": b"", "a_cls": b"-1"}, "a label is a number from 0 on"),
-        ({"a_jpg": b"", "a_cls": b"0", "b_jpg": b"", "b_cls": b"3"}, r"up to 3 and none of 1 \(2 are missing\)"),
-        ({"a_txt": b""}, "x-0.tar holds 1 files and no image"),
+        ("ILSVRC2012_val_{i:08d}", '{"label": 0, "filename": "%(wnid)s/ILSVRC2012_val_%(i)08d.JPEG"}'),
+        ("ILSVRC2012_val_{i:08d}", '{"wnid": "%(wnid)s"}'),
+        ("{wnid}/ILSVRC2012_val_{i:08d}", ""),
+        ("ILSVRC2012_val_{i:08d}_{wnid}", ""),
+        ("{wnid}/ILSVRC2012_val_{i:08d}", "[" * 100_000),
     ],
 )
-def test_a_bad_shard_is_named(tmp_path: Path, contents: dict[str, bytes], message: str) -> None:
-    write(tmp_path / "train" / "x-0.tar", **contents)
-    with pytest.raises(SourceError, match=message):
-        listed(tmp_path)
+def test_classes_are_called_what_keys_or_json_say(tmp_path: Path, key: str, note: str) -> None:
+    classes = {A: range(1, 3), B: range(3, 6)}
+    folders = below("train", below(A, class_images(A)), below(B, class_images(B)))
+    listing = listed(write(tmp_path, {"val.tar": samples(classes, {A: 1, B: 0}, key, note), **folders}))
+    found = [(entry.key, entry.wnid) for entry in listing.splits["val"]]
+    assert found == [(f"{wnid}_ILSVRC2012_val_{i:08d}", wnid) for wnid, numbers in classes.items() for i in numbers]
 
 
-def test_splits_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    pair = {"a_jpg": b"", "a_cls": b"0", "b_jpg": b"", "b_cls": b"1"}
-    write(tmp_path / "train" / "x-0.tar", **pair)
-    write(tmp_path / "val" / "x-0.tar", c_jpg=b"", c_cls=b"2")
-    with pytest.raises(
-        SourceError, match=r"val/x-0\.tar has the label 2, which is none of its 2 classes: give shards and"
-    ):
-        listed(tmp_path)
-    for name in ("x-0", "y-0", "z-0"):
-        write(tmp_path / "mixed" / f"{name}.tar", **pair)
-    with pytest.raises(SourceError, match="holds shards of 3 names, x, y, z: put those to train on into train/"):
-        listed(tmp_path / "mixed")
-    for name in ("a/1.jpg", "b/1.jpg"):
-        (tmp_path / "folders" / name).parent.mkdir(parents=True)
-        (tmp_path / "folders" / name).write_bytes(b"")
-    with pytest.raises(SourceError, match="numbers its classes and --source names them"):
-        listed(tmp_path / "folders", tmp_path / "val")
-
-
-def test_a_damaged_description_is_named(tmp_path: Path) -> None:
-    write(tmp_path / "train" / "x-0.tar", a_jpg=b"", a_cls=b"0")
-    (tmp_path / "dataset.json").write_text(json.dumps({"schema_version": 99}))
-    with pytest.raises(SourceError, match=r"dataset\.json does not list classes by their wnid: remove it"):
-        listed(tmp_path)
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        # Samples.
+        ({"x.tar": {**PAIR, "c.jpg": b""}}, "x.tar: the sample 'c' has an image and no .cls"),
+        ({"x.tar": {**PAIR, "c.cls": b"0"}}, "the sample 'c' has a .cls and no image"),
+        ({"x.tar": {**PAIR, "a.png": b""}}, "holds two images of the sample 'a'"),
+        ({"x.tar": {**PAIR, "a.cls": b"cat"}}, "the sample 'a' has the label b'cat': a label is a number from 0 on"),
+        ({"x.tar": {**PAIR, "b.cls": b"3"}}, r"up to 3 and none of 1 \(2 are missing\)"),
+        ({"x.tar": {**SHARD, "22.0.cls": "0"}}, "'22.0.cls': in a WebDataset the first dot .* here '22'"),
+        ({"x.tar": {**SHARD, "big.cls": bytes(10**6)}}, "'big.cls' has 1,000,000 bytes: a label is"),
+        # Shards beside each other.
+        ({f"train-{k:02d}.tar": SHARD for k in (0, 1, 3)}, r"not train-02\.tar: download it, or name"),
+        ({f"train-{k:02d}.tar": SHARD for k in (2, 3)}, r"up to train-03.tar, and not train-01\.tar"),
+        ({f"x-{k:05d}-of-00003.tar": SHARD for k in (0, 1)}, r"and not x-00002-of-00003\.tar"),
+        ({"train-0.tar": SHARD, "train-1.tar": {"1.jpg": b""}}, "train-1.tar holds no .cls, as the shards beside"),
+        ({f"{name}-0.tar": PAIR for name in "xyz"}, "holds shards of 3 names, x, y, z: put those to train on into"),
+        # Classes.
+        ({"x-0.tar": SHARD, "x-1.tar": OTHER}, f"give {A} the labels 0 and 1"),
+        (
+            {"train-0.tar": SHARD, "val-0.tar": OTHER},
+            r"val-0\.tar gives .* the label ., which elsewhere is .*: give training and validation shards",
+        ),
+        (
+            {"dataset.json": json.dumps({"classes": [{"wnid": B}, {"wnid": A}]}), "x-0.tar": SHARD},
+            r"x-0\.tar gives .* the label ., which elsewhere is",
+        ),
+        ({"dataset.json": "[" * 100_000, "x-0.tar": SHARD}, "dataset.json does not list classes"),
+        ({"dataset.json": '{"schema_version": 99}', "train/x-0.tar": PAIR}, "list classes by their wnid: remove it"),
+        (
+            {"train/x-0.tar": PAIR, "val/x-0.tar": {"c.jpg": b"", "c.cls": b"2"}},
+            r"val/x-0\.tar has the label 2, which is none of its 2 classes: give shards and",
+        ),
+        (
+            {"train/a/1.jpg": b"", "train/b/1.jpg": b"", "val/x-0.tar": PAIR},
+            "numbers its classes and --source names them",
+        ),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_shards_that_are_not_whole_or_of_one_set_are_refused(tmp_path: Path, layout: Layout, message: str) -> None:
+    with pytest.raises(SourceError, match=message) as caught:
+        listed(write(tmp_path, layout))
+    assert "\n" not in str(caught.value)

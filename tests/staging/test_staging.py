@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import io
 import resource
 import shutil
 import threading
 from pathlib import Path
 
 import boto3
+import numpy as np
 import pytest
+import torch
 from filelock import FileLock
+from PIL import Image
 
 from pipeline.dataset.info import DatasetError, read_dataset
 from pipeline.dataset.split_reader import SplitReader
+from pipeline.loading.loader import Loader
+from pipeline.loading.plan import Plan, color_matrix
+from pipeline.staging.decoded_cache import stage_pixels
 from pipeline.staging.staging import stage
-from tests.damage import flip_bit, own_copy, small_disk
+from tests.damage import flip_bit, own_copy
 from tests.faulty_proxy import FAULTS, faulty_proxy
 
 
@@ -24,6 +31,11 @@ def tree(root: Path) -> dict[str, str]:
     """sha256 of each file that training reads."""
     files = [p for p in root.rglob("*") if p.suffix in (".tar", ".arrow") or p.name == "dataset.json"]
     return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.storage.retry.FIRST_WAIT_S", 0.001)
 
 
 def stage_quietly(location: str | Path, folder: Path) -> tuple[Path, list[str]]:
@@ -36,23 +48,12 @@ def test_a_staged_set_is_the_set(shard_set: Path, tmp_path: Path) -> None:
     assert tree(staged) == tree(shard_set)
     assert lines
     assert len(SplitReader(staged, read_dataset(staged), "train")) == 45
-    assert not list(tmp_path.rglob("*.tmp"))
+    # What only other readers and the sharding read is a request less for each shard, of a thousand.
+    assert {path.suffix for path in staged.rglob("*") if path.is_file()} == {".tar", ".arrow", ".json"}
+    assert sorted(path.name for path in staged.rglob("*.json")) == ["dataset.json", "staged.json"]
     again, lines = stage_quietly(shard_set, tmp_path)
     assert again == staged
     assert lines == []
-
-
-def test_an_interrupted_staging_goes_on(shard_set: Path, tmp_path: Path) -> None:
-    staged, _ = stage_quietly(shard_set, tmp_path)
-    (staged / "dataset.json").unlink()
-    kept, lost = staged / "train" / "train-000000.tar", staged / "train" / "train-000001.tar"
-    lost.unlink()
-    before = kept.stat()
-    staged, lines = stage_quietly(shard_set, tmp_path)
-    assert tree(staged) == tree(shard_set)
-    assert "in 1 of 7 shards" in lines[0]
-    assert kept.stat().st_ino == before.st_ino
-    assert lost.exists()
 
 
 def test_one_split_is_staged_alone_and_the_other_later(shard_set: Path, tmp_path: Path) -> None:
@@ -61,31 +62,37 @@ def test_one_split_is_staged_alone_and_the_other_later(shard_set: Path, tmp_path
     assert not list(staged.glob("train/*.tar"))
     # What is not whole shall not pass for it.
     assert not (staged / "dataset.json").exists()
+    kept = (staged / "val" / "val-000000.tar").stat()
     again, lines = stage_quietly(shard_set, tmp_path)
     assert again == staged
     assert "in 5 of 7 shards" in lines[0]
+    assert (staged / "val" / "val-000000.tar").stat().st_ino == kept.st_ino
     assert tree(staged) == tree(shard_set)
 
 
-def test_a_shard_that_is_not_what_the_set_says_is_refused(shard_set: Path, tmp_path: Path) -> None:
-    damaged = tmp_path / "source"
-    shutil.copytree(shard_set, damaged)
+def test_a_shard_that_is_not_what_the_set_says_is_refused(shard_set: Path, tmp_path: Path, quick: None) -> None:
+    damaged = own_copy(shard_set, tmp_path / "source")
     tar = damaged / "train" / "train-000002.tar"
-    data = bytearray(tar.read_bytes())
-    data[3000] ^= 1
-    tar.write_bytes(data)
+    flip_bit(tar, 3000)
     with pytest.raises(DatasetError, match=r"train-000002\.tar is not the shard"):
         stage_quietly(damaged, tmp_path / "disk")
     assert not list((tmp_path / "disk").rglob("dataset.json"))
     assert not list((tmp_path / "disk").rglob("train-000002.tar"))
-    shutil.copy(shard_set / "train" / "train-000002.tar", tar)
+    flip_bit(tar, 3000)
     staged, _ = stage_quietly(damaged, tmp_path / "disk")
     assert tree(staged) == tree(shard_set)
 
 
-def test_an_unfinished_set_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"is unfinished: it has no dataset\.json"):
-        stage_quietly(tmp_path, tmp_path / "disk")
+def test_a_damaged_index_is_refused(shard_set: Path, tmp_path: Path, quick: None) -> None:
+    damaged = own_copy(shard_set, tmp_path / "source")
+    flip_bit(damaged / "train.arrow", 1000)
+    with pytest.raises(DatasetError, match=r"train\.arrow cannot be read in 7 attempts: .* damaged there") as found:
+        stage_quietly(damaged, tmp_path / "disk")
+    assert "\n" not in str(found.value)
+    assert not list((tmp_path / "disk").rglob("dataset.json"))
+    flip_bit(damaged / "train.arrow", 1000)
+    staged, _ = stage_quietly(damaged, tmp_path / "disk")
+    assert tree(staged) == tree(shard_set)
 
 
 def test_a_full_disk_is_foreseen(shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,28 +103,8 @@ def test_a_full_disk_is_foreseen(shard_set: Path, tmp_path: Path, monkeypatch: p
     assert not list(tmp_path.rglob("*.tar"))
 
 
-def test_a_disk_that_fills_up_while_staging(shard_set: Path, tmp_path: Path) -> None:
-    """Something else takes the room after it was found to be enough: a real ENOSPC."""
-
-    def fill(line: str) -> None:
-        if line.startswith("staging "):
-            filler.write_bytes(bytes(shutil.disk_usage(disk).free - 100_000))
-
-    with small_disk(tmp_path / "small", "2m") as disk:
-        filler = disk / "filler"
-        reason = r"^staging .* failed: \[Errno 28\] No space left on device.* goes on"
-        with pytest.raises(DatasetError, match=reason) as found:
-            stage(str(shard_set), disk, fill)
-        assert "\n" not in str(found.value)
-        assert not list(disk.rglob("dataset.json"))
-        assert not list(disk.rglob("*.tmp"))
-        filler.unlink()
-        staged, _ = stage_quietly(shard_set, disk)
-        assert tree(staged) == tree(shard_set)
-
-
 def test_a_disk_that_takes_no_large_file(shard_set: Path, tmp_path: Path) -> None:
-    """A real error of the kernel that needs no root; files written before it are kept."""
+    """A real error of the kernel, as that of a full disk is."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (max(p.stat().st_size for p in shard_set.rglob("*.tar")) - 1, hard))
     try:
@@ -129,12 +116,6 @@ def test_a_disk_that_takes_no_large_file(shard_set: Path, tmp_path: Path) -> Non
     assert not list(tmp_path.rglob("*.tmp"))
     staged, _ = stage_quietly(shard_set, tmp_path)
     assert tree(staged) == tree(shard_set)
-
-
-def test_a_folder_that_cannot_be_made(shard_set: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(DatasetError, match=r"^staging .* failed: \[Errno 20\] Not a directory"):
-        stage_quietly(shard_set, tmp_path / "file" / "folder")
 
 
 def test_a_second_process_waits_and_says_so(shard_set: Path, tmp_path: Path) -> None:
@@ -168,26 +149,8 @@ def s3_location(server: str) -> str:
     return f"s3://bucket/shards?region=us-east-1&scheme=http&endpoint_override={server}"
 
 
-def test_from_s3(shard_set: Path, tmp_path: Path, s3: str) -> None:
-    upload(shard_set, s3)
-    location = s3_location(s3)
-    staged, _ = stage_quietly(location, tmp_path)
-    assert tree(staged) == tree(shard_set)
-    with pytest.raises(DatasetError, match="the shard set s3://bucket/nothing is unfinished"):
-        stage_quietly(location.replace("shards", "nothing"), tmp_path)
-
-
 # pyarrow's own client outlived 20 failures in a row of one request, and gave up after 6 seconds of them.
 WITHIN_THE_CLIENTS_PATIENCE = 5
-
-
-def retries(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [line for line in caplog.messages if " failed (" in line]
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.storage.retry.FIRST_WAIT_S", 0.001)
 
 
 def test_failures_on_the_way_from_s3_change_nothing(
@@ -206,45 +169,57 @@ def test_failures_on_the_way_from_s3_change_nothing(
         assert not list(tmp_path.rglob("*.tmp"))
         assert not any(proxy.plan.values())
         # Only what the client cannot see is left to us.
-        (said,) = retries(caplog)
+        (said,) = [line for line in caplog.messages if " failed (" in line]
         assert "train-000004.tar" in said
         assert "checksum mismatch" in said
         proxy.gets.clear()
         again, lines = stage_quietly(s3_location(proxy.address), tmp_path)
         assert (again, lines) == (staged, [])
         assert [path.rpartition("/")[2] for path in proxy.gets] == ["dataset.json"]
+    with pytest.raises(DatasetError, match=r"the shard set s3://bucket/nothing is unfinished"):
+        stage_quietly(s3_location(s3).replace("shards", "nothing"), tmp_path)
 
 
-def test_a_failure_that_stays_ends_with_one_line(
-    shard_set: Path, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The client itself tries for six seconds.
-    monkeypatch.setattr("pipeline.storage.retry.ATTEMPTS", 1)
-    upload(shard_set, s3)
-    with faulty_proxy(s3) as proxy:
-        proxy.always["train-000001.tar"] = "503"
-        with pytest.raises(
-            DatasetError, match=r"staging .* failed: s3://bucket/shards/train/train-000001\.tar cannot be read in 1"
-        ) as found:
-            stage_quietly(s3_location(proxy.address), tmp_path)
-        assert "\n" not in str(found.value)
-        assert not list(tmp_path.rglob("dataset.json"))
-        proxy.always.clear()
-        proxy.gets.clear()
-        staged, _ = stage_quietly(s3_location(proxy.address), tmp_path)
-        assert tree(staged) == tree(shard_set)
+# As decoded pixels.
 
 
-def test_what_only_other_readers_and_the_sharding_read_is_not_staged(shard_set: Path, tmp_path: Path) -> None:
-    """A request less for each, of a thousand shards."""
-    staged, _ = stage_quietly(shard_set, tmp_path)
-    assert {path.suffix for path in staged.rglob("*") if path.is_file()} == {".tar", ".arrow", ".json"}
-    assert sorted(path.name for path in staged.rglob("*.json")) == ["dataset.json", "staged.json"]
+def test_pixels_are_the_jpegs_and_give_the_same_batches(shard_set: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    staged = stage_pixels(str(shard_set), tmp_path, lines.append, 2)
+    info = read_dataset(staged)
+    jpegs, pixels = SplitReader(shard_set, read_dataset(shard_set), "train"), SplitReader(staged, info, "train")
+    assert (jpegs.pixels, pixels.pixels) == (False, True)
+    np.testing.assert_array_equal(pixels.labels, jpegs.labels)
+    for sample in range(len(jpegs)):
+        assert pixels.key(sample) == jpegs.key(sample)
+        decoded = np.asarray(Image.open(io.BytesIO(jpegs.image(sample).tobytes())))
+        np.testing.assert_array_equal(pixels.image(sample), decoded)
+    plan = Plan(len(jpegs), 5, 3, color_matrix(info.rgb))
+    runs = []
+    for reader in (jpegs, pixels):
+        batches = Loader(reader, info.rgb, 5, torch.device("cpu"), 2).run(plan.epoch(0))
+        runs.append([(batch.images, batch.images.clone(), batch.labels) for batch in batches])
+    assert len(runs[0]) == plan.steps
+    for one, two in zip(*runs, strict=True):
+        assert all(torch.equal(mine, other) for mine, other in zip(one, two, strict=True))
+        # A batch stays as it is while later ones are made.
+        assert torch.equal(one[0], one[1])
+    assert sorted(path.name for path in staged.iterdir()) == [
+        *("dataset.json", "pixels.json", "staged.json", "train", "train.arrow", "val", "val.arrow")
+    ]
+    lines.clear()
+    assert stage_pixels(str(shard_set), tmp_path, lines.append, 2) == staged
+    assert lines == []
 
 
-def test_a_damaged_index_is_refused(shard_set: Path, tmp_path: Path, quick: None) -> None:
-    damaged = own_copy(shard_set, tmp_path / "source")
-    flip_bit(damaged / "train.arrow", 1000)
-    with pytest.raises(DatasetError, match=r"train\.arrow cannot be read in 7 attempts: .* damaged there"):
-        stage_quietly(damaged, tmp_path / "disk")
-    assert not list((tmp_path / "disk").rglob("dataset.json"))
+def test_an_interrupted_decoding_goes_on_and_a_cut_file_is_refused(shard_set: Path, tmp_path: Path) -> None:
+    staged = stage_pixels(str(shard_set), tmp_path, lambda _: None, 2)
+    kept, lost = staged / "train" / "train-000000.rgb", staged / "train" / "train-000001.rgb"
+    whole, before = lost.read_bytes(), kept.stat().st_ino
+    lost.write_bytes(whole[:-1])
+    with pytest.raises(DatasetError, match=rf"this is a staged copy, so delete {lost} and run the same command again"):
+        SplitReader(staged, read_dataset(staged), "train")
+    lost.unlink()
+    stage_pixels(str(shard_set), tmp_path, lambda _: None, 2)
+    assert lost.read_bytes() == whole
+    assert kept.stat().st_ino == before

@@ -1,15 +1,19 @@
-"""RGB statistics: equal to numpy's covariance and eigendecomposition of all pixels, however they were counted."""
+"""Statistics of a set: RGB equal to numpy's of all pixels, however counted; equal images under different classes."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import collections
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jobs.shard_imagenet import print_equal_images
+from pipeline.images.equal_images import equal_images
 from pipeline.images.rgb_stats import RgbMoments, RgbStatistics
-from tests.photographs import photograph
+from tests.photographs import photograph, write_source
+from tests.shard_sets import build_all, planned
 
 IMAGES = [photograph(seed, 60 + seed, 40 + 2 * seed) for seed in range(8)]
 PIXELS = np.concatenate([image.reshape(-1, 3) for image in IMAGES]).astype(np.float64) / 255
@@ -59,17 +63,32 @@ def test_small_differences_survive_large_sums() -> None:
     assert statistics.std[0] * 255 == pytest.approx(0.5, rel=1e-12)
 
 
-def test_json_keeps_every_digit() -> None:
-    moments = merged()
-    statistics = RgbStatistics.of(moments)
-    assert RgbMoments.from_json(json.loads(json.dumps(dataclasses.asdict(moments)))) == moments
-    assert RgbStatistics.from_json(json.loads(json.dumps(dataclasses.asdict(statistics)))) == statistics
+# Equal images under different classes.
 
 
-def test_no_pixels_and_wrong_arrays_are_refused() -> None:
-    with pytest.raises(ValueError, match="training split is empty"):
-        RgbStatistics.of(RgbMoments())
-    with pytest.raises(ValueError, match=r"not \[4, 4\] uint8"):
-        RgbMoments.of(np.zeros((4, 4), np.uint8))
-    with pytest.raises(ValueError, match="float64"):
-        RgbMoments.of(np.zeros((4, 4, 3)))  # type: ignore[arg-type]
+@pytest.mark.parametrize("seed", range(20))
+def test_counts_agree_with_a_dictionary(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(0, 60))
+    sizes, checksums = rng.integers(1, 4, count, np.uint32), rng.integers(0, 4, count, np.uint32)
+    labels = rng.integers(0, 3, count, np.int32)
+    places: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
+    for i, image in enumerate(zip(sizes.tolist(), checksums.tolist(), strict=True)):
+        places[image].append(i)
+    several = [rows for rows in places.values() if len({labels[i] for i in rows}) > 1]
+    found = equal_images(sizes, checksums, labels)
+    assert found.images == sum(map(len, several))
+    if several:
+        (rows,) = [rows for rows in several if found.example in rows]
+        assert found.most == len(rows) == max(map(len, several))
+        assert found.classes == len({labels[i] for i in rows})
+
+
+def test_placeholders_in_several_classes_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_source(tmp_path / "images", images=2, longest=280)
+    print_equal_images(build_all(tmp_path / "out", planned(source)))
+    assert capsys.readouterr().out == ""
+    for i in range(4):
+        shutil.copy(source / "n0" / "n0_0.JPEG", source / f"n{i % 3}" / f"gone_{i}.JPEG")
+    print_equal_images(build_all(tmp_path / "more", planned(source)))
+    assert "byte for byte: 5; one of them 5 times under 3 classes, as n" in capsys.readouterr().out
