@@ -7,13 +7,17 @@ import shutil
 import subprocess
 import tarfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import pytest
 import timm.data
+import webdataset
+from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
+
+from tests.shard_sets import tars
 
 SPLITS = {"train": (45, 5), "val": (15, 2)}  # Images and shards of `shard_set`.
 
@@ -24,10 +28,6 @@ class Stored(NamedTuple):
     key: str
     label: int
     jpeg: bytes
-
-
-def tars(root: Path, split: str) -> list[Path]:
-    return sorted((root / split).glob("*.tar"))
 
 
 def stored(root: Path, split: str) -> list[Stored]:
@@ -58,23 +58,44 @@ def test_hugging_face_datasets_streams_the_set(shard_set: Path, monkeypatch: pyt
     np.testing.assert_array_equal(np.asarray(first), np.asarray(expected))
 
 
-def seen_by_timm(root: Path, split: str, training: bool) -> list[tuple[int, bytes]]:
-    """Each image's label and pixels, as timm hands them to its transforms."""
-    samples, shards = SPLITS[split]
-    # Without an _info.json, timm wants to be told how many samples there are.
-    spec = f"{split}/{split}-{{000000..{shards - 1:06d}}}.tar|{samples}"
-    found = timm.data.create_dataset("wds/shards", root=str(root), split=spec, is_training=training, batch_size=1)
-    assert len(found) == samples
-    return [(label, image.tobytes()) for image, label in found]
-
-
 def test_timm_reads_the_set(shard_set: Path) -> None:
-    for split in SPLITS:
+    for split, (samples, shards) in SPLITS.items():
+        # Without an _info.json, timm wants to be told how many samples there are.
+        spec = f"{split}/{split}-{{000000..{shards - 1:06d}}}.tar|{samples}"
+        found = timm.data.create_dataset("wds/shards", root=str(shard_set), split=spec, is_training=False, batch_size=1)
+        assert len(found) == samples
         expected = [(label, Image.open(io.BytesIO(jpeg)).tobytes()) for _, label, jpeg in stored(shard_set, split)]
-        assert seen_by_timm(shard_set, split, training=False) == expected
-        shuffled = seen_by_timm(shard_set, split, training=True)
-        assert shuffled != expected
-        assert sorted(shuffled) == sorted(expected)
+        assert [(label, image.tobytes()) for image, label in found] == expected
+
+
+def test_webdataset_reads_the_set(shard_set: Path) -> None:
+    urls = [str(tar) for tar in tars(shard_set, "train")]
+    samples = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
+    read = [Stored(sample["__key__"], int(sample["cls"]), sample["jpg"]) for sample in samples]
+    assert read == stored(shard_set, "train")
+
+
+def test_dali_reads_the_set_by_its_indexes(shard_set: Path) -> None:
+    paths, expected = tars(shard_set, "train"), stored(shard_set, "train")
+
+    @pipeline_def(batch_size=len(expected), num_threads=1, device_id=None)
+    def pipe() -> tuple[object, ...]:
+        streams: Any = fn.readers.webdataset(
+            paths=[str(path) for path in paths],
+            index_paths=[str(path.with_suffix(".idx")) for path in paths],
+            ext=["jpg", "cls"],
+            missing_component_behavior="error",
+        )
+        jpg, label = streams
+        return jpg, label, fn.decoders.image(jpg, device="cpu", output_type=types.RGB)
+
+    built = pipe()
+    built.build()
+    jpgs, labels, decoded = built.run()
+    for i, (_, label, jpeg) in enumerate(expected):
+        assert np.asarray(jpgs[i]).tobytes() == jpeg
+        assert int(bytes(np.asarray(labels[i]))) == label
+        assert np.asarray(decoded[i]).shape == (256, 256, 3)
 
 
 @pytest.mark.skipif(shutil.which("tar") is None, reason="there is no tar command")
