@@ -44,16 +44,6 @@ def tars(root: Path, split: str) -> list[Path]:
     return sorted((root / split).glob("*.tar"))
 
 
-def read_index(path: Path) -> list[dict[str, tuple[int, int, str]]]:
-    """Offset, size and file name of each part of each sample by a shard's index, in plain Python."""
-    samples = []
-    for line in path.read_text(encoding="utf-8").splitlines()[1:]:
-        fields = line.split(" ")
-        groups = zip(fields[0::4], fields[1::4], fields[2::4], fields[3::4], strict=True)
-        samples.append({extension.lower(): (int(offset), int(size), name) for extension, offset, size, name in groups})
-    return samples
-
-
 def in_bucket(server: str) -> str:
     """The URL of a set in the bucket "bucket" of an S3 server, with keys that nothing may print."""
     return f"s3://KEY:SECRET@bucket/{SET_IN_BUCKET}?region=us-east-1&scheme=http&endpoint_override={server}"

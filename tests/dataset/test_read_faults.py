@@ -97,27 +97,21 @@ def cut(place: Place) -> None:
     os.truncate(place.tar, place.image + 1)
 
 
-def write_another_over(place: Place) -> None:
-    other, size = place.tar.with_name("train-000000.tar").read_bytes(), place.tar.stat().st_size
-    overwrite(place.tar, 0, other[:size].ljust(size, b"\0"))
-
-
 @pytest.mark.parametrize(
-    ("damage", "sample", "message", "way"),
+    ("damage", "message", "way"),
     [
-        (flip_in_the_middle, BAD, "the shard was written to after it was opened; ", through_reader),
-        (flip_without_trace, BAD, "it is not what was written: ", through_reader),
-        (cut, BAD, r"the shard had \d+ bytes when it was opened and has \d+ now; ", through_reader),
-        (cut, BAD, r"the shard had \d+ bytes when it was opened and has \d+ now; ", through_loader),
-        (write_another_over, FIRST, "the shard was written to after it was opened; ", through_reader),
+        (flip_in_the_middle, "the shard was written to after it was opened; ", through_reader),
+        (flip_without_trace, "it is not what was written: ", through_reader),
+        (cut, r"the shard had \d+ bytes when it was opened and has \d+ now; ", through_reader),
+        (cut, r"the shard had \d+ bytes when it was opened and has \d+ now; ", through_loader),
     ],
 )
 def test_damage_that_comes_while_the_shard_is_open(
-    root: Path, shard_set: Path, damage: Callable[[Place], None], sample: int, message: str, way: Way
+    root: Path, shard_set: Path, damage: Callable[[Place], None], message: str, way: Way
 ) -> None:
-    reader, key = open_train(root), places(root, "train")[sample].key
-    damage(place_of(root))
-    assert re.match(f"train image {key} of train-000002: {message}", failure(way, reader, shard_set))
+    reader, place = open_train(root), place_of(root)
+    damage(place)
+    assert re.match(f"train image {place.key} of train-000002: {message}", failure(way, reader, shard_set))
 
 
 def test_a_shard_written_again_as_it_was_is_read_on(root: Path, shard_set: Path) -> None:

@@ -10,11 +10,8 @@ import tarfile
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from pipeline.dataset.annotation import read_annotation
 from pipeline.dataset.info import read_dataset
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.sharding.pack import index_of, pack
@@ -83,21 +80,6 @@ def test_a_tar_and_its_index_are_those_of_tarfile(last: int) -> None:
                 tar.addfile(member, io.BytesIO(data))
     buffer.seek(0)
     assert pack(samples) == (buffer.getvalue(), index_of(buffer))
-
-
-def test_pca_equals_numpy_on_the_stored_training_pixels(shard_set: Path) -> None:
-    info = read_dataset(shard_set)
-    reader = SplitReader(shard_set, info, "train")
-    decoded = [np.asarray(Image.open(io.BytesIO(reader.image(i).tobytes()))) for i in range(len(reader))]
-    pixels = np.stack(decoded).reshape(-1, 3) / 255
-    values, vectors = np.linalg.eigh(np.cov(pixels.T, ddof=0))
-    assert info.rgb.pixels == len(pixels)
-    np.testing.assert_allclose(info.rgb.mean, pixels.mean(axis=0), rtol=0, atol=1e-9)
-    np.testing.assert_allclose(info.rgb.eigenvalues, values[::-1], rtol=0, atol=1e-9)
-    aligned = np.abs((np.array(info.rgb.eigenvectors) * vectors[:, ::-1]).sum(axis=0))
-    np.testing.assert_allclose(aligned, 1, rtol=0, atol=1e-9)
-    for path in [*(shard_set / "train").glob("*.json"), *(shard_set / "val").glob("*.json")]:
-        assert read_annotation(path).rgb == info.rgb
 
 
 # Reading the source.
