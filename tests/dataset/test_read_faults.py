@@ -176,16 +176,3 @@ def test_a_staged_copy_says_what_to_delete_and_is_staged_again(root: Path, shard
     assert stage(str(root), tmp_path / "disk", lines.append) == staged
     assert "in 1 of 7 shards" in lines[0]
     through_reader(open_train(staged), shard_set)
-
-
-def test_a_loader_can_be_used_after_a_fault(root: Path, shard_set: Path) -> None:
-    """The images before the fault come, whole, from the loader that met it."""
-    flip_in_the_middle(place_of(root))
-    rgb, planned = read_dataset(root).rgb, list(center_crops(np.arange(FIRST)).chunks(5))
-    loader = Loader(open_train(root), rgb, 5, CPU, 1)
-    with pytest.raises(DatasetError):
-        list(loader.run(center_crops(np.arange(45)).chunks(5)))
-    whole = Loader(open_train(shard_set), rgb, 5, CPU, 1)
-    for again, expected in zip(loader.run(planned), whole.run(planned), strict=True):
-        assert torch.equal(again.images, expected.images)
-        assert again.samples.tolist() == expected.samples.tolist()

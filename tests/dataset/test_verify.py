@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -247,10 +246,8 @@ def test_damage_of_a_shard_is_named(damaged: Path, damage: Callable[[Path], obje
 def test_what_only_the_set_tells_is_found(damaged: Path) -> None:
     (damaged / "train" / "train-000009.tar").write_bytes(b"stray")
     (damaged / "rejects.jsonl").write_text('{"path": "x"}\n')
-    value = json.loads((damaged / "dataset.json").read_text())
-    value["splits"]["val"]["samples"] = 99
-    value["rgb"]["mean"][0] += 0.01
-    write_json(damaged / "dataset.json", value)
+    edit_dataset(damaged, lambda value: value["splits"]["val"].update(samples=99))
+    edit_dataset(damaged, lambda value: value["rgb"].update(mean=[0.5, 0.5, 0.5]))
     found = "\n".join(faults(damaged))
     assert "dataset.json says 99 samples of val, its shards sum to 3" in found
     assert "train-000009.tar is no part of the set: remove it" in found

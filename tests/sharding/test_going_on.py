@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from pipeline.sharding.set_folder import claim_folder, is_left_over, with_encode
 from pipeline.sharding.shard_plan import SetPlan, inputs_digest
 from pipeline.sharding.shard_set import ShardSetError, find_finished, finish, tidy
 from pipeline.sharding.shards import build_shard
+from tests.damage import flip_bit
 from tests.photographs import encoded, photograph
 from tests.shard_sets import build_all, contents, make, planned, tars
 
@@ -48,16 +50,9 @@ def test_the_same_command_leaves_a_finished_set_and_mends_a_holed_one(
     assert contents(make(output, plan)) == contents(whole)
 
 
-def spoil_tar(shard: Path) -> None:
-    tar = shard.with_suffix(".tar")
-    data = bytearray(tar.read_bytes())
-    data[3000] ^= 1
-    tar.write_bytes(data)
-
-
 DAMAGE: dict[str, Callable[[Path], object]] = {
-    "a flipped bit": spoil_tar,
-    "a cut tar": lambda shard: shard.with_suffix(".tar").write_bytes(shard.with_suffix(".tar").read_bytes()[:5000]),
+    "a flipped bit": lambda shard: flip_bit(shard.with_suffix(".tar"), 3000),
+    "a cut tar": lambda shard: os.truncate(shard.with_suffix(".tar"), 5000),
     "no annotation": lambda shard: shard.with_suffix(".json").unlink(),
     "a spoiled annotation": lambda shard: shard.with_suffix(".json").write_text("{"),
     "no index": lambda shard: shard.with_suffix(".idx").unlink(),

@@ -23,6 +23,7 @@ from jobs.shard_imagenet import ShardConfig, main
 from jobs.verify_shards import VerifyConfig, VerifyError
 from jobs.verify_shards import main as verify
 from pipeline.sharding.shards import BadImageError
+from tests.damage import flip_bit
 from tests.faulty_proxy import faulty_proxy
 from tests.processes import JOBS, run_here
 from tests.raylets import raylets
@@ -56,9 +57,7 @@ def test_verify_names_a_damaged_shard_and_its_command_mends_that_alone(
         "OK val: 3 images in 1 shards, 1 to 1 of each of 3 classes, all decoded",
     ]
     tar = output / "train" / "train-000003.tar"
-    data = bytearray(tar.read_bytes())
-    data[9000] ^= 1
-    tar.write_bytes(data)
+    flip_bit(tar, 9000)
     with pytest.raises(VerifyError, match=f"^{output} has "):
         verify(config)
     said = capsys.readouterr().out

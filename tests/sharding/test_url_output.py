@@ -20,11 +20,6 @@ from tests.faulty_proxy import faulty_proxy
 from tests.shard_sets import SET_IN_BUCKET, build_all, contents, in_bucket, make, planned, stored_in
 
 
-@pytest.fixture(scope="module")
-def on_disk(whole: Path) -> dict[str, bytes]:
-    return contents(whole)
-
-
 @pytest.fixture
 def client(s3: str) -> Any:
     client = boto3.client("s3", endpoint_url=f"http://{s3}")
@@ -33,14 +28,14 @@ def client(s3: str) -> Any:
 
 
 def test_a_store_gets_the_bytes_of_a_disk_and_dataset_json_before_the_pictures_alone(
-    images: Path, on_disk: dict[str, bytes], s3: str, client: Any
+    images: Path, whole: Path, s3: str, client: Any
 ) -> None:
     plan = planned(images)
     with faulty_proxy(s3) as proxy:
         output = in_bucket(proxy.address)
         assert find_finished(output, plan) is None
         make(output, plan)
-        assert stored_in(client) == on_disk
+        assert stored_in(client) == contents(whole)
         names = [path.partition(f"{SET_IN_BUCKET}/")[2] for path in proxy.writes]
         assert set(names[names.index("dataset.json") :]) == {"dataset.json", "contact_sheet.jpg", "rgb_pca.png", ""}
         proxy.writes.clear()
@@ -51,7 +46,7 @@ def test_a_store_gets_the_bytes_of_a_disk_and_dataset_json_before_the_pictures_a
 
 def test_failures_of_the_store_are_outlived_or_leave_nothing_that_vouches(
     images: Path,
-    on_disk: dict[str, bytes],
+    whole: Path,
     s3: str,
     client: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -65,7 +60,7 @@ def test_failures_of_the_store_are_outlived_or_leave_nothing_that_vouches(
             proxy.write_plan[name] = collections.deque(["403"])
         make(output, plan)
         assert not any(proxy.write_plan.values())
-        assert stored_in(client) == on_disk
+        assert stored_in(client) == contents(whole)
         failed = [line for line in caplog.messages if " failed (" in line]
         assert len(failed) == 4
         assert "SECRET" not in caplog.text
@@ -82,12 +77,10 @@ def test_failures_of_the_store_are_outlived_or_leave_nothing_that_vouches(
         built = build_all(output, plan)
         assert [one.annotation.name for one in built if not one.kept] == ["train-000002"]
         finish(output, plan, built, 0.0)
-        assert stored_in(client) == on_disk
+        assert stored_in(client) == contents(whole)
 
 
-def test_two_jobs_that_make_the_same_set_do_no_harm(
-    images: Path, on_disk: dict[str, bytes], s3: str, client: Any
-) -> None:
+def test_two_jobs_that_make_the_same_set_do_no_harm(images: Path, whole: Path, s3: str, client: Any) -> None:
     output, plan = in_bucket(s3), planned(images)
     claim_folder(output, plan)
     # The second is at work on a shard while the first writes all and finishes.
@@ -95,7 +88,7 @@ def test_two_jobs_that_make_the_same_set_do_no_harm(
     next(slow)
     make(output, plan)
     list(slow)
-    assert stored_in(client) == on_disk
+    assert stored_in(client) == contents(whole)
 
 
 def test_two_jobs_that_make_different_sets_meet_and_one_is_refused_by_name(images: Path, s3: str, client: Any) -> None:
@@ -119,9 +112,10 @@ def test_two_jobs_that_make_different_sets_meet_and_one_is_refused_by_name(image
     assert not build_shard(output, other.shards[0], other.image, set_aside=True).kept
 
 
-def test_google_store(images: Path, on_disk: dict[str, bytes], gcs: str) -> None:
+def test_google_store(images: Path, whole: Path, gcs: str) -> None:
     output, plan = f"gs://anonymous@bucket/{SET_IN_BUCKET}?scheme=http&endpoint_override={gcs}", planned(images)
     make(output, plan)
+    on_disk = contents(whole)
     assert {name: read(join(output, name)) for name in on_disk} == on_disk
     assert find_finished(output, plan) == read_dataset(output)
     tidy(output, read_dataset(output), print)
