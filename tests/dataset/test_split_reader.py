@@ -73,13 +73,12 @@ def change_schema(path: Path) -> None:
         writer.write_table(table)
 
 
-def leave_out_values(path: Path) -> None:
+def leave_out_an_offset(path: Path) -> None:
     (batch,) = pa.ipc.open_file(path).read_all().to_batches()
-    labels = pa.array([None, *batch["label"].to_pylist()[1:]], pa.int32())
-    columns = [labels if name == "label" else batch[name] for name in batch.schema.names]
-    lacking = pa.RecordBatch.from_arrays(columns, batch.schema.names)
-    with pa.ipc.new_file(path, lacking.schema) as writer:
-        writer.write_batch(lacking)
+    offsets = pa.array([None, *batch["offset"].to_pylist()[1:]], pa.uint64())
+    columns = [offsets if name == "offset" else batch[name] for name in batch.schema.names]
+    with pa.ipc.new_file(path, SCHEMA) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
@@ -88,7 +87,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "a label's bit": flip_a_label,
     "of another split": lambda path: path.write_bytes(path.with_name("val.arrow").read_bytes()),
     "other columns": change_schema,
-    "a value missing": leave_out_values,
+    "a value missing": leave_out_an_offset,
 }
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -140,9 +141,10 @@ def test_a_missing_source_ends_in_one_line(tmp_path: Path) -> None:
         ({"output": "file://host/set"}, "--output file://host/set cannot be written"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_read(wrong: dict[str, object], message: str) -> None:
+def test_what_cannot_be_is_refused_before_anything_is_read(wrong: dict[str, Any], message: str) -> None:
+    settings: dict[str, Any] = {"output": "out", "source": "missing", **wrong}
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        ShardConfig(**{"output": "out", "source": "missing", **wrong})
+        ShardConfig(**settings)
 
 
 def test_progress_in_a_log_is_a_line_now_and_then_and_one_at_the_end() -> None:

@@ -103,7 +103,12 @@ def test_each_tar_is_opened_once_and_a_new_one_in_its_place_is_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    monkeypatch.setattr(files, "LocalRanges", lambda path: LocalRanges(opened.append(path) or path))
+
+    def open_counted(path: str) -> LocalRanges:
+        opened.append(path)
+        return LocalRanges(path)
+
+    monkeypatch.setattr(files, "LocalRanges", open_counted)
     paths = [tmp_path / f"{number}.tar" for number in range(50)]
     for path in paths:
         path.write_bytes(path.name.encode() * 10)
