@@ -10,14 +10,17 @@ import os
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
+from pipeline.dataset.info import DATASET_FILE, read_dataset
+from pipeline.dataset.sample_index import describe_index, pack_index, record_batch
 from pipeline.dataset.split_reader import END_OF_IMAGE, Allocate, SplitReader
 
 
@@ -38,6 +41,15 @@ class Place:
     def shard(self) -> str:
         return self.tar.stem
 
+    @property
+    def jpeg(self) -> bytes:
+        return self.tar.read_bytes()[self.image : self.image + self.size]
+
+    @property
+    def number(self) -> int:
+        """The label of a sample of one of up to ten classes."""
+        return int(self.tar.read_bytes()[self.label : self.label + 1])
+
 
 def places(root: Path, split: str) -> list[Place]:
     """All samples of a split, in the tars' order."""
@@ -55,6 +67,31 @@ def places(root: Path, split: str) -> list[Place]:
 def own_copy(shard_set: Path, folder: Path) -> Path:
     """A set that may be damaged."""
     return Path(shutil.copytree(shard_set, folder))
+
+
+def edit_dataset(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    value = json.loads((root / DATASET_FILE).read_text())
+    change(value)
+    (root / DATASET_FILE).write_text(json.dumps(value))
+
+
+def write_index(root: Path, shards: Sequence[pa.RecordBatch]) -> None:
+    """Writes a sample index of the training split, for which dataset.json vouches, of each shard's rows."""
+    index = pack_index(shards)
+    (root / "train.arrow").write_bytes(index)
+    stated = dataclasses.asdict(describe_index(read_dataset(root).splits["train"], index))
+    edit_dataset(root, lambda value: value["splits"].update(train=stated))
+
+
+def rewrite_index(root: Path, sample: int, **values: object) -> None:
+    """Gives a training sample other values in the sample index, for which dataset.json vouches."""
+    (batch,) = pa.ipc.open_file(root / "train.arrow").read_all().to_batches()
+    columns = {name: batch[name].to_pylist() for name in batch.schema.names}
+    per_shard = columns["shard"].count(0)
+    for name, value in values.items():
+        columns[name][sample] = value
+    rows = record_batch(*columns.values())
+    write_index(root, [rows.slice(start, per_shard) for start in range(0, len(rows), per_shard)])
 
 
 def resealed(state: dict[str, Any]) -> str:

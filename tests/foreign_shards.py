@@ -12,7 +12,6 @@ import webdataset
 from PIL import Image
 
 from tests.photographs import encoded, photograph
-from tests.shard_sets import make, planned
 
 WNIDS = ("n01440764", "n02102040", "n03888257")
 Sample = Mapping[str, Any]
@@ -39,18 +38,6 @@ def write_shards(root: Path, split: str, samples: Iterable[Sample], per_shard: i
     with webdataset.ShardWriter(str(root / split / f"{split}-%06d.tar"), maxcount=per_shard, verbose=0) as writer:
         for one in samples:
             writer.write(dict(one))
-
-
-def write_set(root: Path) -> Path:
-    """15 training images of three classes in three shards, and 9 to validate on in two."""
-    write_shards(root, "train", (sample(number) for number in range(15)))
-    write_shards(root, "val", (sample(number) for number in range(100, 109)))
-    return root
-
-
-def taken_over(root: Path, output: Path) -> Path:
-    """Shards the set in ROOT as jobs/shard_imagenet.py --source ROOT does, without Ray."""
-    return make(output, planned(root))
 
 
 def unpacked(root: Path, split: str) -> list[dict[str, Any]]:

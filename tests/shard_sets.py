@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pipeline.images.resize import encoder_settings
 from pipeline.sharding.set_folder import claim_folder
@@ -13,6 +13,7 @@ from pipeline.sharding.shards import BuiltShard, build_shard
 from pipeline.sources.sources import read_source
 
 PER_SHARD = 4
+SET_IN_BUCKET = "sets/photographs"
 SomePath = TypeVar("SomePath", Path, str)
 
 
@@ -43,11 +44,17 @@ def tars(root: Path, split: str) -> list[Path]:
     return sorted((root / split).glob("*.tar"))
 
 
-def read_index(path: Path) -> list[dict[str, tuple[int, int, str]]]:
-    """Offset, size and file name of each part of each sample by a shard's index, in plain Python."""
-    samples = []
-    for line in path.read_text(encoding="utf-8").splitlines()[1:]:
-        fields = line.split(" ")
-        groups = zip(fields[0::4], fields[1::4], fields[2::4], fields[3::4], strict=True)
-        samples.append({extension.lower(): (int(offset), int(size), name) for extension, offset, size, name in groups})
-    return samples
+def in_bucket(server: str) -> str:
+    """The URL of a set in the bucket "bucket" of an S3 server, with keys that nothing may print."""
+    return f"s3://KEY:SECRET@bucket/{SET_IN_BUCKET}?region=us-east-1&scheme=http&endpoint_override={server}"
+
+
+def stored_in(client: Any) -> dict[str, bytes]:
+    """What lies in the bucket, by Amazon's own client; what stands for a folder is left out."""
+    keys = [item["Key"] for item in client.list_objects_v2(Bucket="bucket").get("Contents", [])]
+    assert all(key.startswith(f"{SET_IN_BUCKET}/") for key in keys)
+    return {
+        key.removeprefix(f"{SET_IN_BUCKET}/"): client.get_object(Bucket="bucket", Key=key)["Body"].read()
+        for key in keys
+        if not key.endswith("/")
+    }

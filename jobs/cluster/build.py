@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -23,22 +23,6 @@ ATTEMPTS = 4
 CAREFUL_FROM = 2  # A node may be lost at any shard; a worker that dies twice at the same one may have cause.
 
 
-class _Tally:
-    """Counts each image once, however often its shard is begun."""
-
-    def __init__(self, shards: int, progress: Progress) -> None:
-        self._images = [0] * shards
-        self._rejected = [0] * shards
-        self._progress = progress
-
-    def reach(self, shard: int, images: int, rejected: int, worked: bool = True) -> None:
-        """Says that this many of a shard's images are dealt with, and how many of them were set aside."""
-        more = max(0, images - self._images[shard])
-        self._images[shard] += more
-        self._rejected[shard] = rejected
-        self._progress.advance(more, worked, note=f"{sum(self._rejected):,} set aside")
-
-
 def build_all(output: str, plan: SetPlan, set_aside: bool, workers: int | None, progress: Progress) -> list[BuiltShard]:
     """Builds every shard, no more at a time than there are workers; in the plan's order.
 
@@ -50,20 +34,26 @@ def build_all(output: str, plan: SetPlan, set_aside: bool, workers: int | None, 
     task = ray.remote(_build).options(num_cpus=1, max_retries=0, num_returns="streaming", name="build_shard")
     done: dict[int, BuiltShard] = {}
     reached: dict[int, Step] = {}
-    tally = _Tally(len(plan.shards), progress)
+    images, rejected = [0] * len(plan.shards), [0] * len(plan.shards)
+
+    def tell(number: int, dealt_with: int, aside: int, worked: bool = True) -> None:
+        """Counts each image once, however often its shard is begun."""
+        more = max(0, dealt_with - images[number])
+        images[number] += more
+        rejected[number] = aside
+        progress.advance(more, worked, note=f"{sum(rejected):,} set aside")
+
     calls = ((output, shard, plan.image, set_aside, plan.claim) for shard in plan.shards)
     try:
         for number, item in stream(task, calls, workers, ATTEMPTS, again=(SourceReadError,)):
             if isinstance(item, str):
                 log(item)
-                continue
-            if isinstance(item, Step):
+            elif isinstance(item, Step):
                 reached[number] = item
-                tally.reach(number, item.images, item.rejected)
-                continue
-            done[number] = item
-            reached.pop(number, None)
-            tally.reach(number, len(plan.shards[number].entries), len(item.annotation.rejected), worked=not item.kept)
+                tell(number, item.images, item.rejected)
+            else:
+                done[number] = item
+                tell(number, len(plan.shards[number].entries), len(item.annotation.rejected), worked=not item.kept)
     except LostError as error:
         last = reached.get(error.number)
         raise ShardError(
@@ -92,11 +82,11 @@ def _build(
     storage.addHandler(handler)
     try:
         with at_work(output):
-            steps = build_in_steps(output, shard, image, set_aside, careful=attempt >= CAREFUL_FROM, claim=claim)
-            item: Step | BuiltShard
-            while not isinstance(item := _next(steps), BuiltShard):
+            for item in build_in_steps(output, shard, image, set_aside, attempt >= CAREFUL_FROM, claim):
                 yield from _taken(lines)
-                yield item
+                if isinstance(item, Step):
+                    yield item
+        # The shard itself only now: once the job has it, it waits for whoever is still at work.
         yield from _taken(lines)
         yield item
     finally:
@@ -107,12 +97,3 @@ def _taken(lines: list[str]) -> Iterator[str]:
     """Empties a list. A generator, as Ray sends to what a task yields from."""
     while lines:
         yield lines.pop(0)
-
-
-def _next(steps: Generator[Step, None, BuiltShard]) -> Step | BuiltShard:
-    """What a generator yields next, or in the end returns."""
-    try:
-        return next(steps)
-    except StopIteration as end:
-        built: BuiltShard = end.value
-        return built

@@ -126,33 +126,28 @@ def pca_figure(rgb: RgbStatistics, images: Sequence[NDArray[np.uint8]]) -> bytes
     """
     # Half a second to import, which the workers that build shards never need.
     import matplotlib as mpl
+    from matplotlib.figure import Figure
 
     # A user's own settings must not decide on the set's bytes.
     with mpl.rc_context():
         mpl.rcdefaults()
-        return _pca_figure(rgb, images)
-
-
-def _pca_figure(rgb: RgbStatistics, images: Sequence[NDArray[np.uint8]]) -> bytes:
-    from matplotlib.figure import Figure
-
-    # Axes by hand: letting matplotlib arrange them takes longer than all the rest.
-    figure = Figure(figsize=(13, 8.2), dpi=100)
-    pixels = np.concatenate([image[8::32, 8::32].reshape(-1, 3) for image in images])
-    _draw_cube(figure.add_axes((0.0, 0.335, 0.49, 0.615), projection="3d", computed_zorder=False), rgb, pixels)
-    _draw_values(figure.add_axes((0.53, 0.69, 0.45, 0.26)), rgb)
-    _draw_vectors(figure.add_axes((0.53, 0.37, 0.45, 0.24)), rgb)
-    shift = ", ".join(f"{ALPHA_STD * value * MAX_LEVEL:.1f}" for value in rgb.eigenvalues)
-    explained = (
-        "One standard deviation (SD) along each component, taken away and added. "
-        f"Training shifts by 0.1 eigenvalues (SD): {shift} gray levels."
-    )
-    figure.text(0.5, 0.277, explained, ha="center", va="center", fontsize=11)
-    _draw_shifts(figure.add_axes((0.012, 0.0, 0.976, 0.23)), rgb, images)
-    buffer = io.BytesIO()
-    # Without the name of matplotlib's version.
-    figure.savefig(buffer, format="png", metadata={"Software": None}, pil_kwargs={"compress_level": 4})
-    return buffer.getvalue()
+        # Axes by hand: letting matplotlib arrange them takes longer than all the rest.
+        figure = Figure(figsize=(13, 8.2), dpi=100)
+        pixels = np.concatenate([image[8::32, 8::32].reshape(-1, 3) for image in images])
+        _draw_cube(figure.add_axes((0.0, 0.335, 0.49, 0.615), projection="3d", computed_zorder=False), rgb, pixels)
+        _draw_values(figure.add_axes((0.53, 0.69, 0.45, 0.26)), rgb)
+        _draw_vectors(figure.add_axes((0.53, 0.37, 0.45, 0.24)), rgb)
+        shift = ", ".join(f"{ALPHA_STD * value * MAX_LEVEL:.1f}" for value in rgb.eigenvalues)
+        explained = (
+            "One standard deviation (SD) along each component, taken away and added. "
+            f"Training shifts by 0.1 eigenvalues (SD): {shift} gray levels."
+        )
+        figure.text(0.5, 0.277, explained, ha="center", va="center", fontsize=11)
+        _draw_shifts(figure.add_axes((0.012, 0.0, 0.976, 0.23)), rgb, images)
+        buffer = io.BytesIO()
+        # Without the name of matplotlib's version.
+        figure.savefig(buffer, format="png", metadata={"Software": None}, pil_kwargs={"compress_level": 4})
+        return buffer.getvalue()
 
 
 def _draw_cube(axes: Any, rgb: RgbStatistics, pixels: NDArray[np.uint8]) -> None:

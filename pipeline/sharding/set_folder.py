@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 from pathlib import Path
 
 from pipeline.dataset.info import DATASET_FILE, SPLITS
@@ -110,8 +109,5 @@ def remove_passing(root: Location) -> None:
     if is_url(root):
         return
     for folder in (Path(root), *(Path(root) / split for split in SPLITS)):
-        for path in sorted(folder.glob(f".*{TEMPORARY_SUFFIX}")):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+            path.unlink()

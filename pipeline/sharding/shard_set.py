@@ -41,7 +41,37 @@ def find_finished(root: Location, plan: SetPlan) -> DatasetInfo | None:
     """
     if DATASET_FILE not in names_in(root):
         return None
-    info, whole = _compare_finished(root, plan)
+    info = read_dataset(root)
+    now = {name: value for name, value in plan.settings().items() if name != "samples_per_shard"}
+    different = differences({**info.image, "seed": info.seed}, now, info.source_fingerprint == plan.listing.fingerprint)
+    whole = True
+    # Where one of these differs every shard does: the samples per shard would be blamed for it.
+    if not different:
+        # Of a set that was left finished, the first shard of each split tells how all were dealt.
+        shards = [next(shard for shard in plan.shards if shard.split == split) for split in plan.listing.splits]
+        annotations = [_read_or_none(root, shard) for shard in shards]
+        if None in annotations or is_left_over(root):
+            shards = list(plan.shards)
+            with ThreadPoolExecutor(REQUESTS) as pool:
+                annotations = list(pool.map(lambda shard: _read_or_none(root, shard), shards))
+        # Source and seed are the same, so only another size of shards gives one another number of images.
+        dealt_alike = all(
+            len(shard.entries) == annotation.samples + len(annotation.rejected)
+            for shard, annotation in zip(shards, annotations, strict=True)
+            if annotation
+        )
+        names = {row.name for part in info.splits.values() for row in part.shards}
+        if not dealt_alike or not names <= {shard.name for shard in plan.shards}:
+            different = "samples per shard"
+        missing = [row for split, part in info.splits.items() for row in _missing(root, split, part.shards)]
+        # A repair that was killed leaves annotations without the set's PCA.
+        whole = not missing and all(annotation is not None and annotation.rgb for annotation in annotations)
+        whole = whole and all(index_is_whole(root, split, part) for split, part in info.splits.items())
+    if different:
+        raise ShardSetError(
+            f"{shown(root)} holds a finished set of another {different}: "
+            f"give another --output, or delete {shown(root)} first"
+        )
     return info if whole else None
 
 
@@ -61,46 +91,6 @@ def tidy(root: Location, info: DatasetInfo, report: Callable[[str], None]) -> No
         )
     remove_passing(root)
     delete(join(root, UNFINISHED_FILE))
-
-
-def _compare_finished(root: Location, plan: SetPlan) -> tuple[DatasetInfo, bool]:
-    """Reads the finished set in ROOT, which must be what `plan` would make, and whether no file of it is missing.
-
-    Raises:
-        ShardSetError: if ROOT holds another finished set.
-        DatasetError: if ROOT's dataset.json cannot be understood.
-    """
-    info = read_dataset(root)
-    now = {name: value for name, value in plan.settings().items() if name != "samples_per_shard"}
-    different = differences({**info.image, "seed": info.seed}, now, info.source_fingerprint == plan.listing.fingerprint)
-    whole = True
-    # Where one of these differs every shard does: the samples per shard would be blamed for it.
-    if not different:
-        # Of a set that was left finished, the first shard of each split tells how all were dealt.
-        shards = [next(shard for shard in plan.shards if shard.split == split) for split in plan.listing.splits]
-        annotations = [_read_or_none(root, shard) for shard in shards]
-        if None in annotations or is_left_over(root):
-            shards = list(plan.shards)
-            with ThreadPoolExecutor(REQUESTS) as pool:
-                annotations = list(pool.map(lambda shard: _read_or_none(root, shard), shards))
-        found = [(shard, annotation) for shard, annotation in zip(shards, annotations, strict=True) if annotation]
-        # Source and seed are the same, so only another size of shards gives one another number of images.
-        dealt_alike = all(
-            len(shard.entries) == annotation.samples + len(annotation.rejected) for shard, annotation in found
-        )
-        rows = [(split, row) for split, content in info.splits.items() for row in content.shards]
-        if not dealt_alike or not {row.name for _, row in rows} <= {shard.name for shard in plan.shards}:
-            different = "samples per shard"
-        missing = [row for split, part in info.splits.items() for row in _missing(root, split, part.shards)]
-        # A repair that was killed leaves annotations without the set's PCA.
-        whole = not missing and all(annotation is not None and annotation.rgb for annotation in annotations)
-        whole = whole and all(index_is_whole(root, split, part) for split, part in info.splits.items())
-    if different:
-        raise ShardSetError(
-            f"{shown(root)} holds a finished set of another {different}: "
-            f"give another --output, or delete {shown(root)} first"
-        )
-    return info, whole
 
 
 def finish(
@@ -123,10 +113,7 @@ def finish(
     """
     annotations = [shard.annotation for shard in built]
     assert [annotation.name for annotation in annotations] == [shard.name for shard in plan.shards]
-    pairs = list(zip(plan.shards, annotations, strict=True))
-    rejected = sorted(
-        (reject for annotation in annotations for reject in annotation.rejected), key=lambda r: (r.split, r.path)
-    )
+    rejected = sorted((r for annotation in annotations for r in annotation.rejected), key=lambda r: (r.split, r.path))
     lines = "".join(json.dumps(reject.to_json()) + "\n" for reject in rejected)
     plan.claim.check(root)
     write(join(root, REJECTS_FILE), lines.encode())
@@ -134,9 +121,8 @@ def finish(
 
     splits = {}
     for name in plan.listing.splits:
-        rows = [
-            ShardRow(a.name, a.samples, a.bytes, a.sha256) for shard, a in pairs if shard.split == name and a.samples
-        ]
+        full = [b for s, b in zip(plan.shards, built, strict=True) if s.split == name and b.annotation.samples]
+        rows = [ShardRow(a.name, a.samples, a.bytes, a.sha256) for a in (one.annotation for one in full)]
         if not rows:
             raise ShardSetError(
                 f"every {name} image was set aside, the first reason: {rejected[0].reason}; "
@@ -147,16 +133,13 @@ def finish(
                 f"{shown(join(root, name, missing[0].name))}.tar was written but is not here: "
                 "--output must be a URL, or lie on a disk that all nodes share"
             )
-        indexed = [
-            one.rows for shard, one in zip(plan.shards, built, strict=True) if shard.split == name and len(one.rows)
-        ]
-        index = pack_index(indexed)
+        index = pack_index([one.rows for one in full])
         write(join(root, index_file(name)), index)
         split = Split(sum(row.samples for row in rows), sum(row.bytes for row in rows), tuple(rows))
         splits[name] = describe_index(split, index)
 
-    training = sum((a.moments for shard, a in pairs if shard.split == "train"), RgbMoments())
-    rgb = RgbStatistics.of(training)
+    training = (a.moments for shard, a in zip(plan.shards, annotations, strict=True) if shard.split == "train")
+    rgb = RgbStatistics.of(sum(training, RgbMoments()))
 
     def annotate(shard: ShardPlan, annotation: ShardAnnotation) -> None:
         write_json(shard_file(root, shard, "json"), dataclasses.replace(annotation, rgb=rgb).to_json())

@@ -15,7 +15,7 @@ import io
 import os
 import socket
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -76,12 +76,9 @@ class Step(NamedTuple):
 
 def build_shard(root: Location, plan: ShardPlan, image: dict[str, Any], set_aside: bool) -> BuiltShard:
     """Writes one shard into ROOT/SPLIT/, or keeps the one that is there: see `build_in_steps`."""
-    steps = build_in_steps(root, plan, image, set_aside)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
+    *_, built = build_in_steps(root, plan, image, set_aside)
+    assert isinstance(built, BuiltShard)
+    return built
 
 
 def build_in_steps(
@@ -91,11 +88,11 @@ def build_in_steps(
     set_aside: bool,
     careful: bool = False,
     claim: Claim | None = None,
-) -> Generator[Step, None, BuiltShard]:
+) -> Iterator[Step | BuiltShard]:
     """Writes one shard into ROOT/SPLIT/, or keeps the one that is there if it is what would be written.
 
-    Says now and then how far it is. Holds one shard in memory. Images that cannot be read or do not decode are set
-    aside, with a reason.
+    Yields now and then how far it is, and in the end the shard. Holds one shard in memory. Images that cannot be read
+    or do not decode are set aside, with a reason.
 
     Args:
         image: `encoder_settings` of the whole set.
@@ -121,7 +118,7 @@ def build_in_steps(
             found = yield from _write_shard(root, plan, inputs, image, set_aside, converter, every_s, claim)
     if found.annotation.rejected and not set_aside:
         raise _bad_image(found.annotation.rejected[0])
-    return found
+    yield found
 
 
 def _write_shard(
@@ -191,11 +188,8 @@ def _find_shard(root: Location, plan: ShardPlan, inputs: str, quality: int, conv
         index = read(shard_file(root, plan, "idx")) if annotation.samples else b""
     except (ShardError, FileNotFoundError):
         return None
-    if (
-        annotation.inputs != inputs
-        or len(tar) != annotation.bytes
-        or hashlib.sha256(tar).hexdigest() != annotation.sha256
-    ):
+    stated = (annotation.inputs, annotation.bytes, annotation.sha256)
+    if stated != (inputs, len(tar), hashlib.sha256(tar).hexdigest()):
         return None
     if annotation.samples and index != index_of(io.BytesIO(tar)).encode():
         return None

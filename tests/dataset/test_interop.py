@@ -5,42 +5,26 @@ from __future__ import annotations
 import io
 import shutil
 import subprocess
-import tarfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 import timm.data
+import webdataset
+from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
+
+from tests.damage import places
+from tests.shard_sets import tars
 
 SPLITS = {"train": (45, 5), "val": (15, 2)}  # Images and shards of `shard_set`.
 
 
-class Stored(NamedTuple):
-    """A sample as `tarfile` reads it."""
-
-    key: str
-    label: int
-    jpeg: bytes
-
-
-def tars(root: Path, split: str) -> list[Path]:
-    return sorted((root / split).glob("*.tar"))
-
-
-def stored(root: Path, split: str) -> list[Stored]:
-    """A split's samples in the order of its tars."""
-    samples = []
-    for path in tars(root, split):
-        with tarfile.open(path) as archive:
-            files = {member.name: archive.extractfile(member).read() for member in archive}  # type: ignore[union-attr]
-        keys = dict.fromkeys(name.partition(".")[0] for name in files)
-        samples += [Stored(key, int(files.pop(f"{key}.cls")), files.pop(f"{key}.jpg")) for key in keys]
-        assert not files
-    assert (len(samples), len(tars(root, split))) == SPLITS[split]
-    return samples
+def stored(root: Path, split: str) -> list[tuple[str, int, bytes]]:
+    """Key, label and JPEG of a split's samples in the order of its tars."""
+    return [(place.key, place.number, place.jpeg) for place in places(root, split)]
 
 
 def test_hugging_face_datasets_streams_the_set(shard_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,46 +36,60 @@ def test_hugging_face_datasets_streams_the_set(shard_set: Path, monkeypatch: pyt
         # So many workers can share it.
         assert stream.num_shards == shards
         rows = list(stream.cast_column("jpg", datasets.Image(decode=False)))
-        assert [Stored(row["__key__"], row["cls"], row["jpg"]["bytes"]) for row in rows] == stored(shard_set, split)
+        assert [(row["__key__"], row["cls"], row["jpg"]["bytes"]) for row in rows] == stored(shard_set, split)
     first = next(iter(streams["train"]))["jpg"]
-    expected = Image.open(io.BytesIO(stored(shard_set, "train")[0].jpeg))
+    expected = Image.open(io.BytesIO(stored(shard_set, "train")[0][2]))
     np.testing.assert_array_equal(np.asarray(first), np.asarray(expected))
 
 
-def seen_by_timm(root: Path, split: str, training: bool) -> list[tuple[int, bytes]]:
-    """Each image's label and pixels, as timm hands them to its transforms."""
-    samples, shards = SPLITS[split]
-    # Without an _info.json, timm wants to be told how many samples there are.
-    spec = f"{split}/{split}-{{000000..{shards - 1:06d}}}.tar|{samples}"
-    found = timm.data.create_dataset("wds/shards", root=str(root), split=spec, is_training=training, batch_size=1)
-    assert len(found) == samples
-    return [(label, image.tobytes()) for image, label in found]
-
-
 def test_timm_reads_the_set(shard_set: Path) -> None:
-    for split in SPLITS:
+    for split, (samples, shards) in SPLITS.items():
+        # Without an _info.json, timm wants to be told how many samples there are.
+        spec = f"{split}/{split}-{{000000..{shards - 1:06d}}}.tar|{samples}"
+        found = timm.data.create_dataset("wds/shards", root=str(shard_set), split=spec, is_training=False, batch_size=1)
+        assert len(found) == samples
         expected = [(label, Image.open(io.BytesIO(jpeg)).tobytes()) for _, label, jpeg in stored(shard_set, split)]
-        assert seen_by_timm(shard_set, split, training=False) == expected
-        shuffled = seen_by_timm(shard_set, split, training=True)
-        assert shuffled != expected
-        assert sorted(shuffled) == sorted(expected)
+        assert [(label, image.tobytes()) for image, label in found] == expected
+
+
+def test_webdataset_reads_the_set(shard_set: Path) -> None:
+    urls = [str(tar) for tar in tars(shard_set, "train")]
+    samples = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
+    read = [(sample["__key__"], int(sample["cls"]), sample["jpg"]) for sample in samples]
+    assert read == stored(shard_set, "train")
+
+
+def test_dali_reads_the_set_by_its_indexes(shard_set: Path) -> None:
+    paths, expected = tars(shard_set, "train"), stored(shard_set, "train")
+
+    @pipeline_def(batch_size=len(expected), num_threads=1, device_id=None)
+    def pipe() -> tuple[object, ...]:
+        streams: Any = fn.readers.webdataset(
+            paths=[str(path) for path in paths],
+            index_paths=[str(path.with_suffix(".idx")) for path in paths],
+            ext=["jpg", "cls"],
+            missing_component_behavior="error",
+        )
+        jpg, label = streams
+        return jpg, label, fn.decoders.image(jpg, device="cpu", output_type=types.RGB)
+
+    built = pipe()
+    built.build()
+    jpgs, labels, decoded = built.run()
+    for i, (_, label, jpeg) in enumerate(expected):
+        assert np.asarray(jpgs[i]).tobytes() == jpeg
+        assert int(bytes(np.asarray(labels[i]))) == label
+        assert np.asarray(decoded[i]).shape == (256, 256, 3)
 
 
 @pytest.mark.skipif(shutil.which("tar") is None, reason="there is no tar command")
-def test_tar_lists_and_unpacks_the_set(shard_set: Path, tmp_path: Path) -> None:
-    for split in SPLITS:
-        folder = tmp_path / split
-        folder.mkdir()
-        names: list[str] = []
-        for path in tars(shard_set, split):
-            listed = subprocess.run(["tar", "-tf", path], capture_output=True, text=True, check=True)
-            unpacked = subprocess.run(["tar", "-xf", path, "-C", folder], capture_output=True, text=True, check=True)
-            assert listed.stderr == unpacked.stderr == ""
-            names += listed.stdout.splitlines()
-        expected = {
-            name: data
-            for key, label, jpeg in stored(shard_set, split)
-            for name, data in ((f"{key}.cls", str(label).encode()), (f"{key}.jpg", jpeg))
-        }
-        assert names == list(expected)
-        assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
+def test_tar_unpacks_the_set(shard_set: Path, tmp_path: Path) -> None:
+    for path in tars(shard_set, "train"):
+        done = subprocess.run(["tar", "-xf", path, "-C", tmp_path], capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+    expected = {
+        name: data
+        for key, label, jpeg in stored(shard_set, "train")
+        for name, data in ((f"{key}.cls", str(label).encode()), (f"{key}.jpg", jpeg))
+    }
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == expected

@@ -1,64 +1,41 @@
-"""The sharding command as a user runs it: on Ray, and given wrong things. `test_shard_kills` kills it."""
+"""The sharding command as a user runs it: on Ray, onto a disk and into a store, and given wrong things.
+
+`test_shard_kills` kills it.
+"""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import io
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import boto3
 import pytest
 
-from jobs.cli.command import run
 from jobs.cli.progress import Progress
 from jobs.shard_imagenet import ShardConfig, main
 from jobs.verify_shards import VerifyConfig, VerifyError
 from jobs.verify_shards import main as verify
-from pipeline.dataset.info import read_dataset
 from pipeline.sharding.shards import BadImageError
-from tests.photographs import write_source
-from tests.processes import outside_clusters, run_here
+from tests.damage import flip_bit
+from tests.faulty_proxy import faulty_proxy
+from tests.processes import JOBS, run_here
 from tests.raylets import raylets
-from tests.shard_sets import contents
-
-JOBS = Path(__file__).resolve().parents[2] / "jobs"
-DEADLINE_S = 300
+from tests.shard_sets import PER_SHARD, SET_IN_BUCKET, contents, in_bucket, stored_in
 
 
 def failure(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line a failed command left on stderr, progress aside."""
+    """The one line that a failed command left on stderr."""
     assert done.returncode == 1, done.stderr
-    lines = [line for line in done.stderr.splitlines() if " images/s, " not in line]
-    assert len(lines) == 1, done.stderr
-    return lines[0]
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_source(tmp_path_factory.mktemp("job") / "images", images=20)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The set as two workers make it in one go, a shard for each two images."""
-    output = tmp_path_factory.mktemp("job") / "uninterrupted"
-    job = [sys.executable, JOBS / "shard_imagenet.py", "--source", images, "--output", output]
-    done = subprocess.run(
-        [*map(str, job), "--workers", "2", "--samples-per-shard", "2"],
-        env={**outside_clusters(), "PYTHONPATH": str(JOBS.parent)},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "train: 54 images, 27 shards" in done.stdout
-    assert "images set aside: 0" in done.stdout
-    assert "RGB PCA eigenvalues" in done.stdout
-    return output
+    (line,) = done.stderr.splitlines()
+    return line
 
 
 @pytest.fixture(scope="module")
@@ -69,33 +46,19 @@ def joined() -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_a_second_run_does_nothing_and_other_settings_are_refused(images: Path, uninterrupted: Path) -> None:
-    written = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
-    arguments = ["--source", images, "--output", uninterrupted, "--samples-per-shard", "2"]
-    again = run_here("shard_imagenet", *arguments)
-    assert again.returncode == 0, again.stderr
-    assert "finished before; nothing to do" in again.stdout
-    other = failure(run_here("shard_imagenet", *arguments, "--quality", "50"))
-    assert "finished set of another quality (90, not 50)" in other
-    assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == written
-
-
-@pytest.mark.slow
 @pytest.mark.usefixtures("joined")
-def test_verify_names_a_damaged_shard_and_only_mends_it(
-    images: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_verify_names_a_damaged_shard_and_its_command_mends_that_alone(
+    images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = Path(shutil.copytree(uninterrupted, tmp_path / "out"))
+    output = Path(shutil.copytree(whole, tmp_path / "out"))
     config = VerifyConfig(str(output), decode=True, workers=1)
     verify(config)
     assert capsys.readouterr().out.splitlines() == [
-        "OK train: 54 images in 27 shards, 18 to 18 of each of 3 classes, all decoded",
-        "OK val: 6 images in 3 shards, 2 to 2 of each of 3 classes, all decoded",
+        "OK train: 15 images in 4 shards, 5 to 5 of each of 3 classes, all decoded",
+        "OK val: 3 images in 1 shards, 1 to 1 of each of 3 classes, all decoded",
     ]
     tar = output / "train" / "train-000003.tar"
-    data = bytearray(tar.read_bytes())
-    data[9000] ^= 1
-    tar.write_bytes(data)
+    flip_bit(tar, 9000)
     with pytest.raises(VerifyError, match=f"^{output} has "):
         verify(config)
     said = capsys.readouterr().out
@@ -103,55 +66,85 @@ def test_verify_names_a_damaged_shard_and_only_mends_it(
     assert "OK train" not in said
     faults = [line for line in said.splitlines() if line.startswith("FAULT")]
     assert all(line.startswith("FAULT train-000003") for line in faults)
-    cures = [line for line in said.splitlines() if "rm " in line]
-    assert len(cures) == 1
+    (cure,) = [line for line in said.splitlines() if "rm " in line]
     # The commands as they are printed, with the user's images for IMAGES.
-    command = "rm " + cures[0].partition(": rm ")[2].replace("IMAGES", str(images))
+    command = "rm " + cure.partition(": rm ")[2].replace("IMAGES", str(images))
     command = command.replace("python jobs/", f"{sys.executable} {JOBS}/")
     kept = {path: path.stat().st_mtime_ns for path in output.rglob("*.tar") if path != tar}
-    mended = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=600)
+    mended = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=300)
     assert mended.returncode == 0, mended.stderr
-    assert contents(output) == contents(uninterrupted)
+    for line in ("train: 15 images, 4 shards", "images set aside: 0", "RGB PCA eigenvalues"):
+        assert line in mended.stdout
+    assert contents(output) == contents(whole)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("joined")
-def test_bad_images_fail_or_are_set_aside_as_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = write_source(tmp_path / "images", images=3, longest=280)
-    (source / "n1" / "n1_0.JPEG").write_bytes(b"no image")
-    config = ShardConfig(str(tmp_path / "out"), str(source), workers=1, max_bad_fraction=0.2)
-    with pytest.raises(BadImageError, match=r"n1_0.JPEG: it is no image in a known format; replace or remove"):
-        main(dataclasses.replace(config, on_bad_image="fail"))
+def test_the_jobs_make_and_verify_a_set_at_a_url(
+    images: Path, whole: Path, s3: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = boto3.client("s3", endpoint_url=f"http://{s3}")
+    client.create_bucket(Bucket="bucket")
+    config = ShardConfig(output=in_bucket(s3), source=str(images), samples_per_shard=PER_SHARD, workers=2)
+    with faulty_proxy(s3) as proxy:
+        proxy.write_plan["train-000001.tar"] = collections.deque(["403"])
+        main(dataclasses.replace(config, output=in_bucket(proxy.address)))
+    assert stored_in(client) == contents(whole)
+    shown = f"s3://bucket/{SET_IN_BUCKET}"
+    # A worker has nobody else to tell.
+    assert f"{shown}/train/train-000001.tar: attempt 1 of 7 failed (" in capsys.readouterr().err
     main(config)
-    assert "images set aside: 1, listed in" in capsys.readouterr().out
-    assert read_dataset(tmp_path / "out").set_aside == 1
+    assert "finished before; nothing to do" in capsys.readouterr().out
+    key = f"{SET_IN_BUCKET}/train/train-000002.tar"
+    tar = client.get_object(Bucket="bucket", Key=key)["Body"].read()
+    client.put_object(Bucket="bucket", Key=key, Body=tar[:3000] + b"x" + tar[3001:])
+    with pytest.raises(VerifyError, match=rf"^{shown} has \d+ faults, in 1 of 5 shards"):
+        verify(VerifyConfig(data=config.output, workers=2))
+    said = capsys.readouterr()
+    assert "OK val: 3 images in 1 shards" in said.out
+    assert f"delete {shown}/train/train-000002.* in the store, then python jobs/shard_imagenet.py" in said.out
+    assert "SECRET" not in said.out + said.err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("joined")
+def test_a_bad_image_ends_the_job_where_that_is_asked(source: Path, tmp_path: Path) -> None:
+    (source / "n1" / "n1_0.JPEG").write_bytes(b"no image")
+    with pytest.raises(BadImageError, match=r"n1_0.JPEG: it is no image in a known format; replace or remove"):
+        main(ShardConfig(str(tmp_path / "out"), str(source), workers=1, on_bad_image="fail"))
+
+
+def test_a_second_run_does_nothing_and_other_settings_are_refused(images: Path, whole: Path) -> None:
+    written = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    arguments = ["--source", images, "--output", whole, "--samples-per-shard", PER_SHARD]
+    again = run_here("shard_imagenet", *arguments)
+    assert again.returncode == 0, again.stderr
+    assert "finished before; nothing to do" in again.stdout
+    other = failure(run_here("shard_imagenet", *arguments, "--quality", "50"))
+    assert "finished set of another quality (90, not 50)" in other
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == written
 
 
 def test_a_missing_source_ends_in_one_line(tmp_path: Path) -> None:
     message = failure(run_here("shard_imagenet", "--source", tmp_path / "missing", "--output", tmp_path / "out"))
-    assert message.startswith(
-        f"error: {tmp_path / 'missing'} does not exist: give --source a folder of class folders, "
-    )
+    assert message.startswith(f"error: {tmp_path / 'missing'} does not exist: give --source a folder of class folders,")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("wrong", "message"),
     [
-        (("--on-bad-image", "perhaps"), "--on-bad-image"),
-        (("--quality", "200"), "--quality 200 must lie between 1 and 95"),
-        (("--workers", "0"), "--workers 0 must be at least 1"),
+        ({"quality": 200}, "--quality 200 must lie between 1 and 95"),
+        ({"workers": 0}, "--workers 0 must be at least 1"),
+        ({"output": "https://host/set?key=SECRET"}, "--output https://host/set cannot be written: give a folder, s3:"),
+        ({"output": "file://host/set"}, "--output file://host/set cannot be written"),
     ],
 )
-def test_wrong_usage_is_status_2(
-    more: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["shard_imagenet.py", "--source", "missing", "--output", "out", *more])
-    with pytest.raises(SystemExit) as ended:
-        run(ShardConfig, main)
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+def test_what_cannot_be_is_refused_before_anything_is_read(wrong: dict[str, Any], message: str) -> None:
+    settings: dict[str, Any] = {"output": "out", "source": "missing", **wrong}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        ShardConfig(**settings)
 
 
 def test_progress_in_a_log_is_a_line_now_and_then_and_one_at_the_end() -> None:
