@@ -148,17 +148,20 @@ def main(config: DemoConfig) -> None:
     with ray_cluster(environment, max(cores(), config.workers)) as address:
         train = ["python", "jobs/train.py", "--data", str(shards), "--storage", str(runs), "--name", "demo"]
         train += ["--workers", str(config.workers), "--batch-size", str(config.batch_size)]
-        train += ["--epochs", str(config.epochs), "--log-every", "5"]
+        train += ["--epochs", str(config.epochs), "--seed", "0", "--log-every", "5"]
         call([RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", *train], environment)
 
     evaluate = [python, "jobs/evaluate.py", "--data", str(shards), "--checkpoint", str(runs / "demo")]
     call(evaluate, environment)
     call([*evaluate, "--ten-crop"], environment)
-    call([python, "jobs/report.py", "--storage", str(runs), "--name", "demo", "--output", str(report)], environment)
+    shown = ["--storage", str(runs), "--name", "demo", "--data", str(shards), "--output", str(report)]
+    call([python, "jobs/report.py", *shown], environment)
 
     classes = len(read_dataset(shards).classes)
     print(f"\nGuessing among {classes} classes would have {1 - 1 / classes:.1%} top-1 error.")
-    print(f"Report: {report}. All of it took {(time.perf_counter() - started) / 60:.1f} minutes.")
+    print(f"All of it took {(time.perf_counter() - started) / 60:.1f} minutes. Open {report} in a browser.")
+    if config.source is None:
+        print("Next: your own images, a folder a class: make demo SOURCE=FOLDER. For ImageNet see README.md.")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pickle
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -101,4 +102,5 @@ def main(config: ImportConfig) -> None:
     progress = Progress(Plateau(identity.recipe.lr), finished=True)
     checkpoint.save_network(config.output, network, State(identity, progress, origin))
     print(f"{origin}: {imported.classes} classes, normalization {imported.normalization}, BGR turned to RGB")
-    print(f"next: python jobs/evaluate.py --data {config.data} --checkpoint {config.output}")
+    command = ["python", "jobs/evaluate.py", "--data", str(config.data), "--checkpoint", str(config.output)]
+    print(f"next: {shlex.join(command)}")

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.figures
 
 The batch is of a few generated images. The others are drawn from JSON in docs/benchmarks/; one whose JSON is missing is
-named and left out.
+named and left out. With --report, the top of that page is one more picture.
 
     loaders.json    {LOADER: {CORES: images/s}}, by tests.benchmarks.loader_speed
     rgb.json        the `rgb` of a set's dataset.json
@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,8 @@ LINES = (OURS, "#e0762b", "#3fa36b", OTHERS)  # Distinct to the color-blind, on 
 SEED = 23  # With it, one image of the two is flipped.
 CORES = "2"
 NO_LOADERS = ("no more", "bare copy")  # Of decoding or copying alone, which give no batches.
+CHROMIUM = "chromium"
+REPORT_SIZE = (1200, 1400)
 DEVIATIONS = 3  # Shown of each color component, to both sides.
 
 
@@ -56,6 +59,8 @@ class FiguresConfig:
     """The folder to write to."""
     data: Path = DOCS / "benchmarks"
     """The folder with the JSON."""
+    report: Path | None = None
+    """A page by jobs/report.py, to be photographed by Chromium (Debian's package chromium)."""
 
 
 def loader_bars(rates: dict[str, dict[str, float]]) -> Figure:
@@ -148,9 +153,27 @@ def batch(folder: Path) -> bytes:
     write_folder(folder / "images", classes=6, train_per_class=4, val_per_class=1, seed=0, log=lambda line: None)
     shards = build_shard_set(folder / "images", folder / "shards")
     look.main(look.LookConfig(shards, folder / "look.png", images=2, seed=SEED))
+    return as_jpeg(folder / "look.png")
+
+
+def as_jpeg(picture: Path) -> bytes:
     drawn = io.BytesIO()
-    Image.open(folder / "look.png").convert("RGB").save(drawn, "JPEG", quality=85)
+    Image.open(picture).convert("RGB").save(drawn, "JPEG", quality=85)
     return drawn.getvalue()
+
+
+def screenshot(page: Path, output: Path, scheme: str, width: int, height: int) -> None:
+    """Writes a PNG of a page's top as Chromium shows it, where the reader has it light or dark.
+
+    Raises:
+        subprocess.CalledProcessError: if Chromium fails.
+    """
+    schemes = {"dark": 0, "light": 1}  # Blink's PreferredColorScheme
+    with tempfile.TemporaryDirectory() as profile:
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
+        options += [f"--blink-settings=preferredColorScheme={schemes[scheme]}", f"--window-size={width},{height}"]
+        command = [CHROMIUM, *options, f"--screenshot={output}", page.resolve().as_uri()]
+        subprocess.run(command, capture_output=True, timeout=120, check=True)
 
 
 def main(config: FiguresConfig) -> None:
@@ -178,6 +201,9 @@ def main(config: FiguresConfig) -> None:
                     )
                     write_atomically(config.output / f"{name}-{page}.svg", chart.getvalue())
             write_atomically(config.output / f"batch-{page}.jpg", batch(Path(folder)))
+            if config.report is not None:
+                screenshot(config.report, Path(folder) / "report.png", page, *REPORT_SIZE)
+                write_atomically(config.output / f"report-{page}.jpg", as_jpeg(Path(folder) / "report.png"))
     print(f"pictures: {config.output}")
 
 
