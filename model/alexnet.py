@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from model.lrn import PAPER_ALPHA, PAPER_K, PAPER_SIZE, LocalResponseNorm
-from model.recipe import NORMALIZATIONS, PAPER_DROPOUT, PAPER_HIDDEN_BIAS
+from model.recipe import PAPER_DROPOUT, PAPER_HIDDEN_BIAS
 
 INPUT_SIZE = 227  # The paper says 224 (section 3.5); only 227 gives its 55 x 55 maps with stride 4 and no padding.
 PAPER_WEIGHT_STD = 0.01  # section 5
-FEATURES = 256 * 6 * 6
 
 LAST_LAYER = "fc8"
 BIASED_LAYERS = ("conv2", "conv4", "conv5", "fc6", "fc7")
@@ -30,18 +29,16 @@ class AlexNet(nn.Module):
         classes: how many classes the last layer tells apart.
         groups: 1 for one tower (62,378,344 parameters at 1000 classes), 2 for the paper's two (60,965,224).
         dropout: the probability with which fc6 and fc7 outputs are dropped in training (section 4.2).
-        normalization: one of NORMALIZATIONS.
+        normalization: one of NORMALIZATIONS, as `Recipe` checks.
 
     Raises:
-        ValueError: if `groups` is neither 1 nor 2, there are fewer than two classes, or the normalization is unknown.
+        ValueError: if `groups` is neither 1 nor 2, or there are fewer than two classes.
     """
 
     def __init__(
         self, classes: int, groups: int = 1, dropout: float = PAPER_DROPOUT, normalization: str = "lrn"
     ) -> None:
         super().__init__()
-        if normalization not in NORMALIZATIONS:
-            raise ValueError(f"the normalization is {normalization!r}; it must be one of {', '.join(NORMALIZATIONS)}")
         if groups not in (1, 2):
             raise ValueError(f"groups is {groups}: 1 (one tower) or 2 (the paper's two GPUs)")
         if classes < 2:
@@ -51,7 +48,7 @@ class AlexNet(nn.Module):
         self.conv3 = nn.Conv2d(256, 384, 3, padding=1)
         self.conv4 = nn.Conv2d(384, 384, 3, padding=1, groups=groups)
         self.conv5 = nn.Conv2d(384, 256, 3, padding=1, groups=groups)
-        self.fc6 = nn.Linear(FEATURES, 4096)
+        self.fc6 = nn.Linear(256 * 6 * 6, 4096)
         self.fc7 = nn.Linear(4096, 4096)
         self.fc8 = nn.Linear(4096, classes)
         self.norm1, self.norm2 = (local_response(normalization, channels) for channels in (96, 256))
@@ -89,18 +86,11 @@ class AlexNet(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int, hidden_bias: float = PAPER_HIDDEN_BIAS, scheme: str = "gaussian") -> None:
-        """Draws every weight by `seed`; biases are `hidden_bias` in the layers of section 5, else 0.
-
-        Args:
-            seed: of all weights.
-            hidden_bias: of BIASED_LAYERS.
-            scheme: one of INITIALIZATIONS, for the weights.
-        """
+        """Draws every weight by `seed`, as a `scheme` of INITIALIZATIONS says; biases are 0 but for BIASED_LAYERS."""
         generator = torch.Generator().manual_seed(seed)
         for name, layer in self.named_children():
             if isinstance(layer, nn.Conv2d | nn.Linear):
-                inputs = layer.weight[0].numel()
-                std = PAPER_WEIGHT_STD if scheme == "gaussian" else math.sqrt(2.0 / inputs)
+                std = PAPER_WEIGHT_STD if scheme == "gaussian" else math.sqrt(2.0 / layer.weight[0].numel())
                 layer.weight.copy_(torch.empty(layer.weight.shape).normal_(0.0, std, generator=generator))
                 assert layer.bias is not None
                 layer.bias.fill_(hidden_bias if name in BIASED_LAYERS else 0.0)
@@ -113,8 +103,3 @@ def local_response(normalization: str, channels: int) -> nn.Module:
     if normalization == "lrn":
         return LocalResponseNorm(channels, alpha=PAPER_ALPHA, k=PAPER_K)
     return LocalResponseNorm(channels, alpha=PAPER_ALPHA / PAPER_SIZE, k=1.0)
-
-
-def parameter_count(network: nn.Module) -> int:
-    """The number of trained values."""
-    return sum(p.numel() for p in network.parameters())

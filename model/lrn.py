@@ -12,6 +12,8 @@ gradient of conv1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
@@ -21,12 +23,7 @@ PAPER_K = 2.0  # section 3.3
 PAPER_SIZE = 5  # section 3.3: n
 PAPER_ALPHA = 1e-4  # section 3.3
 PAPER_BETA = 0.75  # section 3.3
-
-
-def neighbor_matrix(channels: int, size: int) -> Tensor:
-    """The [channels, channels] float32 matrix whose entry (c, j) is 1 where |c - j| <= size // 2, else 0."""
-    index = torch.arange(channels)
-    return ((index[:, None] - index[None, :]).abs() <= size // 2).float()
+HALF = PAPER_SIZE // 2
 
 
 class _ShiftedSums:
@@ -36,32 +33,21 @@ class _ShiftedSums:
     added up has each map's sum, and what runs over from one pixel to the next is zeros.
     """
 
-    def __init__(self, part: Tensor, size: int) -> None:
+    def __init__(self, part: Tensor) -> None:
         images, self._channels, height, width = part.shape
-        self._shifts = 2 * (size // 2)
-        shape = images, height, width, self._channels + self._shifts
+        shape = images, height, width, self._channels + 2 * HALF
         self._padded, self._sums = part.new_zeros(shape), part.new_empty(shape)
-        self._inner = self._padded.narrow(-1, size // 2, self._channels).movedim(-1, 1)
+        self._inner = self._padded.narrow(-1, HALF, self._channels).movedim(-1, 1)
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Of a * b, both [images, channels, height, width] as the part given first; good until the next call."""
         torch.mul(a, b, out=self._inner)
         row, sums = self._padded.flatten(), self._sums.flatten()
-        length = len(row) - self._shifts
+        length = len(row) - 2 * HALF
         sums[:length] = row[:length]
-        for shift in range(1, self._shifts + 1):
+        for shift in range(1, 2 * HALF + 1):
             sums[:length] += row[shift : shift + length]
         return self._sums[..., : self._channels].movedim(-1, 1)
-
-
-class _BandedSums:
-    """The same by one product with the banded matrix: in an exported graph, and on devices without Triton."""
-
-    def __init__(self, band: Tensor) -> None:
-        self._band = band
-
-    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        return F.linear((a * b).movedim(1, -1), self._band).movedim(-1, 1)
 
 
 def _in_parts(x: Tensor) -> bool:
@@ -75,69 +61,64 @@ def _parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     return [tensor.split(1) if _in_parts(tensor) else (tensor,) for tensor in tensors]
 
 
-def _sums(x: Tensor, band: Tensor, size: int) -> _ShiftedSums | _BandedSums:
-    return _ShiftedSums(x[:1], size) if _in_parts(x) else _BandedSums(band)
+def _sums(x: Tensor, band: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    if _in_parts(x):
+        return _ShiftedSums(x[:1])
+    # By one product with the banded matrix: in an exported graph, and on devices without Triton.
+    return lambda a, b: F.linear((a * b).movedim(1, -1), band).movedim(-1, 1)
 
 
-def _power(root: Tensor, beta: float) -> Tensor:
-    """scale ** -beta from scale ** -1/2; for the paper's 3/4 by a square root, cheaper than a general power."""
-    return root.sqrt().mul_(root) if beta == 0.75 else root.pow(2 * beta)
+def _power(root: Tensor) -> Tensor:
+    """scale ** -3/4 from scale ** -1/2: a square root is cheaper than a general power."""
+    return root.sqrt().mul_(root)
 
 
 class _LocalResponse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, band: Tensor, size: int, k: float, alpha: float, beta: float) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, band: Tensor, k: float, alpha: float) -> Tensor:
         out, root = torch.empty_like(x), torch.empty_like(x, dtype=band.dtype)
-        sums, constant = _sums(root, band, size), root.new_full((), k)
+        sums, constant = _sums(root, band), root.new_full((), k)
         for part, to, its_root in zip(*_parts(x, out, root), strict=True):
             wide = part.to(band.dtype)
             torch.add(constant, sums(wide, wide), alpha=alpha, out=its_root).rsqrt_()
-            torch.mul(wide, _power(its_root, beta), out=to)
+            torch.mul(wide, _power(its_root), out=to)
         ctx.save_for_backward(x, band, root)
-        ctx.constants = size, alpha, beta  # type: ignore[attr-defined]
+        ctx.alpha = alpha  # type: ignore[attr-defined]
         return out
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x, band, root = ctx.saved_tensors  # type: ignore[attr-defined]
-        size, alpha, beta = ctx.constants  # type: ignore[attr-defined]
         # d b[c] / d a[j] = [c = j] scale[c]^-beta - 2 alpha beta a[c] a[j] scale[c]^(-beta - 1) band[c, j],
         # and band is its own transpose.
-        out, sums = torch.empty_like(x), _sums(root, band, size)
+        factor = -2.0 * ctx.alpha * PAPER_BETA  # type: ignore[attr-defined]
+        out, sums = torch.empty_like(x), _sums(root, band)
         for part, its_root, its_grad, to in zip(*_parts(x, root, grad, out), strict=True):
             wide = part.to(band.dtype)
-            direct = _power(its_root, beta).mul_(its_grad)
+            direct = _power(its_root).mul_(its_grad)
             shared = sums((direct * wide).mul_(its_root), its_root)
-            torch.addcmul(direct, wide, shared, value=-2.0 * alpha * beta, out=to)
-        return out, None, None, None, None, None
+            torch.addcmul(direct, wide, shared, value=factor, out=to)
+        return out, None, None, None
 
 
 class LocalResponseNorm(nn.Module):
-    """Normalizes [N, channels, H, W] of any float dtype across `size` neighboring maps; the shape is kept."""
+    """Normalizes [N, channels, H, W] of any float dtype across PAPER_SIZE neighboring maps; the shape is kept."""
 
     band: Tensor
+    """[channels, channels]: 1 where two maps are neighbors, else 0."""
 
-    def __init__(
-        self,
-        channels: int,
-        size: int = PAPER_SIZE,
-        alpha: float = PAPER_ALPHA,
-        beta: float = PAPER_BETA,
-        k: float = PAPER_K,
-    ) -> None:
+    def __init__(self, channels: int, alpha: float = PAPER_ALPHA, k: float = PAPER_K) -> None:
         super().__init__()
-        self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
-        # Not a parameter and not saved: it follows from the arguments.
-        self.register_buffer("band", neighbor_matrix(channels, size), persistent=False)
+        self.alpha, self.k = alpha, k
+        index = torch.arange(channels)
+        # Not a parameter and not saved: it follows from the number of channels.
+        self.register_buffer("band", ((index[:, None] - index).abs() <= HALF).float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        constants = self.size, self.k, self.alpha, self.beta
         if x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_exporting():
             # Only torch's builds for GPUs bring Triton.
             from model.lrn_triton import FusedLocalResponse
 
-            return FusedLocalResponse.apply(x, *constants)
-        return _LocalResponse.apply(x, self.band.to(torch.promote_types(x.dtype, torch.float32)), *constants)
-
-    def extra_repr(self) -> str:
-        return f"{self.band.shape[0]}, size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
+            return FusedLocalResponse.apply(x, self.k, self.alpha)
+        band = self.band.to(torch.promote_types(x.dtype, torch.float32))
+        return _LocalResponse.apply(x, band, self.k, self.alpha)

@@ -18,12 +18,10 @@ class LabeledImages(Protocol):
     @property
     def images(self) -> Tensor:
         """float [n, 3, 227, 227] on the network's device."""
-        ...
 
     @property
     def labels(self) -> Tensor:
         """int64 [n] on the same device."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

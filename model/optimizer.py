@@ -19,10 +19,7 @@ class LARS(torch.optim.SGD):
     q is 1 where |w| or |g| is 0, as in the authors' Caffe (`SGDSolver::GetLocalRate`), which also scales biases. torch
     has no such optimizer. The gradients are left scaled: after a step, they hold q * (g + decay * w).
 
-    Args:
-        groups: parameter groups, each with `params`, `lr` and `weight_decay`.
-        momentum: m.
-        trust_coefficient: the trust coefficient.
+    `groups` have `params`, `lr` and `weight_decay` each.
     """
 
     def __init__(self, groups: list[dict[str, Any]], momentum: float, trust_coefficient: float) -> None:
@@ -37,8 +34,6 @@ class LARS(torch.optim.SGD):
             decay = group["scaled_decay"]
             for parameter in group["params"]:
                 gradient = parameter.grad
-                if gradient is None:
-                    continue
                 weight_norm = torch.linalg.vector_norm(parameter)
                 norm = torch.linalg.vector_norm(gradient)
                 scale = self._trust_coefficient * weight_norm / (norm + decay * weight_norm)

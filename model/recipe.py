@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from model.schedule import poly, warm_up
-
 PAPER_HIDDEN_BIAS = 1.0  # section 5: conv2, conv4, conv5 and the fully connected hidden layers; 0 elsewhere
 PAPER_DROPOUT = 0.5  # section 4.2
 
@@ -104,10 +102,11 @@ class Recipe:
             steps: steps in an epoch.
         """
         done = epoch * steps + step
-        rise = warm_up(done, self.warm_up_epochs * steps)
+        # Goyal et al. 2017.
+        rise = min(1.0, (done + 1) / (self.warm_up_epochs * steps)) if self.warm_up_epochs else 1.0
         if self.schedule == "plateau":
             return plateau_lr * rise
-        return self.lr * rise * poly(done, self.epochs * steps, self.power)
+        return self.lr * rise * (1.0 - done / (self.epochs * steps)) ** self.power
 
 
 CHOICES = {

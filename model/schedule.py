@@ -1,10 +1,9 @@
-"""The learning rate: a tenth on each plateau, as the paper had it by hand, or falling as a power of what is left."""
+"""The learning rate: a tenth on each plateau, as the paper had it by hand."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 PAPER_REDUCTIONS = 3  # section 5: "reduced three times prior to termination"
 PAPER_FACTOR = 0.1  # section 5: "divide the learning rate by 10"
@@ -49,7 +48,8 @@ class Plateau:
         if bad < patience:
             return dataclasses.replace(self, bad_epochs=bad, reason="")
         span = f"{bad} epoch{'s' if bad > 1 else ''}"
-        cause = f"epoch {epoch}: {_read(metric, name)} did not improve on {_read(self.best, name, False)} for {span}"
+        what = "error" if name == "top1_error" else "loss"
+        cause = f"epoch {epoch}: {what} {_read(metric, name)} did not improve on {_read(self.best, name)} for {span}"
         if self.reductions == PAPER_REDUCTIONS:
             reason = f"{cause}: stopping, the rate was reduced {PAPER_REDUCTIONS} times"
             return dataclasses.replace(self, bad_epochs=0, stopped=True, reason=reason)
@@ -58,21 +58,6 @@ class Plateau:
             self, lr=lr, bad_epochs=0, reductions=self.reductions + 1, reason=f"{cause}: rate {self.lr:g} -> {lr:g}"
         )
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
-
-def _read(metric: float, name: str, with_name: bool = True) -> str:
-    """A metric as a person reads it: "error 41.2 %" or "loss 2.3456"."""
-    text, unit = ("error", f"{100 * metric:.1f} %") if name == "top1_error" else ("loss", f"{metric:.4f}")
-    return f"{text} {unit}" if with_name else unit
-
-
-def warm_up(step: int, steps: int) -> float:
-    """The fraction of the rate at a step, from 0, that rises linearly over the first `steps` (Goyal et al. 2017)."""
-    return min(1.0, (step + 1) / steps) if steps else 1.0
-
-
-def poly(step: int, steps: int, power: float) -> float:
-    """The fraction of the rate that is left at a step, from 0, of so many: Caffe's "poly" policy."""
-    return (1.0 - step / steps) ** power
+def _read(metric: float, name: str) -> str:
+    return f"{100 * metric:.1f} %" if name == "top1_error" else f"{metric:.4f}"

@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,15 +34,12 @@ class TrainingData(Protocol):
     @property
     def steps(self) -> int:
         """Steps in an epoch."""
-        ...
 
     def training(self, epoch: int, first_step: int) -> Iterator[Sequence[LabeledImages]]:
         """For each step from `first_step`, this worker's part of the global batch as one or more micro-batches."""
-        ...
 
     def validation(self) -> Iterator[LabeledImages]:
         """This worker's part of the validation images, each exactly once over all workers."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,27 +78,21 @@ class Observer(Protocol):
         Returns:
             what is due now; the same on every worker.
         """
-        ...
 
     def on_log(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
         """After some steps: their mean score, all workers' rate, and the fraction of time spent waiting for data."""
-        ...
 
     def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None:
         """After an epoch and its validation; `row` is new in the history."""
-        ...
 
     def on_validation_batch(self, trainer: Trainer) -> StepAction:
         """After each batch of a validation; returns what is due now, the same on every worker."""
-        ...
 
     def checkpoint(self, trainer: Trainer) -> None:
         """When a checkpoint is due."""
-        ...
 
     def on_warning(self, trainer: Trainer, warning: str) -> None:
         """When something looks wrong that does not stop training."""
-        ...
 
 
 class Trainer:
@@ -114,7 +105,6 @@ class Trainer:
         log_every: tell the observer every so many steps.
         checkpoint_every: checkpoint every so many steps within an epoch; 0 for only at its end.
         checkpoint_epochs: checkpoint at every so many epochs' end, and at the last one's.
-        clock: seconds; a parameter for tests.
     """
 
     def __init__(
@@ -125,7 +115,6 @@ class Trainer:
         log_every: int = 20,
         checkpoint_every: int = 0,
         checkpoint_epochs: int = 1,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.network = network
         self.recipe = recipe
@@ -135,7 +124,6 @@ class Trainer:
         self._log_every = log_every
         self._checkpoint_every = checkpoint_every
         self._checkpoint_epochs = checkpoint_epochs
-        self._clock = clock
         self._classes = 0
         self._forward_ended = 0.0
         self._in_flight = InFlightStepLimit(worker.device)
@@ -149,10 +137,10 @@ class Trainer:
             StoppedError: if the observer says so.
         """
         while not self.progress.finished:
-            started = self._clock()
+            started = time.perf_counter()
             self._train_epoch(data, observer)
             train = Score.of(torch.tensor(self.progress.sums, dtype=torch.float64))
-            train_seconds = self._clock() - started
+            train_seconds = time.perf_counter() - started
             with self._autocast():
                 sums = evaluate(self.network, self._watched(data.validation(), observer), self.worker.device)
             score = Score.of(self._all_reduce(sums))
@@ -160,7 +148,7 @@ class Trainer:
                 raise self._diverged(f"the validation loss became {score.loss}", data.steps, data.steps)
             row = self.progress.close_epoch(self.recipe, train, score)
             row["train_seconds"] = train_seconds
-            row["seconds"] = self._clock() - started
+            row["seconds"] = time.perf_counter() - started
             observer.on_epoch_end(self, row)
             if self.progress.finished or self.progress.epoch % self._checkpoint_epochs == 0:
                 observer.checkpoint(self)
@@ -173,7 +161,7 @@ class Trainer:
 
     def step(self, micro_batches: Sequence[LabeledImages]) -> Tensor:
         """One update from this worker's part of a global batch; float64 [4] of its sums, as `metrics.batch_metrics`."""
-        self._seed(_step_seed(self.recipe.seed, self.progress.epoch, self.progress.step, self.worker.rank))
+        self._seed()
         self.optimizer.zero_grad()
         sums = torch.zeros(4, dtype=torch.float64, device=self.worker.device)
         for number, batch in enumerate(micro_batches, start=1):
@@ -183,7 +171,7 @@ class Trainer:
                     logits = self._parallel(batch.images)
                 log_probabilities = F.log_softmax(logits.float(), dim=1)
                 loss = F.nll_loss(log_probabilities, batch.labels, reduction="sum")
-                self._forward_ended = self._clock()
+                self._forward_ended = time.perf_counter()
                 # DDP averages over workers: times `world`, the average is the sum over the global batch.
                 (loss * (self.worker.world / self.recipe.batch_size)).backward()
             sums += batch_metrics(log_probabilities.detach(), batch.labels)
@@ -203,12 +191,12 @@ class Trainer:
         norm = torch.zeros((), device=self.worker.device)
         # Before the steps: one that explodes makes the weights as long as itself.
         weights = self._weight_norm()
-        since, first, waited, highest = self._clock(), progress.step, 0.0, 0.0
+        since, first, waited, highest = time.perf_counter(), progress.step, 0.0, 0.0
         steps = data.training(progress.epoch, progress.step)
         while progress.step < data.steps:
-            asked = self._clock()
+            asked = time.perf_counter()
             micro_batches = next(steps)
-            waited += self._clock() - asked
+            waited += time.perf_counter() - asked
             progress.rate = self.recipe.rate(progress.schedule.lr, progress.epoch, progress.step, data.steps)
             set_rate(self.optimizer, progress.rate)
             highest = max(highest, progress.rate)
@@ -228,11 +216,10 @@ class Trainer:
                 cause = divergence(window)
                 if cause is not None:
                     raise self._diverged(cause, first + 1, progress.step)
-                now = self._clock()
+                now = time.perf_counter()
                 observer.on_log(self, score, score.images / (now - since), waited / (now - since))
-                flat = flat_steps(progress.flat_steps, window)
-                warning = dead_network(progress.flat_steps, flat, data.steps, window.classes)
-                progress.flat_steps = flat
+                before, progress.flat_steps = progress.flat_steps, flat_steps(progress.flat_steps, window)
+                warning = dead_network(before, progress.flat_steps, data.steps, window.classes)
                 if warning is not None:
                     observer.on_warning(self, warning)
                 recent.zero_()
@@ -262,8 +249,10 @@ class Trainer:
         if action is StepAction.STOP:
             raise StoppedError(f"after epoch {self.progress.epoch}, step {self.progress.step}")
 
-    def _seed(self, seed: int) -> None:
+    def _seed(self) -> None:
         """Seeds the generator that dropout draws from. torch.manual_seed seeds those of every device: over 260 us."""
+        place = [self.recipe.seed, self.progress.epoch, self.progress.step, self.worker.rank]
+        seed = int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> np.uint64(1))
         if self.worker.device.type == "cuda":
             with torch.cuda.device(self.worker.device):
                 torch.cuda.manual_seed(seed)
@@ -279,8 +268,7 @@ class Trainer:
         The norms ride on the one exchange that the score needs; they are the same on every worker already, as the
         gradients have been averaged, so that the exchange only makes sure.
         """
-        mine = torch.cat([recent, torch.stack([norm, weights]).double() / self.worker.world])
-        total = self._all_reduce(mine)
+        total = self._all_reduce(torch.cat([recent, torch.stack([norm, weights]).double() / self.worker.world]))
         *sums, gradient_norm, weight_norm = total.tolist()
         self.progress.sums = [a + b for a, b in zip(self.progress.sums, sums, strict=True)]
         score = Score.of(total[:4])
@@ -306,9 +294,5 @@ class Trainer:
         return total
 
     def _autocast(self) -> torch.autocast:
-        worker = self.worker
-        return torch.autocast(worker.device.type, worker.precision, enabled=worker.precision != torch.float32)
-
-
-def _step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, epoch, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        precision = self.worker.precision
+        return torch.autocast(self.worker.device.type, precision, enabled=precision != torch.float32)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from model.alexnet import AlexNet
 
-LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 CAFFE_MEAN = (122.67891434, 116.66876762, 104.00698793)
 """Mean r, g, b (0..255) of Caffe's data/ilsvrc12/imagenet_mean.binaryproto, over its 256 x 256 positions."""
 
@@ -52,7 +51,6 @@ class Imported:
     """A network in our own names."""
 
     description: str
-    """What it is."""
     normalization: str
     """One of `model.recipe.NORMALIZATIONS`."""
     tensors: dict[str, Tensor]
@@ -82,7 +80,7 @@ def from_caffe(layers: Sequence[CaffeLayer]) -> Imported:
         )
     network, normalization = orders[kinds]
     tensors = {}
-    for name in LAYERS:
+    for name in JIECAOYU:
         if name not in named or len(named[name].blobs) != 2:
             raise InterchangeError(f"it has no layer {name} with weights and biases; a fine-tuned network may not fit")
         weight, bias = named[name].blobs

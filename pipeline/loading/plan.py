@@ -100,7 +100,7 @@ class Plan:
     """The training plan of one data set.
 
     Raises:
-        ValueError: if the set holds less than one global batch, or a value is out of range.
+        ValueError: if the set holds less than one global batch.
     """
 
     samples: int
@@ -113,8 +113,6 @@ class Plan:
     """[3, 3]: takes alpha to the shift of r, g, b in gray levels; see `color_matrix`."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"the batch size is {self.batch_size}; it must be at least 1")
         if self.samples < self.batch_size:
             raise ValueError(
                 f"the set has {self.samples} training images, fewer than one batch of {self.batch_size}: "
@@ -211,8 +209,6 @@ def color_matrix(rgb: RgbStatistics, reading: str = "eigenvalue") -> NDArray[np.
 
 def rank_slice(total: int, rank: int, world: int) -> range:
     """The rank's part of `total` things, in order: parts differ by at most one and together are the whole."""
-    if not 0 <= rank < world:
-        raise ValueError(f"rank {rank} of {world} workers")
     return range(rank * total // world, (rank + 1) * total // world)
 
 

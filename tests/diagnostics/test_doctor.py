@@ -15,31 +15,24 @@ import pytest
 
 from jobs.cluster.nodes import NoAnswer
 from jobs.diagnostics import checks
-from jobs.diagnostics.checks import judge, write_file
+from jobs.diagnostics.checks import Finding, judge, write_file
 from jobs.diagnostics.probe import Rank
-from jobs.doctor import DoctorConfig, examine, main
+from jobs.doctor import DoctorConfig, main
 from pipeline.dataset.info import DatasetError
-from tests import hosts
 from tests.damage import flip_bit, own_copy
 from tests.processes import outside_clusters
 
 ROOT = Path(__file__).resolve().parents[2]
-NO_HOSTS = hosts.missing()
 
 
 def test_a_row_fails_with_who_did_not_answer_and_why() -> None:
-    assert judge("a", {1: "16 files", 2: "16 files", 3: "32 files"}, "cure") == checks.Finding(
-        "a", "ok", "16 files; 32 files"
-    )
-    assert judge("a", {1: "16 files", 2: NoAnswer("none")}, "cure") == checks.Finding("a", "failed", "2: none", "cure")
+    assert judge("a", {1: "16 files", 2: "16 files", 3: "32 files"}, "cure") == Finding("a", "ok", "16 files; 32 files")
+    assert judge("a", {1: "16 files", 2: NoAnswer("none")}, "cure") == Finding("a", "failed", "2: none", "cure")
     many = judge("a", {number: NoAnswer("none") for number in range(7)}, "cure")
     assert many.found.endswith("4: none; and 2 more")
-
-
-def test_where_all_must_be_alike_what_differs_is_named() -> None:
-    must_match = judge("versions", {1: "python 3.11, ray 2.60", 2: "python 3.11, ray 2.60"}, "cure", must_match=True)
-    assert must_match.status == "ok"
-    other = judge("versions", {1: "python 3.11, ray 2.60", 2: "python 3.11, ray 2.61"}, "cure", must_match=True)
+    alike = {1: "python 3.11, ray 2.60", 2: "python 3.11, ray 2.60"}
+    assert judge("versions", alike, "cure", must_match=True).status == "ok"
+    other = judge("versions", {**alike, 2: "python 3.11, ray 2.61"}, "cure", must_match=True)
     assert (other.status, other.found) == ("failed", "1 has ray 2.60; 2 has ray 2.61")
 
 
@@ -66,13 +59,6 @@ def test_a_storage_must_show_what_another_node_wrote(tmp_path: Path) -> None:
         checks.storage("/proc/runs", ".doctor-1")
 
 
-def test_gpus_where_there_are_none_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
-    with pytest.raises(ValueError, match="Ray sees no GPU on this machine: leave it out"):
-        next(examine(DoctorConfig(gpus=True)))
-
-
 def test_the_graph_of_training_runs_where_a_worker_would() -> None:
     assert Rank().use_device("cpu") == "CPU"
 
@@ -89,7 +75,7 @@ def test_a_damaged_shard_is_found(shard_set: Path, tmp_path: Path) -> None:
 def test_what_failed_is_printed_with_its_cure_and_ends_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [checks.Finding("disk", "ok", "9 GB free"), checks.Finding("storage", "failed", "it is away", "mount it")]
+    rows = [Finding("disk", "ok", "9 GB free"), Finding("storage", "failed", "it is away", "mount it")]
     monkeypatch.setattr("jobs.doctor.connected", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr("jobs.doctor.examine", lambda config: iter(rows))
     with pytest.raises(ValueError, match=r"1 of 2 checks failed \(storage\)"):
@@ -118,22 +104,3 @@ def test_a_healthy_machine_passes(shard_set: Path, tmp_path: Path) -> None:
     found = {row["check"]: row for row in json.loads((tmp_path / "found.json").read_text())["findings"]}
     assert {name for name, row in found.items() if row["status"] == "ok"} >= {"storage", "data", "disk", "all-reduce"}
     assert not list((tmp_path / "runs").iterdir())
-
-
-@pytest.mark.long
-@pytest.mark.skipif(NO_HOSTS is not None, reason=str(NO_HOSTS))
-def test_what_is_wrong_with_one_host_of_two_is_named(shard_set: Path, tmp_path: Path) -> None:
-    local = tmp_path / "disk"
-    poor = "ulimit -n 2048; mount -t tmpfs -o size=64m tmpfs /dev/shm; mount -o remount,size=10k $DISK"
-    with hosts.cluster((1, 1), local, prepare={2: poor}) as two:
-        submit = ["ray", "job", "submit", "--address", f"http://{hosts.NETWORK}.1:8265", "--working-dir", ROOT, "--"]
-        where = ["--data", shard_set, "--storage", local / "runs", "--stage", local, "--workers", 2]
-        found = tmp_path / "found.json"
-        done = two[1].run(*submit, "python", "jobs/doctor.py", *where, "--json", found, timeout=240)
-    rows = {row["check"]: row for row in json.loads(found.read_text())["findings"]}
-    failed = {name for name, row in rows.items() if row["status"] == "failed"}
-    assert (done.returncode, failed) == (1, {"storage", "disk", "open files", "/dev/shm"}), done.stdout
-    for name in failed:
-        assert f"{hosts.NETWORK}.2: " in rows[name]["found"]
-        assert f"{hosts.NETWORK}.1: " not in rows[name]["found"]
-    assert {name for name, row in rows.items() if row["status"] == "ok"} >= {"versions", "data", "all-reduce"}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from pipeline.images.rgb_stats import RgbMoments, RgbStatistics
 from pipeline.loading.philox import philox
-from pipeline.loading.plan import TEN_CROPS, Plan, PlannedBatch, center_crops, color_matrix, merged, rank_slice
+from pipeline.loading.plan import TEN_CROPS, Plan, PlannedBatch, center_crops, color_matrix
 from tests.photographs import photograph
 
 SAMPLES = 1000
@@ -54,29 +56,41 @@ def test_an_epoch_visits_each_sample_once_but_for_its_tail() -> None:
     assert tails[0] != tails[1] != tails[2]
 
 
-@pytest.mark.parametrize("world", [2, 3, 4, 7, 50])
-def test_any_number_of_workers_shares_the_same_stream(world: int) -> None:
+@pytest.mark.parametrize("world", [1, 2, 3, 7, 50])
+def test_any_number_of_workers_shares_the_same_stream_from_any_step_on(world: int) -> None:
     plan = Plan(SAMPLES, 50, 5, np.eye(3))
-    alone = joined(list(plan.epoch(2)))
-    ranks = [list(plan.epoch(2, rank=rank, world=world)) for rank in range(world)]
-    together = joined([ranks[rank][step] for step in range(plan.steps) for rank in range(world)])
-    for whole, parts in zip(alone, together, strict=True):
-        np.testing.assert_array_equal(whole, parts)
+    for first_step in (0, 4):
+        alone = joined(list(plan.epoch(2))[first_step:])
+        ranks = [plan.epoch(2, first_step, rank, world) for rank in range(world)]
+        together = joined([part for parts in zip(*ranks, strict=True) for part in parts])
+        for whole, parts in zip(alone, together, strict=True):
+            np.testing.assert_array_equal(whole, parts)
 
 
-def test_a_resumed_epoch_goes_on_where_it_stopped() -> None:
-    plan = Plan(SAMPLES, 64, 5, np.eye(3))
-    for whole, rest in zip(joined(list(plan.epoch(1))[4:]), joined(list(plan.epoch(1, first_step=4))), strict=True):
-        np.testing.assert_array_equal(whole, rest)
+@pytest.mark.parametrize("reading", ["eigenvalue", "std"])
+def test_draws_follow_a_sample_to_the_last_bit_whatever_its_company(rgb: RgbStatistics, reading: str) -> None:
+    """A matrix product of many rows may round each by their number."""
+    plan = Plan(60_000, 1, 1, color_matrix(rgb, reading))
+    together = plan.augmentation(3, np.arange(60_000))
+    for start, size in ((0, 1), (7, 1), (500, 3), (1000, 128), (30_000, 1021), (59_999, 1)):
+        alone = plan.augmentation(3, np.arange(start, start + size))
+        for one, whole in (
+            (alone.crops, together.crops),
+            (alone.flips, together.flips),
+            (alone.shifts, together.shifts),
+        ):
+            assert one.tobytes() == whole[start : start + size].tobytes()
+    for other in (plan.augmentation(4, np.arange(9)), dataclasses.replace(plan, seed=6).augmentation(3, np.arange(9))):
+        assert not np.isin(other.shifts, together.shifts[:9]).any()
 
 
-def test_draws_follow_a_sample_whatever_its_company() -> None:
-    plan = Plan(SAMPLES, 64, 5, np.eye(3))
-    together, alone = plan.augmentation(3, np.array([5, 17, 901])), plan.augmentation(3, np.array([17]))
-    np.testing.assert_array_equal(together.crops[1], alone.crops[0])
-    np.testing.assert_array_equal(together.shifts[1], alone.shifts[0])
-    assert not np.array_equal(plan.augmentation(4, np.array([17])).shifts, alone.shifts)
-    assert not np.array_equal(Plan(SAMPLES, 64, 6, np.eye(3)).augmentation(3, np.array([17])).shifts, alone.shifts)
+def test_an_order_sorts_the_words_of_all_samples_at_once() -> None:
+    """Samples on both sides of every border between pieces come in the order of their words, computed one by one."""
+    samples = [*range(50), *range(32_760, 32_780), *range(65_530, 65_545), 70_000]
+    words = [philox(np.array([sample]), (0, 9, 0), 5)[:, 0].tolist() for sample in samples]
+    expected = [sample for _, sample in sorted(zip(words, samples, strict=True))]
+    place = np.argsort(Plan(70_001, 1, 5, np.eye(3)).order(9))
+    assert sorted(samples, key=lambda sample: int(place[sample])) == expected
 
 
 @pytest.mark.paper
@@ -96,30 +110,6 @@ def test_the_color_shift_is_the_papers_formula(rgb: RgbStatistics) -> None:
         color_matrix(rgb, "stdev")
 
 
-def test_imagenets_eigenvalues_shift_by_about_five_levels() -> None:
-    vectors = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
-    known = RgbStatistics(1, (0, 0, 0), (0, 0, 0), vectors, (0.2175, 0.0188, 0.0045), vectors)
-    shifts = Plan(10_000, 1, 0, color_matrix(known)).augmentation(0, np.arange(10_000)).shifts
-    assert 4.5 < np.linalg.norm(shifts, axis=1).std() * np.sqrt(1 / (1 - 2 / np.pi)) < 6.5
-
-
-@pytest.mark.parametrize(("total", "world"), [(10, 3), (128, 7), (5, 5), (3, 8)])
-def test_shares_are_even_and_whole(total: int, world: int) -> None:
-    parts = [rank_slice(total, rank, world) for rank in range(world)]
-    assert [i for part in parts for i in part] == list(range(total))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-@pytest.mark.parametrize("reading", ["eigenvalue", "std"])
-def test_color_jitter_is_the_same_to_the_last_bit_in_any_company(rgb: RgbStatistics, reading: str) -> None:
-    """A matrix product of many rows may round each by their number."""
-    plan = Plan(60_000, 1, 1, color_matrix(rgb, reading))
-    together = plan.augmentation(0, np.arange(60_000)).shifts
-    for start, size in ((0, 1), (7, 1), (500, 3), (1000, 128), (30_000, 1021), (59_999, 1)):
-        alone = plan.augmentation(0, np.arange(start, start + size)).shifts
-        assert alone.tobytes() == together[start : start + size].tobytes()
-
-
 @pytest.mark.paper
 def test_test_crops() -> None:
     center = center_crops(np.array([4, 9]))
@@ -131,30 +121,6 @@ def test_test_crops() -> None:
     corners = [(0, 0), (0, 29), (29, 0), (29, 29), (14, 14)]
     assert set(TEN_CROPS) == {(top, left, flip) for top, left in corners for flip in (False, True)}
     assert len(TEN_CROPS) == 10
-
-
-def test_a_batch_in_chunks_is_the_batch(rgb: RgbStatistics) -> None:
-    (whole,) = Plan(50, 50, 1, color_matrix(rgb)).epoch(0)
-    parts = list(whole.chunks(13))
-    assert [len(part) for part in parts] == [13, 13, 13, 11]
-    for one, two in zip(joined([whole]), joined(parts), strict=True):
-        np.testing.assert_array_equal(one, two)
-
-
-def test_batches_that_draw_alike_are_joined_up_to_a_limit(rgb: RgbStatistics) -> None:
-    plan = Plan(50, 20, 1, color_matrix(rgb))
-    planned = [part for epoch in range(2) for batch in plan.epoch(epoch) for part in batch.chunks(8)]
-    assert [len(batch) for batch in planned] == [8, 8, 4] * 4
-    joined = list(merged(planned, 16))
-    # An epoch's batches in a row, never those of two epochs.
-    assert [lengths for _, lengths in joined] == [[8, 8], [4, 8], [8, 4]] * 2
-    assert [lengths for _, lengths in merged(planned, 5)] == [[8], [8], [4]] * 4
-    parts = [part for batch, lengths in joined for part in np.split(batch.samples, np.cumsum(lengths)[:-1])]
-    for part, batch in zip(parts, planned, strict=True):
-        np.testing.assert_array_equal(part, batch.samples)
-    for number, (batch, _) in enumerate(joined):
-        drawn = plan.augmentation(number // 3, batch.samples)
-        np.testing.assert_array_equal(batch.draw(batch.samples).shifts, drawn.shifts)
 
 
 def test_a_set_smaller_than_a_batch_is_refused() -> None:

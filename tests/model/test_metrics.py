@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from model.metrics import Score, batch_metrics, evaluate
-
-
-@dataclasses.dataclass(frozen=True)
-class Images:
-    images: Tensor
-    labels: Tensor
+from model.metrics import Score, evaluate
+from tests.model.test_training import Images
 
 
 class Lookup(nn.Module):
@@ -35,19 +28,6 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return np.asarray(e / e.sum(axis=-1, keepdims=True))
 
 
-def test_errors_and_loss() -> None:
-    generator = np.random.default_rng(0)
-    logits, labels = generator.normal(0, 2, (50, 8)), generator.integers(0, 8, 50)
-    score = Score.of(batch_metrics(torch.from_numpy(logits).log_softmax(1), torch.from_numpy(labels)))
-    order = np.argsort(-logits, axis=1)
-    assert score.images == 50
-    assert score.top1_error == pytest.approx(np.mean(order[:, 0] != labels))
-    assert score.top5_error == pytest.approx(
-        np.mean([label not in row for label, row in zip(labels, order[:, :5], strict=True)])
-    )
-    assert score.loss == pytest.approx(-np.log(softmax(logits)[np.arange(50), labels]).mean())
-
-
 @pytest.mark.paper
 @pytest.mark.parametrize("views", [1, 10])
 @pytest.mark.parametrize("spread", [3, 60])
@@ -64,6 +44,8 @@ def test_views_are_averaged_after_the_softmax(views: int, spread: float) -> None
     mean = softmax(logits.astype(np.float64)).reshape(30, views, 6).mean(axis=1)
     assert score.images == 30
     assert score.top1_error == pytest.approx(np.mean(mean.argmax(axis=1) != labels[::views]))
+    if spread == 3:  # Of a network that is surer, classes are level in float32.
+        assert score.top5_error == pytest.approx(np.mean(mean.argmin(axis=1) == labels[::views]))
     assert score.loss == pytest.approx(-np.log(mean[np.arange(30), labels[::views]]).mean(), rel=1e-5)
     assert network.training
 

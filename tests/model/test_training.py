@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -15,8 +14,6 @@ from torch import Tensor, nn
 
 from jobs.training import checkpoint
 from jobs.training.run_state import RunFingerprint
-from model.alexnet import AlexNet
-from model.guards import DivergedError
 from model.metrics import LabeledImages, Score
 from model.recipe import Recipe
 from model.training import StepAction, StoppedError, Trainer, Worker
@@ -31,32 +28,6 @@ GLOBAL_BATCH = 3
 class Images:
     images: Tensor
     labels: Tensor
-
-
-def global_batch() -> Images:
-    generator = torch.Generator().manual_seed(0)
-    images = 60 * torch.randn(GLOBAL_BATCH, 3, 227, 227, generator=generator)
-    return Images(images, torch.randint(0, 10, (GLOBAL_BATCH,), generator=generator))
-
-
-def one_step(micro_batch: int) -> dict[str, Tensor]:
-    """The gradients of one step of AlexNet without dropout."""
-    network = AlexNet(10, dropout=0.0)
-    network.initialize(seed=1, hidden_bias=0.1)
-    trainer = Trainer(network, Recipe(batch_size=GLOBAL_BATCH), Worker(0, 1, CPU))
-    batch = global_batch()
-    cuts = zip(batch.images.split(micro_batch), batch.labels.split(micro_batch), strict=True)
-    trainer.step([Images(x, y) for x, y in cuts])
-    return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
-
-
-def test_micro_batches_add_up() -> None:
-    """`tests.training.test_loss_curve` has them in several workers."""
-    whole = one_step(GLOBAL_BATCH)
-    assert float(whole["fc8.weight"].abs().max()) > 1e-3
-    for name, gradient in one_step(2).items():
-        scale = float(whole[name].abs().max())
-        torch.testing.assert_close(gradient, whole[name], rtol=0, atol=2e-5 * scale, msg=name)
 
 
 class SmallData:
@@ -105,12 +76,9 @@ class Recorder:
         wishes: dict[tuple[int, int], StepAction] | None = None,
         wishes_in_validation: dict[tuple[int, int], StepAction] | None = None,
     ) -> None:
-        self.wishes = wishes or {}
-        self.wishes_in_validation = wishes_in_validation or {}
+        self.folder, self.stop_after, self.identity = folder, stop_after, identity
+        self.wishes, self.wishes_in_validation = wishes or {}, wishes_in_validation or {}
         self.validated: list[int] = []
-        self.identity = identity
-        self.folder = folder
-        self.stop_after = stop_after
         self.saved: list[Path] = []
         self.rows: list[dict[str, Any]] = []
         self.losses: list[float] = []
@@ -145,73 +113,104 @@ class Recorder:
         self.warnings.append(warning)
 
 
+class ManyBatches(SmallData):
+    """Validation in batches of so many; of four, that is five."""
+
+    def __init__(self, size: int = 4) -> None:
+        super().__init__()
+        self._size = size
+
+    def validation(self) -> Iterator[Images]:
+        for images, labels in zip(self._images.split(self._size), self._labels.split(self._size), strict=True):
+            yield Images(images, labels)
+
+
 def weights(trainer: Trainer) -> list[Tensor]:
-    return [p.detach().clone() for p in trainer.network.parameters()]
+    return [tensor.clone() for tensor in trainer.network.state_dict().values()]
 
 
-@pytest.mark.parametrize("stop_after", [1, 2, 3, 5, 8])
-def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, stop_after: int) -> None:
-    whole, record = make_trainer(), Recorder(tmp_path / "whole")
-    whole.fit(SmallData(), record)
-    assert [row["epoch"] for row in record.rows] == [1, 2, 3, 4]
+def assert_same_weights(one: Trainer, other: Trainer) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
+
+
+def places(record: Recorder) -> list[tuple[int, int]]:
+    """Where the checkpoints were written: epochs and steps completed."""
+    states = [checkpoint.read_state(folder).progress for folder in record.saved]
+    return [(progress.epoch, progress.step) for progress in states]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Recorder]:
+    """A run from its start to its end."""
+    trainer, record = make_trainer(), Recorder(tmp_path_factory.mktemp("undisturbed"))
+    trainer.fit(SmallData(), record)
     assert len(record.saved) == 12
+    return trainer, record
 
-    stopped = Recorder(tmp_path / "stopped", stop_after)
-    with pytest.raises(Stopped):
-        make_trainer().fit(SmallData(), stopped)
-    resumed, rest = make_trainer(), Recorder(tmp_path / "rest")
-    torch.manual_seed(99)
-    checkpoint.restore(stopped.saved[-1], resumed, IDENTITY)
-    resumed.fit(SmallData(), rest)
 
-    for a, b in zip(weights(whole), weights(resumed), strict=True):
-        assert torch.equal(a, b)
-    assert stopped.rows + rest.rows == record.rows
+def test_micro_batches_add_up() -> None:
+    """`tests.training.test_loss_curve` has them in several workers."""
+    (batch,) = SmallData().validation()
+
+    def gradients(size: int) -> list[Tensor]:
+        torch.manual_seed(11)
+        trainer = Trainer(nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), Recipe(batch_size=20), Worker(0, 1, CPU))
+        cuts = zip(batch.images.split(size), batch.labels.split(size), strict=True)
+        trainer.step([Images(x, y) for x, y in cuts])
+        return [p.grad for p in trainer.network.parameters() if p.grad is not None]
+
+    for whole, added in zip(gradients(20), gradients(7), strict=True):
+        assert float(whole.abs().max()) > 1e-3
+        torch.testing.assert_close(added, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_resumed_from_any_checkpoint_ends_with_the_same_weights(undisturbed: tuple[Trainer, Recorder]) -> None:
+    whole, record = undisturbed
+    for folder in record.saved:
+        resumed, rest = make_trainer(), Recorder(None)
+        torch.manual_seed(99)
+        checkpoint.restore(folder, resumed, IDENTITY)
+        done = resumed.progress.epoch
+        resumed.fit(SmallData(), rest)
+        assert_same_weights(whole, resumed)
+        assert rest.rows == record.rows[done:]
 
 
 @pytest.mark.parametrize(("epoch", "step"), [(0, 1), (1, 3), (2, 5)])
-def test_a_run_told_to_stop_leaves_a_checkpoint_and_ends_alike(tmp_path: Path, epoch: int, step: int) -> None:
-    whole, record = make_trainer(), Recorder(tmp_path / "whole")
-    whole.fit(SmallData(), record)
-    stopped = Recorder(tmp_path / "stopped", wishes={(epoch, step): StepAction.STOP})
+def test_a_run_told_to_stop_leaves_a_checkpoint_and_ends_alike(
+    undisturbed: tuple[Trainer, Recorder], tmp_path: Path, epoch: int, step: int
+) -> None:
+    whole, record = undisturbed
+    stopped = Recorder(tmp_path, wishes={(epoch, step): StepAction.STOP})
     with pytest.raises(StoppedError, match=f"after epoch {epoch}, step {step}"):
         make_trainer().fit(SmallData(), stopped)
-    progress = checkpoint.read_state(stopped.saved[-1]).progress
-    assert (progress.epoch, progress.step) == (epoch, step)
-
-    resumed, rest = make_trainer(), Recorder(tmp_path / "rest")
+    assert places(stopped)[-1] == (epoch, step)
+    resumed, rest = make_trainer(), Recorder(None)
     checkpoint.restore(stopped.saved[-1], resumed, IDENTITY)
     resumed.fit(SmallData(), rest)
-    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
+    assert_same_weights(whole, resumed)
     # The sums of an epoch are added up in other parts.
     losses = [row["train_loss"] for row in stopped.rows + rest.rows]
     assert losses == pytest.approx([row["train_loss"] for row in record.rows], rel=1e-12)
     assert [row["val_loss"] for row in stopped.rows + rest.rows] == [row["val_loss"] for row in record.rows]
 
 
-def test_a_checkpoint_by_the_clock_changes_nothing_of_what_is_learned(tmp_path: Path) -> None:
-    whole = make_trainer()
-    whole.fit(SmallData(), Recorder(tmp_path / "whole"))
-    record = Recorder(tmp_path / "more", wishes={(1, 3): StepAction.CHECKPOINT, (2, 5): StepAction.CHECKPOINT})
+def test_a_checkpoint_at_any_moment_changes_nothing_of_what_is_learned(
+    undisturbed: tuple[Trainer, Recorder], tmp_path: Path
+) -> None:
+    """By the clock after a step, or while a machine is drained, in a validation too: at once, and training goes on."""
+    steps = {(1, 3): StepAction.CHECKPOINT, (2, 5): StepAction.CHECKPOINT}
+    record = Recorder(tmp_path, wishes=steps, wishes_in_validation={(1, 2): StepAction.CHECKPOINT})
     more = make_trainer()
-    more.fit(SmallData(), record)
-    places = [(p.epoch, p.step) for p in (checkpoint.read_state(folder).progress for folder in record.saved)]
-    assert [place for place in places if place[0] == 1] == [(1, 0), (1, 2), (1, 3), (1, 4)]
-    # At once, and not after the validation.
-    assert [place for place in places if place[0] == 2] == [(2, 0), (2, 2), (2, 4), (2, 5)]
-    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(more), strict=True))
+    more.fit(ManyBatches(), record)
+    found = places(record)
+    assert found[2:7] == [(1, 0), (1, 2), (1, 3), (1, 4), (1, 5)]
+    assert found[7:11] == [(2, 0), (2, 2), (2, 4), (2, 5)]
+    assert_same_weights(undisturbed[0], more)
 
 
-class ManyBatches(SmallData):
-    """Validation in five batches."""
-
-    def validation(self) -> Iterator[Images]:
-        for images, labels in zip(self._images.split(4), self._labels.split(4), strict=True):
-            yield Images(images, labels)
-
-
-def test_a_stop_during_validation_is_followed_at_once_and_changes_no_decision(tmp_path: Path) -> None:
-    """The same command validates again: the weights are the same, and so are all decisions of the schedule."""
+def test_a_plateau_run_stopped_in_a_validation_ends_alike(tmp_path: Path) -> None:
+    """It stops at once. The same command validates again: all decisions of the schedule are the same."""
     recipe = dataclasses.replace(RECIPE, epochs=500, patience=2)
     identity = dataclasses.replace(IDENTITY, recipe=recipe)
 
@@ -219,86 +218,39 @@ def test_a_stop_during_validation_is_followed_at_once_and_changes_no_decision(tm
         # With a checkpoint at the stop and at the end alone.
         return Trainer(make_trainer().network, recipe, Worker(0, 1, CPU), checkpoint_epochs=recipe.epochs)
 
-    whole, record = trainer(), Recorder(tmp_path / "whole", identity=identity)
+    whole, record = trainer(), Recorder(None)
     whole.fit(ManyBatches(), record)
+    schedule = whole.progress.schedule
+    assert (schedule.reductions, schedule.stopped) == (3, True)
     decisions = [row["epoch"] - 1 for row in record.rows if row["reason"]]
     assert len(decisions) == 4
-    for epoch, batch in ((0, 1), (decisions[0], 5), (decisions[1] - 1, 3), (decisions[3], 2)):
+    for epoch, batch in ((decisions[0], 5), (decisions[3], 2)):
         wish = {(epoch, batch): StepAction.STOP}
-        stopped = Recorder(tmp_path / f"stopped{epoch}", identity=identity, wishes_in_validation=wish)
+        stopped = Recorder(tmp_path / str(epoch), identity=identity, wishes_in_validation=wish)
         with pytest.raises(StoppedError, match=f"after epoch {epoch}, step 5"):
             trainer().fit(ManyBatches(), stopped)
         assert stopped.validated.count(epoch) == batch
         (saved,) = stopped.saved
         progress = checkpoint.read_state(saved).progress
-        assert (progress.epoch, progress.step, len(progress.history)) == (epoch, 5, epoch)
-        resumed, rest = trainer(), Recorder(tmp_path / f"rest{epoch}", identity=identity)
+        # In the midst of a patience count.
+        assert (progress.epoch, progress.step, progress.schedule.bad_epochs) == (epoch, 5, 1)
+        resumed, rest = trainer(), Recorder(None)
         checkpoint.restore(saved, resumed, identity)
         resumed.fit(ManyBatches(), rest)
         assert stopped.rows + rest.rows == record.rows
-        assert resumed.progress.schedule == whole.progress.schedule
-        assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
-
-
-def test_a_drain_during_validation_has_its_checkpoint_at_once_and_training_goes_on(tmp_path: Path) -> None:
-    whole = make_trainer()
-    whole.fit(ManyBatches(), Recorder(tmp_path / "whole"))
-    record = Recorder(tmp_path / "drained", wishes_in_validation={(1, 2): StepAction.CHECKPOINT})
-    trainer = make_trainer()
-    trainer.fit(ManyBatches(), record)
-    places = [(p.epoch, p.step) for p in (checkpoint.read_state(folder).progress for folder in record.saved)]
-    assert [place for place in places if place[0] == 1] == [(1, 0), (1, 2), (1, 4), (1, 5)]
-    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(trainer), strict=True))
-
-
-class UnevenData:
-    """One of three workers' part of nine images a step; rank r validates in r + 1 batches."""
-
-    steps = 2
-
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-        generator = torch.Generator().manual_seed(rank)
-        self._images = torch.randn(6, 3, 4, 4, generator=generator)
-        self._labels = torch.randint(0, 3, (6,), generator=generator)
-
-    def training(self, epoch: int, first_step: int) -> Iterator[list[Images]]:
-        for step in range(first_step, self.steps):
-            yield [Images(self._images[3 * step : 3 * step + 3], self._labels[3 * step : 3 * step + 3])]
-
-    def validation(self) -> Iterator[Images]:
-        size = 6 // (self._rank + 1)
-        for images, labels in zip(self._images.split(size), self._labels.split(size), strict=True):
-            yield Images(images, labels)
+        assert resumed.progress.schedule == schedule
+        assert_same_weights(whole, resumed)
 
 
 def stop_in_validation(rank: int, world: int, folder: Path) -> None:
-    """Trains undisturbed, then with a stop after each of the first epoch's validation batches in turn."""
-    recipe = dataclasses.replace(RECIPE, batch_size=9, epochs=2)
-    identity = dataclasses.replace(IDENTITY, recipe=recipe)
-
-    def trainer() -> Trainer:
-        torch.manual_seed(5)
-        layers = [nn.Flatten(), nn.Linear(48, 32), nn.BatchNorm1d(32, affine=False), nn.ReLU(), nn.Linear(32, 3)]
-        return Trainer(nn.Sequential(*layers), recipe, Worker(rank, world, CPU))
-
-    def kept(trainer: Trainer) -> list[Tensor]:
-        return [tensor.clone() for tensor in trainer.network.state_dict().values()]
-
-    whole, record = trainer(), Recorder(folder / f"whole{rank}", identity=identity)
-    whole.fit(UnevenData(rank), record)
+    """Stops after each of the first epoch's validation batches in turn, of which rank r has r + 1."""
+    recipe, data = dataclasses.replace(RECIPE, batch_size=12), ManyBatches(20 // (rank + 1) + 1)
     for batch in (1, 2, 3):
-        wish = {(0, batch): StepAction.STOP}
-        stopped = Recorder(folder / f"stopped{rank}-{batch}", identity=identity, wishes_in_validation=wish)
-        with pytest.raises(StoppedError, match="after epoch 0, step 2"):
-            trainer().fit(UnevenData(rank), stopped)
+        stopped = Recorder(folder / f"{rank}-{batch}", wishes_in_validation={(0, batch): StepAction.STOP})
+        with pytest.raises(StoppedError, match="after epoch 0, step 5"):
+            Trainer(make_trainer().network, recipe, Worker(rank, world, CPU)).fit(data, stopped)
         assert stopped.validated == [0] * batch
-        resumed, rest = trainer(), Recorder(folder / f"rest{rank}-{batch}", identity=identity)
-        # Each rank's own: the running statistics are those of all ranks already.
-        checkpoint.restore(stopped.saved[-1], resumed, identity)
-        resumed.fit(UnevenData(rank), rest)
-        assert rest.rows == record.rows
-        assert all(torch.equal(a, b) for a, b in zip(kept(whole), kept(resumed), strict=True))
+        assert places(stopped) == [(0, 5)]
 
 
 def test_workers_with_other_numbers_of_validation_batches_stop_at_the_same_place(tmp_path: Path) -> None:
@@ -307,107 +259,17 @@ def test_workers_with_other_numbers_of_validation_batches_stop_at_the_same_place
 
 def test_every_third_epoch_and_the_last_have_a_checkpoint(tmp_path: Path) -> None:
     recipe = dataclasses.replace(RECIPE, epochs=7)
-    torch.manual_seed(11)
     record = Recorder(tmp_path, identity=dataclasses.replace(IDENTITY, recipe=recipe))
-    trainer = Trainer(make_trainer().network, recipe, Worker(0, 1, CPU), checkpoint_epochs=3)
-    record.wishes = {(4, 2): StepAction.STOP}
-    with pytest.raises(StoppedError):
-        trainer.fit(SmallData(), record)
-    record.wishes = {}
-    trainer.fit(SmallData(), record)
-    places = [(p.epoch, p.step) for p in (checkpoint.read_state(folder).progress for folder in record.saved)]
-    assert places == [(3, 0), (4, 2), (6, 0), (7, 0)]
+    Trainer(make_trainer().network, recipe, Worker(0, 1, CPU), checkpoint_epochs=3).fit(SmallData(), record)
+    assert places(record) == [(3, 0), (6, 0), (7, 0)]
     assert len(record.rows) == 7
 
 
-def test_an_epochs_row_counts_every_image(tmp_path: Path) -> None:
-    trainer, record = make_trainer(), Recorder(tmp_path)
-    trainer.fit(SmallData(), record)
+def test_an_epochs_row_counts_every_image(undisturbed: tuple[Trainer, Recorder]) -> None:
+    trainer, record = undisturbed
     assert {(row["images"], row["val_images"]) for row in record.rows} == {(20, 20)}
     with torch.no_grad():
         trainer.network.eval()
         (batch,) = SmallData().validation()
         errors = trainer.network(batch.images).argmax(1) != batch.labels
     assert record.rows[-1]["top1_error"] == pytest.approx(float(errors.double().mean()))
-
-
-def test_a_diverged_loss_stops_the_run_and_says_where(tmp_path: Path) -> None:
-    trainer = make_trainer(dataclasses.replace(RECIPE, lr=1e30))
-    with pytest.raises(DivergedError, match=r"epoch 1, steps \d to \d, at rate 1e\+30: start again with a lower --lr"):
-        trainer.fit(SmallData(), Recorder(tmp_path))
-
-
-@pytest.mark.parametrize(("rate", "cure"), [(1e-5, "with a lower --lr"), (1e-10, "so low a rate is not the cause; ")])
-def test_a_lower_rate_is_advised_only_where_it_can_help(tmp_path: Path, rate: float, cure: str) -> None:
-    trainer = make_trainer(dataclasses.replace(RECIPE, lr=rate))
-    poison(trainer, 1, math.nan)
-    with pytest.raises(DivergedError, match=f"at rate {rate:g}: .*{cure}"):
-        trainer.fit(SmallData(), Recorder(tmp_path))
-
-
-def poison(trainer: Trainer, after: int, value: float) -> None:
-    """Makes the gradients of one step, counted from 1, that many times as large."""
-    steps = 0
-
-    def hook(*_: object) -> None:
-        nonlocal steps
-        steps += 1
-        if steps == after:
-            for parameter in trainer.network.parameters():
-                assert parameter.grad is not None
-                parameter.grad.mul_(value)
-
-    trainer.optimizer.register_step_pre_hook(hook)
-
-
-@pytest.mark.parametrize(
-    ("value", "cause"),
-    [
-        (math.nan, "the gradient's norm became nan"),
-        (math.inf, "the gradient's norm became (inf|nan)"),
-        (1e6, "the gradient exploded: its norm became"),
-    ],
-)
-def test_a_bad_gradient_stops_the_run_before_its_checkpoint(tmp_path: Path, value: float, cause: str) -> None:
-    trainer, record = make_trainer(), Recorder(tmp_path)
-    poison(trainer, 9, value)
-    # Two steps a window: the ninth step is the fourth of the second epoch.
-    with pytest.raises(DivergedError, match=cause + r".* in epoch 2, steps 3 to 4, at rate 0\.05"):
-        trainer.fit(SmallData(), record)
-    progress = checkpoint.read_state(record.saved[-1]).progress
-    assert (progress.epoch, progress.step) == (1, 2)
-
-
-def test_a_dead_network_is_said_once() -> None:
-    trainer = make_trainer(dataclasses.replace(RECIPE, epochs=110, patience=110))
-    for parameter in trainer.network.parameters():
-        nn.init.zeros_(parameter)
-        parameter.register_hook(torch.zeros_like)
-    record = Recorder(None)
-    trainer.fit(SmallData(), record)
-    (warning,) = record.warnings
-    assert "for 500 steps" in warning
-    assert "ln(3) = 1.099" in warning
-    alive = Recorder(None)
-    make_trainer(dataclasses.replace(RECIPE, epochs=110, patience=110)).fit(SmallData(), alive)
-    assert not alive.warnings
-
-
-def test_a_plateau_run_resumed_within_a_patience_count_ends_alike(tmp_path: Path) -> None:
-    recipe = dataclasses.replace(RECIPE, epochs=500, patience=2)
-    identity = dataclasses.replace(IDENTITY, recipe=recipe)
-    whole, record = make_trainer(recipe), Recorder(tmp_path / "whole", identity=identity)
-    whole.fit(SmallData(), record)
-    assert whole.progress.schedule.stopped
-    assert whole.progress.schedule.reductions == 3
-    assert [bool(row["reason"]) for row in record.rows].count(True) == 4
-    waiting = [f for f in record.saved if checkpoint.read_state(f).progress.schedule.bad_epochs == 1]
-    assert len(waiting) >= 4
-    for folder in (waiting[0], waiting[-1]):
-        resumed = make_trainer(recipe)
-        checkpoint.restore(folder, resumed, identity)
-        done = resumed.progress.epoch
-        rest = Recorder(None)
-        resumed.fit(SmallData(), rest)
-        assert rest.rows == record.rows[done:]
-        assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
