@@ -31,6 +31,7 @@ BESIDE = (
 def test_the_demo_on_ones_own_images(tmp_path: Path) -> None:
     source = write_source(tmp_path / "images", images=12)
     arguments = ["--source", str(source), "--output", str(tmp_path / "demo"), "--epochs", "1", "--batch-size", "10"]
+    arguments += ["--workers", "1"]
     # In a shell that points at some other cluster, the demo still uses its own.
     environment = {**os.environ, "RAY_ADDRESS": "http://127.0.0.1:9"}
     command = [sys.executable, "jobs/demo.py", *arguments]

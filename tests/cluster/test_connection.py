@@ -1,12 +1,12 @@
-"""What `stream` hands to Ray, and when; a Ray that is not to be had; and the interface with a node's address."""
+"""What `stream` hands to Ray, and when; a Ray that is not to be had; the interface with a node's address; and a folder
+that not all nodes see.
+"""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import random
-import shutil
-import subprocess
 from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,12 @@ import pytest
 import ray
 from ray._private import ray_constants, services
 
+from jobs import train
+from jobs.cli.workers import Workers
 from jobs.cluster import connection as cluster
-from jobs.cluster.network import GLOO, NCCL, interface_of, interfaces, use_node_interface
+from jobs.cluster.network import GLOO, NCCL, interface_of, use_node_interface
+from jobs.cluster.nodes import NoAnswer, Node
+from jobs.training.config import TrainConfig
 
 
 class Items:
@@ -163,14 +167,6 @@ def test_an_address_of_another_machine_is_refused_with_what_there_is() -> None:
         interface_of("172.31.9.9", FOUND)
 
 
-@pytest.mark.skipif(shutil.which("ip") is None, reason="iproute2 is not installed")
-def test_interfaces_agree_with_iproute2() -> None:
-    shown = json.loads(subprocess.run(["ip", "-json", "-4", "address"], capture_output=True, check=True).stdout)
-    first = {link["ifname"]: link["addr_info"][0] for link in shown if link.get("addr_info")}
-    assert "lo" in first
-    assert interfaces() == {name: IPv4Interface(f"{info['local']}/{info['prefixlen']}") for name, info in first.items()}
-
-
 def test_what_the_environment_names_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     monkeypatch.setenv(GLOO, "bond0")
@@ -180,3 +176,20 @@ def test_what_the_environment_names_is_kept(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv(NCCL, "ib0")
     use_node_interface()
     assert (os.environ[GLOO], os.environ[NCCL]) == ("bond0", "ib0")
+
+
+def test_a_storage_on_one_nodes_disk_is_refused_before_the_start(
+    shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here, other = (Node(str(i), f"10.77.0.{i}", gpus=0, cpus=1) for i in (1, 2))
+    monkeypatch.setattr(train, "connected", contextlib.nullcontext)
+    monkeypatch.setattr(train, "alive_nodes", lambda: [here, other])
+    monkeypatch.setattr(train, "on_each", lambda _, digest, path: {here: digest(path), other: NoAnswer("no such file")})
+    run = TrainConfig(str(shard_set), str(tmp_path), "a", workers=Workers(2, 2), gpus=False, batch_size=4)
+    told = (
+        rf"--storage {tmp_path}/a is a folder of .* that 1 node\(s\) of the cluster do not see \(10.77.0.2\): .*s3://"
+    )
+    with pytest.raises(ValueError, match=told):
+        train.main(run)
+    assert "starting run" not in capsys.readouterr().out
+    assert not list((tmp_path / "a").iterdir())
