@@ -31,7 +31,7 @@ from pipeline.images.synthetic import write_folder
 ROOT = Path(__file__).resolve().parent.parent
 RAY = str(Path(sys.executable).with_name("ray"))
 HOST = "127.0.0.1"
-STOP_SECONDS = 20
+START_SECONDS, STOP_SECONDS = 90, 20
 CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS = 6, 150, 30  # Of the generated images.
 
 
@@ -94,9 +94,8 @@ def ray_cluster(environment: dict[str, str], cpus: int) -> Iterator[str]:
             command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            address = f"http://{HOST}:{dashboard}"
             wait_for_dashboard(process, dashboard)
-            yield address
+            yield f"http://{HOST}:{dashboard}"
         except CommandError:
             log.seek(0)
             sys.stderr.write(log.read())
@@ -118,9 +117,9 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def wait_for_dashboard(process: subprocess.Popen[bytes], port: int, seconds: float = 90) -> None:
+def wait_for_dashboard(process: subprocess.Popen[bytes], port: int) -> None:
     """Returns when the dashboard accepts connections; raises CommandError if it never does."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         with socket.socket() as probe:
             probe.settimeout(1)

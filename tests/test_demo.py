@@ -1,35 +1,41 @@
-"""The whole way as the demo goes it: shards, a Ray cluster with token authentication, `ray job submit`, evaluation."""
+"""The whole way as the demo goes it: shards, a Ray cluster with token authentication, `ray job submit`, evaluation; and
+what a submitted job takes along.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+from ray._private.runtime_env.packaging import create_package
 
 from tests.photographs import write_source
 from tests.processes import run_here
 
 ROOT = Path(__file__).resolve().parent.parent
+BESIDE = (
+    "shards/train/train-000000.tar",
+    "runs/first/run.json",
+    "ILSVRC2012_img_train.tar",
+    ".venv/bin/python",
+    "jobs/__pycache__/train.cpython-311.pyc",
+)
 
 
 @pytest.mark.slow
 def test_the_demo_on_ones_own_images(tmp_path: Path) -> None:
     source = write_source(tmp_path / "images", images=12)
     arguments = ["--source", str(source), "--output", str(tmp_path / "demo"), "--epochs", "1", "--batch-size", "10"]
+    arguments += ["--workers", "1"]
     # In a shell that points at some other cluster, the demo still uses its own.
     environment = {**os.environ, "RAY_ADDRESS": "http://127.0.0.1:9"}
-    done = subprocess.run(
-        [sys.executable, "jobs/demo.py", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+    command = [sys.executable, "jobs/demo.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "$ ray job submit" in done.stdout
     assert "Guessing among 3 classes would have 66.7%" in done.stdout
@@ -44,3 +50,18 @@ def test_a_source_that_is_not_there_ends_the_demo_at_once(tmp_path: Path, capfd:
     assert done.stderr.startswith("error: `")
     # What its first command says.
     assert f"error: {tmp_path / 'none'} does not exist" in capfd.readouterr().err
+
+
+def test_a_job_takes_the_code_and_nothing_else_along(tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    for package in ("jobs", "model", "pipeline"):
+        shutil.copytree(ROOT / package, here / package, ignore=shutil.ignore_patterns("__pycache__"))
+    code = {str(path.relative_to(here)) for path in here.rglob("*") if path.is_file()}
+    for name in (".gitignore", ".rayignore", "README.md"):
+        shutil.copy(ROOT / name, here)
+    for name in BESIDE:
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_bytes(b"large")
+    create_package(str(here), tmp_path / "package.zip", include_gitignore=True)
+    taken = {name for name in zipfile.ZipFile(tmp_path / "package.zip").namelist() if not name.endswith("/")}
+    assert taken == code

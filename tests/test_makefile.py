@@ -27,7 +27,7 @@ def checkout(tmp_path: Path) -> Path:
     for name in ("Makefile", "requirements.lock", "requirements-test.lock", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
     (tmp_path / "bin").mkdir()
-    for program in ("make", "sh", "rm", "mkdir", "touch", "test", "printf", "cp", "basename", "awk"):
+    for program in ("make", "sh", "rm", "mkdir", "touch", "test", "printf", "cp", "basename"):
         found = shutil.which(program)
         assert found is not None
         (tmp_path / "bin" / program).symlink_to(found)
@@ -57,7 +57,11 @@ def calls(checkout: Path, part: str) -> list[str]:
     return [line for line in (checkout.parent / "calls").read_text().splitlines() if part in line]
 
 
-def test_it_takes_the_python_that_is_there(checkout: Path) -> None:
+def test_it_takes_the_python_that_is_there_or_says_which_to_install(checkout: Path) -> None:
+    add(checkout, "python3.10")
+    done = make(checkout, "install")
+    assert done.returncode != 0
+    assert done.stderr.startswith("error: no Python 3.11, 3.12 or 3.13")
     add(checkout, "python3.13")
     add(checkout, "python3.12")
     done = make(checkout, "install")
@@ -71,27 +75,20 @@ def test_what_runs_needs_one_lock_and_what_tests_another(checkout: Path) -> None
     pip = "pip install --disable-pip-version-check --quiet"
     wanted = [f"{pip} -r requirements.lock", f"{pip} --no-deps --editable ."]
     for target in ("install", "demo", "look"):
-        make(checkout, *target.split())
+        done = make(checkout, target)
         assert calls(checkout, "pip install") == wanted
+    assert "there is no shard set at demo/shards: make one with 'make demo'" in done.stderr
     for target in ("test", "lint"):
         make(checkout, target)
         assert calls(checkout, "pip install") == [*wanted, f"{pip} -r requirements-test.lock"]
 
 
-@pytest.mark.parametrize(("config", "program"), [("", "uv pip"), ("global.index-url='https://example.com'", "pip")])
-def test_uv_installs_unless_pip_is_configured(checkout: Path, config: str, program: str) -> None:
+def test_uv_installs_unless_pip_is_configured(checkout: Path) -> None:
     add(checkout, "python3.11")
     add(checkout, "uv")
-    assert make(checkout, "install", config=config).returncode == 0
-    assert all(call.startswith(f"{program} install ") for call in calls(checkout, " install "))
-    assert calls(checkout, "-r requirements.lock")
-
-
-def test_without_a_python_it_says_which_to_install(checkout: Path) -> None:
-    add(checkout, "python3.10")
-    done = make(checkout, "install")
-    assert done.returncode != 0
-    assert done.stderr.startswith("error: no Python 3.11, 3.12 or 3.13")
+    for config, program in (("", "uv pip"), ("global.index-url='https://example.com'", "pip")):
+        assert make(checkout, "install", "--always-make", config=config).returncode == 0
+        assert calls(checkout, "-r requirements.lock")[-1].startswith(f"{program} install ")
 
 
 def test_a_linked_environment_is_not_emptied(checkout: Path) -> None:
@@ -105,9 +102,3 @@ def test_a_linked_environment_is_not_emptied(checkout: Path) -> None:
     assert make(checkout, "install").returncode == 0
     assert (other / "bin" / "python").exists()
     assert not (checkout / ".venv").is_symlink()
-
-
-def test_plain_make_lists_every_target(checkout: Path) -> None:
-    text = (checkout / "Makefile").read_text()
-    [phony] = [line.split(":")[1].split() for line in text.splitlines() if line.startswith(".PHONY")]
-    assert [line.split()[1] for line in make(checkout).stdout.splitlines()] == phony

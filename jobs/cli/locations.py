@@ -28,7 +28,7 @@ def check_locations(config: object) -> None:
         raise ValueError(f"--checkpoint {checkpoint} is a shard set: give a run's folder, and the set as --data")
     if not data or "://" in data or any(os.path.exists(os.path.join(data, name)) for name in SET_FILES):
         return
-    if _is_run(Path(data)):
+    if os.path.exists(os.path.join(data, "state.json")) or any(Path(data).glob("checkpoint_*")):
         raise ValueError(f"--data {data} holds checkpoints: give the shard set that jobs/shard_imagenet.py made")
     if _is_source(Path(data), DEPTH):
         made = f"{os.path.abspath(data).removesuffix('.tar')}-shards"
@@ -36,10 +36,6 @@ def check_locations(config: object) -> None:
             f"--data {data} is a source of images, and no shard set: make one with `python jobs/shard_imagenet.py "
             f"--source {quote(data)} --output {quote(made)}`, and give --data {quote(made)}"
         )
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "state.json").exists() or any(folder.glob("checkpoint_*"))
 
 
 def _is_source(path: Path, depth: int) -> bool:

@@ -44,9 +44,7 @@ class Workers:
         return self.min_workers < self.max_workers
 
     def __str__(self) -> str:
-        return (
-            f"{self.min_workers}:{self.max_workers}" if self.min_workers != self.max_workers else str(self.min_workers)
-        )
+        return f"{self.min_workers}:{self.max_workers}" if self.elastic else str(self.min_workers)
 
     def check_more_than(self, batch_size: int) -> None:
         """Raises ValueError if a worker would have no image of a global batch.

@@ -55,32 +55,26 @@ def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
     if address:
         _check_unreachable(address)
     try:
-        _start(address, cpus, options)
+        if address:
+            ray.init(**options)
+        else:
+            # Before the start: what Ray starts inherits them.
+            os.environ.update(LOOPBACK_SWITCH | LOOPBACK_INTERFACE)
+            # "local", because a bare init would join any Ray that happens to run on this machine.
+            # Its dashboard is a dozen more processes and 4 s more to wait for.
+            with local_start():
+                ray.init("local", num_cpus=cpus or cores(), include_dashboard=False, **options)
     # Ray raises what the failing part of its start leads it to, plain Exception among it.
     except Exception as error:
-        what = f"the cluster at RAY_ADDRESS={address} cannot be joined" if address else "Ray does not start here"
-        cure = (
-            "see `ray status` on that machine, and that both have the same versions of Ray and Python"
-            if address
-            else _start_cure(error)
-        )
+        what, cure = "Ray does not start here", _start_cure(error)
+        if address:
+            what = f"the cluster at RAY_ADDRESS={address} cannot be joined"
+            cure = "see `ray status` on that machine, and that both have the same versions of Ray and Python"
         raise ConnectionError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())}): {cure}") from error
     try:
         yield
     finally:
         ray.shutdown()
-
-
-def _start(address: str | None, cpus: int | None, options: dict[str, Any]) -> None:
-    if address:
-        ray.init(**options)
-        return
-    # Before the start: what Ray starts inherits them.
-    os.environ.update(LOOPBACK_SWITCH | LOOPBACK_INTERFACE)
-    # "local", because a bare init would join any Ray that happens to run on this machine.
-    # Its dashboard is a dozen more processes and 4 s more to wait for.
-    with local_start():
-        ray.init("local", num_cpus=cpus or cores(), include_dashboard=False, **options)
 
 
 def _start_cure(error: Exception) -> str:
@@ -171,7 +165,7 @@ def stream(
     running: dict[ray.ObjectRefGenerator, tuple[int, tuple[Any, ...], int]] = {}
     left = True
     while left or running:
-        while left and len(running) < _slots(workers):
+        while left and len(running) < (workers or int(ray.cluster_resources().get("CPU", 1))):
             number, arguments = next(waiting, (-1, ()))
             left = number >= 0
             if left:
@@ -193,8 +187,3 @@ def stream(
                 continue
             running[items] = (number, arguments, attempt)
             yield number, item
-
-
-def _slots(workers: int | None) -> int:
-    """How many tasks may run: as told, or one a CPU, counted anew as nodes come and go."""
-    return workers or int(ray.cluster_resources().get("CPU", 1))

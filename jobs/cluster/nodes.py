@@ -22,9 +22,8 @@ class Node:
     id: str
     address: str
     gpus: int
-    """How many GPUs Ray was told that it has."""
     cpus: int
-    """How many cores Ray was told that it has."""
+    """As Ray was told."""
 
     def __str__(self) -> str:
         return self.address
@@ -40,12 +39,7 @@ class NoAnswer:
 def alive_nodes() -> list[Node]:
     """All nodes that Ray calls alive, by address."""
     nodes = [
-        Node(
-            row["NodeID"],
-            row["NodeManagerAddress"],
-            int(row["Resources"].get("GPU", 0)),
-            int(row["Resources"].get("CPU", 0)),
-        )
+        Node(row["NodeID"], row["NodeManagerAddress"], *(int(row["Resources"].get(kind, 0)) for kind in ("GPU", "CPU")))
         for row in ray.nodes()
         if row["Alive"]
     ]

@@ -169,10 +169,9 @@ def main(config: HostPathConfig) -> None:
                 costs |= {name: statistics.median(one[name] for one in parts) for name in parts[0]}
                 results[f"{form}, {batch_size}"] = costs
     names = list(dict.fromkeys(name for costs in results.values() for name in costs))
-    size = sum(s.bytes for s in [read_dataset(config.data).splits["train"]]) / len(
-        SplitReader(config.data, read_dataset(config.data), "train")
-    )
-    print(f"{processor()}, {os.cpu_count()} cores; JPEGs of {size / 1000:.1f} KB; medians of {config.rounds}")
+    split = read_dataset(config.data).splits["train"]
+    size = split.bytes / split.samples / 1000
+    print(f"{processor()}, {os.cpu_count()} cores; JPEGs of {size:.1f} KB; medians of {config.rounds}")
     print(f"| microseconds an image | {' | '.join(results)} |")
     print("| --- " * (len(results) + 1) + "|")
     for name in names:

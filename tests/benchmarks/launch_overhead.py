@@ -54,12 +54,6 @@ class OverheadConfig:
     json: Path | None = None
     """Also write every turn's figures to this file."""
 
-    def __post_init__(self) -> None:
-        if self.steps <= SETTLED or self.rounds < 1 or not 1 <= self.workers <= self.batch_size:
-            raise ValueError(
-                f"--steps must be above {SETTLED}, --rounds at least 1, --workers at least 1 and at most --batch-size"
-            )
-
 
 class Turn(NamedTuple):
     """What one start showed."""

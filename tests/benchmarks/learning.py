@@ -34,12 +34,13 @@ from jobs.cli.device import choose_device, processor
 from jobs.training.run_state import RunFingerprint
 from jobs.training.worker import WorkerData, make_network, prepare_torch
 from model.alexnet import INPUT_SIZE, AlexNet
-from model.metrics import LabeledImages, Score, evaluate
+from model.metrics import Score, evaluate
 from model.recipe import RECIPES, Recipe
 from model.schedule import PAPER_FACTOR, PAPER_REDUCTIONS
-from model.training import StepAction, Trainer, Worker
+from model.training import Trainer, Worker
 from pipeline.dataset.info import read_dataset, write_json
 from tests.benchmarks.loader_sets import make_folder
+from tests.benchmarks.torchrun_rank import Quiet
 
 JUDGED_AT_ONCE = 100
 Row = dict[str, Any]
@@ -76,8 +77,6 @@ class LearningConfig:
     def __post_init__(self) -> None:
         if unknown := [name for name in self.contenders if name not in CONTENDERS]:
             raise ValueError(f"--contenders {', '.join(unknown)}: must be among {', '.join(CONTENDERS)}")
-        if not self.seeds or self.threads < 1:
-            raise ValueError("give --seeds, and at least 1 as --threads")
 
     def recipe(self, seed: int) -> Recipe:
         names = ("batch_size", "lr", "patience", "epochs")
@@ -112,28 +111,16 @@ def print_row(row: Row) -> None:
     )
 
 
-class Collector:
-    """Keeps each epoch's row of the project's loop (`model.training.Observer`)."""
+class Collector(Quiet):
+    """Keeps each epoch's row of the project's loop. No checkpoint is kept: a run that is cut off starts again."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
-
-    def on_step_end(self, trainer: Trainer, batches: Sequence[LabeledImages], own_seconds: float) -> StepAction:
-        return StepAction.NOTHING
-
-    def on_log(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
-        """The epoch's row is enough."""
 
     def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None:
         kept = {name: row[name] for name in ("epoch", "lr", "train_loss", "val_loss")}
         self.rows.append({**kept, "val_top1_error": row["top1_error"], "val_top5_error": row["top5_error"]})
         print_row(self.rows[-1])
-
-    def on_validation_batch(self, trainer: Trainer) -> StepAction:
-        return StepAction.NOTHING
-
-    def checkpoint(self, trainer: Trainer) -> None:
-        """None is kept: a run that is cut off starts again."""
 
     def on_warning(self, trainer: Trainer, warning: str) -> None:
         print(f"  {warning}", flush=True)

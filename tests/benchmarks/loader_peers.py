@@ -37,7 +37,7 @@ from pipeline.loading.loader import Loader
 from pipeline.loading.plan import COLOR_STD, CROP_SIZE, Augmentation
 from tests.benchmarks import loader_others as others
 from tests.benchmarks import loader_sets
-from tests.benchmarks.loader_sets import REPEATS
+from tests.benchmarks.loader_sets import REPEATS, open_train
 from tests.benchmarks.loader_task import BATCH, SHAPE, Batches, PeerConfig
 
 # Batches. By then each buffer was written once: the first use of a page of memory costs more than its reuse.
@@ -87,25 +87,22 @@ def ours(config: PeerConfig, made: Path) -> Batches:
 
 def ours_from_pixels(config: PeerConfig, made: Path) -> Batches:
     """This project's loader, from a stage of decoded pixels."""
-    yield from _ours(config, _pixels(config, made))
-
-
-def _pixels(config: PeerConfig, made: Path) -> SplitReader:
     (root,) = made.iterdir()
-    return SplitReader(root, read_dataset(root), "train")
+    yield from _ours(config, open_train(root))
 
 
 def _ours(config: PeerConfig, reader: SplitReader) -> Batches:
     rgb = read_dataset(config.data).rgb
     loader = Loader(reader, rgb, BATCH, config.device, config.cores, gpu_decoder=config.gpu_decoder)
-    for batch in loader.run(config.endless()):
+    for batch in loader.run(config.plan.endless()):
         yield batch.images
 
 
 def bare_copy(config: PeerConfig, made: Path) -> Batches:
     """Threads copy the windows out of the decoded pixels into one float32 buffer: no mirroring, no mean."""
     (root,) = made.iterdir()
-    images = np.concatenate([_mapped(path) for path in sorted((root / "train").glob("*.rgb"))])
+    paths = sorted((root / "train").glob("*.rgb"))
+    images = np.concatenate([np.memmap(path, np.uint8, "r").reshape(-1, *IMAGE_SHAPE) for path in paths])
     output = torch.empty(BATCH, CROP_SIZE, CROP_SIZE, 3)
 
     def copy(samples: NDArray[np.int64], drawn: Augmentation, rows: NDArray[np.int64]) -> None:
@@ -116,13 +113,9 @@ def bare_copy(config: PeerConfig, made: Path) -> Batches:
 
     parts = np.array_split(np.arange(BATCH), config.cores)
     with concurrent.futures.ThreadPoolExecutor(config.cores) as pool:
-        for planned in config.endless():
+        for planned in config.plan.endless():
             list(pool.map(functools.partial(copy, planned.samples, planned.draw(planned.samples)), parts))
             yield output.permute(0, 3, 1, 2)
-
-
-def _mapped(path: Path) -> NDArray[np.uint8]:
-    return np.memmap(path, np.uint8, "r").reshape(-1, *IMAGE_SHAPE)
 
 
 def dali(config: PeerConfig, made: Path) -> Batches:

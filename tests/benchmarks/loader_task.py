@@ -15,7 +15,7 @@ from jobs.cli.device import choose_device
 from pipeline.dataset.info import read_dataset
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.loading.graph import GpuDecoder
-from pipeline.loading.plan import CROP_SIZE, Plan, PlannedBatch, color_matrix
+from pipeline.loading.plan import CROP_SIZE, Plan, color_matrix
 from tests.benchmarks.loader_sets import open_train
 
 BATCH = 128
@@ -41,10 +41,6 @@ class PeerConfig:
     prepare: bool = False
     """Only make what this loader reads."""
 
-    def __post_init__(self) -> None:
-        if self.cores < 1 or not self.seconds > 0:
-            raise ValueError("--cores and --seconds must be above 0")
-
     @functools.cached_property
     def reader(self) -> SplitReader:
         return open_train(self.data)
@@ -61,9 +57,6 @@ class PeerConfig:
     @functools.cached_property
     def plan(self) -> Plan:
         return Plan(len(self.reader), BATCH, 0, color_matrix(read_dataset(self.data).rgb))
-
-    def endless(self) -> Iterator[PlannedBatch]:
-        return self.plan.endless()
 
 
 Batches = Iterator[Tensor | None]

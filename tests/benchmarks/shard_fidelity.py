@@ -38,10 +38,6 @@ class FidelityConfig:
     quality: int = 90
     """Of the JPEGs."""
 
-    def __post_init__(self) -> None:
-        if self.images < 1:
-            raise ValueError("--images must be at least 1")
-
 
 def by_pillow(image: Image.Image) -> Image.Image:
     """The central square, resized by Pillow alone."""

@@ -30,6 +30,7 @@ from PIL import Image
 from jobs.cli.command import run
 from pipeline.dataset.info import read_dataset
 from pipeline.images.decode import MAX_PIXELS
+from tests.benchmarks.plan_cost import high_water_mb
 from tests.processes import BUILDING, below, outside_clusters
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,12 +56,6 @@ class ShardMemoryConfig:
     """Also measure single images of 80 megapixels, which take 2.2 GB."""
     work: Path | None = None
     """Folder for what is made; by default one for temporary files. 1 GB for 100,000 images."""
-
-    def __post_init__(self) -> None:
-        if min(self.images, default=1000) < 1000:
-            raise ValueError(f"--images {min(self.images)} must be at least 1,000")
-        if self.workers < 1 or self.side < 1:
-            raise ValueError(f"--workers {self.workers} and --side {self.side} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +99,9 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 def peak_mb(pid: int) -> float:
     """The largest resident size of a process so far; 0 where it has ended."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text("utf-8").splitlines()
-    except (FileNotFoundError, ProcessLookupError):
+        return high_water_mb(pid)
+    except (FileNotFoundError, ProcessLookupError, ValueError):
         return 0.0
-    return next((int(line.split()[1]) * 1024 / MB for line in lines if line.startswith("VmHWM:")), 0.0)
 
 
 def measure(source: Path, images: int, workers: int, output: Path) -> ShardMemory:

@@ -56,8 +56,6 @@ class SpeedConfig:
     def __post_init__(self) -> None:
         if unknown := set(self.writers) - set(WRITERS):
             raise ValueError(f"--writers {', '.join(sorted(unknown))} must be among {', '.join(WRITERS)}")
-        if self.images < 1 or self.rounds < 1:
-            raise ValueError("--images and --rounds must be at least 1")
 
 
 def make_variants(config: SpeedConfig) -> Path:
@@ -72,10 +70,9 @@ def make_variants(config: SpeedConfig) -> Path:
         target = folder / path.parent.name / f"{path.stem}_{number // len(originals)}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
         if number >= len(originals):
-            first = folder / path.parent.name / f"{path.stem}_0.jpg"
-            shutil.copyfile(first, target)
-            continue
-        target.write_bytes(_variant(path.read_bytes(), config.megapixels))
+            shutil.copyfile(target.with_name(f"{path.stem}_0.jpg"), target)
+        else:
+            target.write_bytes(_variant(path.read_bytes(), config.megapixels))
     return folder
 
 

@@ -69,15 +69,19 @@ def _bare(resizing: Callable[[NDArray[np.uint8]], NDArray[np.uint8]], images: Ph
         simplejpeg.encode_jpeg(square, QUALITY, "RGB", "420")
 
 
+def _square(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The central square, a view."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[top : top + side, left : left + side]
+
+
 def _area(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     import cv2
 
     cv2.setNumThreads(1)
-    height, width = image.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = image[top : top + side, left : left + side]
-    return cv2.resize(square, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_AREA)
+    return cv2.resize(_square(image), (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_AREA)
 
 
 def bare_area(source: Path, output: Path, cores: int) -> None:
@@ -199,11 +203,7 @@ class _Squares:
     def __getitem__(self, i: int) -> tuple[NDArray[np.uint8], int]:
         path, label = self.images[i]
         with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
-        height, width = pixels.shape[:2]
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        return np.ascontiguousarray(pixels[top : top + side, left : left + side]), label
+            return np.ascontiguousarray(_square(np.asarray(image.convert("RGB")))), label
 
 
 def ffcv(source: Path, output: Path, cores: int) -> None:

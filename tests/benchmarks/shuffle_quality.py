@@ -48,12 +48,6 @@ class ShuffleConfig:
     seed: int = 0
     """Of every shuffle."""
 
-    def __post_init__(self) -> None:
-        if min(self.classes, self.per_class, self.per_tar, self.batch_size, *self.buffers) < 1:
-            raise ValueError(f"every number must be at least 1: {self}")
-        if self.samples < self.batch_size:
-            raise ValueError(f"{self.samples} images are fewer than a batch of {self.batch_size}: use more --per-class")
-
     @property
     def samples(self) -> int:
         return self.classes * self.per_class

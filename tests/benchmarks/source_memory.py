@@ -43,10 +43,6 @@ class SourceMemoryConfig:
     one: Path | None = None
     """Measure this tar in this process and print the figures as JSON, as the program does for each size."""
 
-    def __post_init__(self) -> None:
-        if min(self.images, default=SMALL) < SMALL:
-            raise ValueError(f"--images {min(self.images)} must be at least {SMALL:,}")
-
 
 @dataclasses.dataclass(frozen=True)
 class SourceMemory:

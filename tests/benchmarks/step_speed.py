@@ -86,12 +86,9 @@ class StepConfig:
             raise ValueError(f"--variants {', '.join(unknown)}: must be among {', '.join(VARIANTS)}")
         if OURS not in self.variants:
             raise ValueError(f"--variants must hold {OURS!r}: the others are compared with it")
-        if min(self.batch_size, self.rounds, self.steps, self.threads) < 1:
-            raise ValueError("--batch-size, --rounds, --steps and --threads must be at least 1")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Batch:
+class _Batch(NamedTuple):
     images: Tensor
     labels: Tensor
 
@@ -170,7 +167,8 @@ def measure(config: StepConfig) -> dict[str, list[Turn]]:
     steppers = {
         name: Stepper(VARIANTS[name], network, images.to(device), labels.to(device)) for name in config.variants
     }
-    settle = torch.cuda.synchronize if config.gpu else _nothing
+    # On CPU, an action is over when it returns.
+    settle = torch.cuda.synchronize if config.gpu else lambda: None
     turns: dict[str, list[Turn]] = {name: [] for name in steppers}
     for number in range(config.rounds + 1):
         for name, stepper in steppers.items():
@@ -184,10 +182,6 @@ def measure(config: StepConfig) -> dict[str, list[Turn]]:
         shown = ", ".join(f"{name} {values[-1].wall:.2f}" for name, values in turns.items())
         print(f"{f'round {number}' if number else 'warm-up'} (s): {shown}", flush=True)
     return {name: values[1:] for name, values in turns.items()}
-
-
-def _nothing() -> None:
-    """On CPU, an action is over when it returns."""
 
 
 def table(turns: dict[str, list[Turn]], images: int) -> list[str]:

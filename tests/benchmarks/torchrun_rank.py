@@ -30,19 +30,13 @@ class RankConfig:
     """Images per step over all ranks."""
 
 
-class Printer:
-    """Says each step as jobs/train.py does, and keeps nothing."""
-
-    def __init__(self, rank: int, steps: int) -> None:
-        self._rank, self._steps = rank, steps
+class Quiet:
+    """Observes training (`model.training.Observer`), says nothing and keeps nothing."""
 
     def on_step_end(self, trainer: Trainer, batches: Sequence[LabeledImages], own_seconds: float) -> StepAction:
         return StepAction.NOTHING
 
-    def on_log(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
-        if self._rank == 0:
-            step = f"epoch 1/1 step {trainer.progress.step}/{self._steps}"
-            print(f"{step}: loss {score.loss:.3f}, {images_per_s:.1f} images/s", flush=True)
+    def on_log(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None: ...
 
     def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None: ...
 
@@ -52,6 +46,18 @@ class Printer:
     def checkpoint(self, trainer: Trainer) -> None: ...
 
     def on_warning(self, trainer: Trainer, warning: str) -> None: ...
+
+
+class Printer(Quiet):
+    """Says each step as jobs/train.py does."""
+
+    def __init__(self, rank: int, steps: int) -> None:
+        self._rank, self._steps = rank, steps
+
+    def on_log(self, trainer: Trainer, score: Score, images_per_s: float, data_wait: float) -> None:
+        if self._rank == 0:
+            step = f"epoch 1/1 step {trainer.progress.step}/{self._steps}"
+            print(f"{step}: loss {score.loss:.3f}, {images_per_s:.1f} images/s", flush=True)
 
 
 def main(config: RankConfig) -> None:

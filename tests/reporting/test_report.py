@@ -1,4 +1,4 @@
-"""The report: its figures against what they are of, and the whole page of a run under the plateau schedule."""
+"""The report, its figures and page against what they are of; a batch's picture, its pixels against Pillow's."""
 
 from __future__ import annotations
 
@@ -12,30 +12,22 @@ import numpy as np
 import torch
 from PIL import Image
 
+from jobs.look import EXAGGERATION, LookConfig, look
 from jobs.reporting import charts
 from jobs.reporting.page import gallery, page
 from jobs.reporting.predictions import Confusion, confusions, predict
 from jobs.training.run_state import RunFingerprint, State
 from jobs.training.trackers import EVENTS, TrackedRun, make_trackers, read_events
 from jobs.training.worker import make_network
-from model.schedule import PAPER_REDUCTIONS
+from model.metrics import Score
+from model.progress import Progress
+from model.recipe import Recipe
+from model.schedule import Plateau
 from pipeline.dataset.info import read_dataset
-from tests.model.test_training import RECIPE, Recorder, SmallData, make_trainer
+from pipeline.dataset.split_reader import SplitReader
 from tests.photographs import write_source
+from tests.processes import run_here
 from tests.shard_sets import make, planned
-
-
-def test_the_rate_is_drawn_as_steps() -> None:
-    measured = dict.fromkeys(("train_loss", "val_loss", "train_error", "top1_error", "top5_error"), 0.5)
-    rates = ((1, 0.1), (2, 0.1), (3, 0.01))
-    history = [{**measured, "epoch": epoch, "lr": rate, "reason": ""} for epoch, rate in rates]
-    for within in ({}, {"train/lr": [(0.5, 0.1), (1.5, 0.1), (2.5, 0.01), (3.0, 0.01)]}):
-        drawing = charts.curves(history, within)["Learning rate"]
-        (drawn,) = re.findall(rf'<path d="([^"]+)"[^>]*stroke: {charts.TRAINING}', drawing)
-        points = np.array(re.findall(r"[-.\d]+", drawn), np.float64).reshape(-1, 2)
-        moves = np.abs(np.diff(points, axis=0)) > 0.01
-        assert moves.any(axis=0).all()
-        assert not moves.all(axis=1).any()
 
 
 def test_each_filter_is_drawn_by_itself() -> None:
@@ -56,15 +48,17 @@ def test_confusions_start_with_the_worst_class() -> None:
 
 
 def test_the_page_shows_a_runs_decisions_its_network_and_its_set(tmp_path: Path) -> None:
-    """The decisions are those of a small network, which ends by the schedule; the pictures are of an AlexNet's."""
     source = write_source(tmp_path / "images", images=8, classes=2)
     data = make(tmp_path / "shards", planned(source, per_shard=8, val_fraction=0.5))
     info = read_dataset(data)
     # A class's name is text, never markup or a formula.
     info = dataclasses.replace(info, classes=tuple(dataclasses.replace(c, name="<b>$x$ 中") for c in info.classes))
-    recipe = dataclasses.replace(RECIPE, epochs=500, patience=2)
-    trainer = make_trainer(recipe)
-    trainer.fit(SmallData(), Recorder(tmp_path / "run"))
+    # It never improves, and ends by the schedule.
+    recipe, score = Recipe(patience=2), Score(loss=2.0, top1_error=0.5, top5_error=0.25, images=8)
+    progress = Progress(Plateau(recipe.lr))
+    while not progress.finished:
+        progress.rate = progress.schedule.lr
+        progress.close_epoch(recipe, score, score).update(seconds=9.0, train_seconds=8.0)
     tensorboard, *_ = make_trackers(None, TrackedRun(str(tmp_path / "run"), {}, "this machine", 0))
     tensorboard.log({"train/loss": 2.5}, 5)
     tensorboard.close("finished")
@@ -72,10 +66,8 @@ def test_the_page_shows_a_runs_decisions_its_network_and_its_set(tmp_path: Path)
     network = make_network(identity).eval()
     predictions = predict(network, info.rgb, torch.device("cpu"), data, info)
     events = read_events(str(tmp_path / "run" / EVENTS))
-    text = page("small", State(identity, trainer.progress), network, events, {}, gallery(predictions, data, info))
-    decisions = [row["epoch"] for row in trainer.progress.history if row["reason"]]
-    assert len(decisions) == PAPER_REDUCTIONS + 1
-    for epoch in decisions:
+    text = page("small", State(identity, progress), network, events, {}, gallery(predictions, data, info))
+    for epoch in (3, 5, 7, 9):
         assert text.count(f"<li>epoch {epoch}: error ") == 1
     assert text.count("stopping, the rate was reduced 3 times</li>") == 1
     assert (text.count("<svg"), text.count("<image")) == (3 + 1 + 8 + 5, 96 + 8 + 5 * 7)
@@ -83,3 +75,34 @@ def test_the_page_shows_a_runs_decisions_its_network_and_its_set(tmp_path: Path)
     assert "&lt;b&gt;$x$ 中" in text
     assert text.count("this machine") == 1
     assert 'src="http' not in text
+
+
+def test_the_pixels_are_the_images(shard_set: Path) -> None:
+    info = read_dataset(shard_set)
+    reader = SplitReader(shard_set, info, "train")
+    found = look(LookConfig(shard_set, images=9), info, reader)
+    flips = found.drawn.flips
+    assert flips.any()
+    assert not flips.all()
+    assert EXAGGERATION * np.abs(found.drawn.shifts).max() > 5
+    for row, sample in enumerate(found.samples):
+        stored = np.asarray(Image.open(io.BytesIO(reader.image(sample).tobytes()))).astype(int)
+        np.testing.assert_array_equal(found.stored[row], stored)
+        top, left = found.drawn.crops[row]
+        crop = stored[top : top + 227, left : left + 227]
+        crop = crop[:, ::-1] if flips[row] else crop
+        for pixels, factor in ((found.network[row], 1), (found.exaggerated[row], EXAGGERATION)):
+            expected = np.clip(crop + factor * found.drawn.shifts[row], 0, 255)
+            assert np.abs(pixels - expected).max() <= 1
+
+
+def test_the_picture_has_the_crops_marked(shard_set: Path, tmp_path: Path) -> None:
+    output = tmp_path / "look.png"
+    done = run_here("look", "--data", shard_set, "--output", output)
+    assert done.returncode == 0, done.stderr
+    assert str(output) in done.stdout
+    with Image.open(output) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    assert pixels.shape[1] > 900
+    # In a color that the pictures do not have.
+    assert (np.abs(pixels - [255, 45, 149]).sum(axis=2) < 30).sum() > 1000

@@ -1,17 +1,26 @@
-"""What `stream` hands to Ray, and when: a stand-in for Ray counts what is in flight at every moment. And no Ray."""
+"""What `stream` hands to Ray, and when; a Ray that is not to be had; the interface with a node's address; and a folder
+that not all nodes see.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
-from collections.abc import Iterator
+from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray._private import ray_constants, services
 
+from jobs import train
+from jobs.cli.workers import Workers
 from jobs.cluster import connection as cluster
+from jobs.cluster.network import GLOO, NCCL, interface_of, use_node_interface
+from jobs.cluster.nodes import NoAnswer, Node
+from jobs.training.config import TrainConfig
 
 
 class Items:
@@ -29,7 +38,7 @@ class Items:
 
 
 class StandIn:
-    """The parts of Ray that `stream` uses, with each task ending in an order drawn by chance."""
+    """The parts of Ray that `stream` uses. Tasks end in an order drawn by chance, and what is in flight is counted."""
 
     exceptions = cluster.ray.exceptions
     ObjectRefGenerator = Items
@@ -61,50 +70,35 @@ class StandIn:
         return {"CPU": float(self.cpus)}
 
 
-def tracked(ray: StandIn, count: int, lead: list[int]) -> Iterator[tuple[int]]:
-    """Calls that note, each as it is taken, how many are in flight already."""
-    for number in range(count):
-        lead.append(len(ray.in_flight))
-        yield (number,)
-
-
 @pytest.mark.parametrize("workers", [1, 2, 7])
 @pytest.mark.parametrize("seed", range(3))
-def test_no_more_are_in_flight_than_workers_and_none_is_taken_early(
-    workers: int, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ray, lead = StandIn(seed, cpus=99), list[int]()
+def test_no_more_are_in_flight_than_workers(workers: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = StandIn(seed, cpus=99)
     monkeypatch.setattr(cluster, "ray", ray)
     answers: dict[int, list[Any]] = {}
-    for number, item in cluster.stream(ray, tracked(ray, 100, lead), workers):
+    for number, item in cluster.stream(ray, ((n,) for n in range(100)), workers):
         answers.setdefault(number, []).append(item)
         # Whoever is slow to take answers holds up the calls, too.
-        assert len(lead) == len(ray.sent) <= 100
         assert len(ray.in_flight) <= workers
     assert ray.sent == list(range(100))
     assert ray.most == workers
-    assert max(lead) < workers
     assert not ray.in_flight
     assert all(items == [10 * number + i for i in range(len(items))] for number, items in answers.items())
 
 
 def test_without_a_number_there_is_one_a_cpu_as_nodes_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    ray, lead = StandIn(0, cpus=2), list[int]()
+    ray = StandIn(0, cpus=2)
     monkeypatch.setattr(cluster, "ray", ray)
-    answers = cluster.stream(ray, tracked(ray, 60, lead))
-    assert lead == []
-    for _ in range(10):
-        next(answers)
-    assert ray.most == 2
-    ray.cpus = 5
-    for _ in range(20):
-        next(answers)
-    assert ray.most == 5
-    ray.cpus, before = 1, len(ray.sent)
-    rest = list(answers)
-    assert rest
+    answers = cluster.stream(ray, ((n,) for n in range(60)))
+    for cpus in (2, 5):
+        ray.cpus = cpus
+        for _ in range(20):
+            next(answers)
+        assert ray.most == cpus
     # Those that a lost node leaves over are not replaced before there is room.
-    assert max(lead[before + 1 :], default=0) == 0
+    ray.cpus, before = 1, len(ray.sent)
+    for _ in answers:
+        assert len(ray.sent) == before or len(ray.in_flight) <= 1
     assert ray.sent == list(range(60))
 
 
@@ -141,9 +135,61 @@ def test_an_address_that_an_ended_ray_has_left_is_told_at_once(monkeypatch: pyte
         pass
 
 
-def test_a_home_that_cannot_be_written_is_told_from_a_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray keeps its token in the one, and looks for it only at a process's first start."""
-    monkeypatch.setenv("HOME", "/proc/none")
-    assert "set HOME to a folder that can be" in cluster._start_cure(PermissionError(13, "no", "/proc/none/.ray"))
-    assert "set RAY_TMPDIR to a folder" in cluster._start_cure(PermissionError(13, "no", "/tmp/ray/session"))
-    assert "see the logs below RAY_TMPDIR" in cluster._start_cure(RuntimeError("the raylet ended"))
+def test_a_ray_of_its_own_has_the_cores_that_taskset_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"})
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", ray_constants.ENABLE_RAY_CLUSTER)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    started = []
+    monkeypatch.setattr(cluster.ray, "init", lambda address, **options: started.append((address, options)))
+    with cluster.connected():
+        [(address, options)] = started
+    assert (address, options["num_cpus"]) == ("local", 1)
+
+
+# As on a cloud's machine with Docker: the host's own network is neither the first nor the widest.
+FOUND = {
+    "lo": IPv4Interface("127.0.0.1/8"),
+    "docker0": IPv4Interface("172.17.0.1/16"),
+    "ens5": IPv4Interface("172.31.9.8/20"),
+}
+
+
+@pytest.mark.parametrize(
+    ("address", "interface"),
+    [("172.31.9.8", "ens5"), ("172.17.0.1", "docker0"), ("127.0.0.1", "lo"), ("127.0.0.3", "lo")],
+)
+def test_the_interface_is_the_one_with_the_nodes_address(address: str, interface: str) -> None:
+    assert interface_of(address, FOUND) == interface
+
+
+def test_an_address_of_another_machine_is_refused_with_what_there_is() -> None:
+    with pytest.raises(ValueError, match=rf"no network interface has .* 172.31.9.9 .*ens5 172\.31\.9\.8.*{GLOO}"):
+        interface_of("172.31.9.9", FOUND)
+
+
+def test_what_the_environment_names_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setenv(GLOO, "bond0")
+    monkeypatch.setenv(NCCL, "")
+    use_node_interface()
+    assert (os.environ[GLOO], os.environ[NCCL]) == ("bond0", "=lo")
+    monkeypatch.setenv(NCCL, "ib0")
+    use_node_interface()
+    assert (os.environ[GLOO], os.environ[NCCL]) == ("bond0", "ib0")
+
+
+def test_a_storage_on_one_nodes_disk_is_refused_before_the_start(
+    shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, other = (Node(str(i), f"10.77.0.{i}", gpus=0, cpus=1) for i in (1, 2))
+    monkeypatch.setattr(train, "connected", contextlib.nullcontext)
+    monkeypatch.setattr(train, "alive_nodes", lambda: [here, other])
+    monkeypatch.setattr(train, "launch", lambda *_: pytest.fail("it started"))
+    monkeypatch.setattr(train, "on_each", lambda _, digest, path: {here: digest(path), other: NoAnswer("no such file")})
+    run = TrainConfig(str(shard_set), str(tmp_path), "a", workers=Workers(2, 2), gpus=False, batch_size=4)
+    told = (
+        rf"--storage {tmp_path}/a is a folder of .* that 1 node\(s\) of the cluster do not see \(10.77.0.2\): .*s3://"
+    )
+    with pytest.raises(ValueError, match=told):
+        train.main(run)
+    assert not list((tmp_path / "a").iterdir())
