@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from torch import distributed, nn
 
 from jobs.training.failures import CollectiveTimeoutError, named_timeouts
 from jobs.training.watchdog import LimitedData
-from model.metrics import LabeledImages
 from model.parallel import data_parallel
+from tests.model.test_training import SmallData
 from tests.processes import below
 from tests.ranks import run_ranks
 from tests.runs import ROOT, Run, assert_alike
@@ -57,25 +57,19 @@ def test_only_the_wait_for_the_images_is_limited(monkeypatch: pytest.MonkeyPatch
     """And each wait by itself. The loop's own work holds the exchange with the other ranks."""
     events: list[str] = []
 
-    class Data:
-        steps = 2
-
-        def training(self, epoch: int, first_step: int) -> Iterator[Sequence[LabeledImages]]:
-            return self.validation()
-
-        def validation(self) -> Iterator[Any]:
+    class Data(SmallData):
+        def training(self, epoch: int, first_step: int) -> Iterator[Any]:
             events.append("read")
             yield ()
             raise OSError("the disk is gone")
 
-    def train() -> None:
-        for _ in LimitedData(Data(), 7.0).training(0, 0):
-            events.append("trained")
-
     monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, exit: events.append(f"at most {seconds}"))
     monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: events.append("got"))
+    items = LimitedData(Data(), 7.0).training(0, 0)
+    next(items)
+    events.append("trained")
     with pytest.raises(OSError, match="the disk is gone"):
-        train()
+        next(items)
     assert events == ["at most 7.0", "read", "got", "trained", "at most 7.0", "got"]
 
 

@@ -65,7 +65,8 @@ def training(shards: Path, folder: Path, checkpoint_every: int = 2) -> Iterator[
     with hosts.cluster((1, 1, 1, 0), folder / "disk", settings=IMPATIENT) as four:
         submit = ["ray", "job", "submit", "--address", f"http://{hosts.NETWORK}.1:8265", "--working-dir", ROOT]
         storage, cores, notes = str(folder / "runs"), ("--cpus-per-worker", 1), folder / "notes"
-        arguments = command(shards, storage, 2, EPOCHS, *cores, checkpoint_every=checkpoint_every, notes=notes)
+        every = ("--checkpoint-every", checkpoint_every)
+        arguments = command(shards, storage, 2, EPOCHS, *cores, *every, notes=notes)
         job = Followed(four[3].start(*submit, "--", "python", *arguments))
         yield four[:3], job, str(folder / "runs" / "run")
 

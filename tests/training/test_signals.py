@@ -7,8 +7,6 @@ import errno
 import os
 import queue
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +16,8 @@ from jobs.training import checkpoint
 from jobs.training import stop_signals as interrupt
 from jobs.training.checkpoint import MODEL_FILE
 from jobs.training.stop_signals import signals_stop
-from tests.processes import outside_clusters, run_here
-from tests.runs import Followed, Run, command
+from tests.processes import run_here
+from tests.runs import Run, command
 
 EPOCHS = 100  # More than a run gets to here.
 SECONDS = 10.0
@@ -75,30 +73,8 @@ def test_what_was_started_to_live_through_a_signal_does(signum: signal.Signals) 
         signal.signal(signum, before)
 
 
-@contextlib.contextmanager
-def another_ray() -> Iterator[None]:
-    """A Ray with a dashboard, as somebody else on this machine may start one."""
-    ray = Path(sys.executable).with_name("ray")
-    command = [ray, "start", "--head", "--port=0", "--num-cpus=1", "--block", "--disable-usage-stats"]
-    process = subprocess.Popen(
-        [*map(str, command), "--include-dashboard=true", "--dashboard-host=127.0.0.1"],
-        env=outside_clusters(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    other = Followed(process)
-    try:
-        other.wait_for("Ray runtime started")
-        yield
-    finally:
-        process.terminate()
-        other.end()
-
-
 @pytest.mark.slow
-def test_another_ray_does_not_disturb_a_run_with_given_weights_and_ctrl_c_ends_it_with_a_checkpoint(
+def test_ctrl_c_ends_a_run_that_began_with_given_weights_with_a_checkpoint(
     pair: Path, shard_set: Path, tmp_path: Path
 ) -> None:
     """To its group, as a terminal sends it. At a rate of 0 the weights stay as they are."""
@@ -108,12 +84,8 @@ def test_another_ray_does_not_disturb_a_run_with_given_weights_and_ctrl_c_ends_i
         run = Run(shard_set, str(tmp_path), 1, EPOCHS, *flags, checkpoint_every=0)
     run.wait_for(f"starting with the weights of {given}")
     run.wait_for("epoch 1/100 step 1/5")
-    with another_ray():
-        # Whoever asks about the run asks once a second.
-        for _ in range(5):
-            run.wait_for(": loss ")
-        os.killpg(run.process.pid, signal.SIGINT)
-        assert run.end() == 1, run.text
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.end() == 1, run.text
     assert "failure" not in run.text
     assert "SIGINT to the driver: writing a checkpoint, then leaving" in run.text
     (name, state), *_ = reversed(checkpoint.committed(str(tmp_path / "run")).items())
@@ -123,7 +95,6 @@ def test_another_ray_does_not_disturb_a_run_with_given_weights_and_ctrl_c_ends_i
     )
     assert (tmp_path / "run" / name / MODEL_FILE).read_bytes() == (given / MODEL_FILE).read_bytes()
     assert state.identity.init_from == str(given)
-    arguments = command(shard_set, str(tmp_path), 1, EPOCHS, "--lr", 0, "--init-from", pair)
-    done = run_here("train", *arguments[1:])
+    done = run_here("train", *command(shard_set, str(tmp_path), 1, EPOCHS, "--lr", 0, "--init-from", pair)[1:])
     assert done.returncode == 1
     assert f"the initial weights are {pair}, were {given} (leave --init-from out)" in done.stderr

@@ -87,7 +87,8 @@ def test_what_cannot_be_trained_on_written_or_judged_is_refused(shard_set: Path,
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ({"hang_seconds": float("nan")}, "--hang-seconds is nan; it must be above 0"),
+        ({"checkpoint_minutes": 0.0}, "--checkpoint-minutes is 0.0; it must be above 0"),
+        ({"resize_seconds": float("nan")}, "--resize-seconds is nan; it must be above 0"),
         ({"hang_seconds": float("inf")}, "--hang-seconds is inf; it must be above 0"),
         ({"init_from": "a", "from_checkpoint": "b"}, "--init-from and --from-checkpoint exclude each other"),
     ],
