@@ -145,5 +145,6 @@ def test_the_command_that_training_ends_with_needs_no_environment_and_two_worker
     found = json.loads(output.read_text())
     one, _ = evaluated(shard_set, saved, "--batch-size", BATCH, "--ten-crop")
     assert found.pop("data") == str(shard_set)
-    assert found.pop("loss") == pytest.approx(one.pop("loss"), rel=1e-14)
+    # The losses are added in another order, and computed with other threads.
+    assert found.pop("loss") == pytest.approx(one.pop("loss"), rel=1e-6)
     assert found == one
