@@ -46,7 +46,7 @@ next(LimitedData(data, 1.0).training(0, 0))
 
 
 def test_a_hang_ends_the_process_and_shows_its_place(shard_set: Path) -> None:
-    command = [sys.executable, "-c", HANGING_READ, shard_set]
+    command = [sys.executable, "-c", HANGING_READ, str(shard_set)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 1
     assert "Timeout (0:00:01)!" in done.stderr

@@ -46,7 +46,8 @@ def test_a_disk_that_cannot_be_written_is_named(
     tmp_path: Path, part: str, options: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with small_disk(tmp_path / "disk", "4m") as disk:
-        run, error, told = disk / "run", StorageError, rf"{disk}/run could not be written \(.*{reason}"
+        error: type[ValueError] = StorageError
+        run, told = disk / "run", rf"{disk}/run could not be written \(.*{reason}"
         if part == "temporary folder":
             monkeypatch.setattr(tempfile, "tempdir", str(disk))
             run, cure = tmp_path / "run", "free space there or set TMPDIR to a larger disk"
