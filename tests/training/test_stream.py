@@ -162,6 +162,6 @@ def test_validation_has_each_image_once_and_its_center(shard_set: Path) -> None:
                 assert int(label) == labels[sample]
                 assert_pixels(image, images[sample][14 : 14 + 227, 14 : 14 + 227], shard_set)
     assert seen == list(range(VAL))
-    # The last of more workers than images.
-    sixteenth = WorkerData(shard_set, Recipe(batch_size=16), Worker(15, 16, torch.device("cpu")), 5, 1)
-    assert list(sixteenth.validation()) == []
+    # The first of more workers than images.
+    idle = WorkerData(shard_set, Recipe(batch_size=16), Worker(0, 16, torch.device("cpu")), 5, 1)
+    assert list(idle.validation()) == []
