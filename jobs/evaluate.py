@@ -112,17 +112,14 @@ def main(config: EvaluateConfig) -> None:
     else:
         sums = judge_in_tasks(config, state.identity, network, config.workers)
     score = Score.of(sums)
-    kind = "ten crops" if config.ten_crop else "center crop"
+    where, kind = shown(location), "ten crops" if config.ten_crop else "center crop"
     if state.origin:
-        print(f"{shown(location)} is {state.origin}")
-    print(f"{shown(location)}, {kind}, {score.images} images in {time.perf_counter() - started:.0f} s")
+        print(f"{where} is {state.origin}")
+    print(f"{where}, {kind}, {score.images} images in {time.perf_counter() - started:.0f} s")
     print(f"top-1 error {score.top1_error:.2%}, top-5 error {score.top5_error:.2%}, loss {score.loss:.4f}")
     if config.json is not None:
-        found = {**dataclasses.asdict(score), "crops": config.crops, "checkpoint": shown(location)}
-        found["data"] = shown(config.data)
-        if state.origin:
-            found["origin"] = state.origin
-        write_json(config.json, found)
+        found = {**dataclasses.asdict(score), "crops": config.crops, "checkpoint": where, "data": shown(config.data)}
+        write_json(config.json, {**found, "origin": state.origin} if state.origin else found)
 
 
 def judge_in_tasks(config: EvaluateConfig, identity: RunFingerprint, network: AlexNet, workers: int) -> Tensor:

@@ -18,7 +18,6 @@ from pathlib import Path
 from shlex import join as shell_line
 
 from jobs.cli.command import one_line, run
-from jobs.cli.workers import Workers
 from jobs.training.config import TrainConfig, from_groups
 
 if __name__ == "__main__":
@@ -91,10 +90,12 @@ def main(config: TrainConfig) -> None:
             if state is not None:
                 own = RunFingerprint.of(recipe, info, decoder, config.precision)
                 checkpoint.check_other(state, own, str(location))
+            low, high = resources.workers.min_workers, resources.workers.max_workers
+            counted = f"{low} to {high} workers" if low < high else f"{high} worker(s)"
             print(
                 f"{'starting' if state is None else 'continuing'} run {config.name}: recipe {config.recipe}{changed}, "
                 f"{len(info.classes)} classes; an epoch is {plan.steps} steps of {recipe.batch_size} and leaves out "
-                f"{plan.dropped} of {plan.samples} images; {_counted(resources.workers)} on "
+                f"{plan.dropped} of {plan.samples} images; {counted} on "
                 f"{'GPU' if resources.gpus else 'CPU'} with {resources.cpus_per_worker} core(s) each; "
                 f"{config.precision}; JPEGs decoded by {decoder}",
                 flush=True,
@@ -186,36 +187,26 @@ def launch(config: TrainConfig, resources: Resources) -> list[dict[str, float]]:
     return list(outcome["history"])
 
 
-def _counted(workers: Workers) -> str:
-    return (
-        f"{workers.min_workers} to {workers.max_workers} workers"
-        if workers.elastic
-        else f"{workers.max_workers} worker(s)"
-    )
-
-
 def check_local_paths(config: TrainConfig) -> None:
     """Raises ValueError if some node of the cluster does not see a local --storage or --data as this one does."""
     if len(alive_nodes()) < 2:
         return
     mount = "a folder of the same path on a mount that all nodes have"
-    if not is_url(config.storage):
-        check_shared("--storage", config.run, f"give a URL (s3://, gs://) or {mount}")
-    if not is_url(config.data):
-        # --stage copies on each node from --data, which therefore must be seen there, too.
-        cure = f"copy the set to an object store and give its URL and --stage, or give {mount}"
-        check_shared("--data", config.data, cure, marker=DATASET_FILE)
-    if config.from_checkpoint is not None and not is_url(config.from_checkpoint):
-        check_shared("--from-checkpoint", config.from_checkpoint, f"give a URL, or {mount}", marker=STATE_FILE)
+    # --stage copies on each node from --data, which therefore must be seen there, too.
+    bucket = "copy the set to an object store and give its URL and --stage, or give"
+    for option, folder, cure, marker in (
+        ("--storage", config.run, "give a URL (s3://, gs://) or", None),
+        ("--data", config.data, bucket, DATASET_FILE),
+        ("--from-checkpoint", config.from_checkpoint, "give a URL, or", STATE_FILE),
+    ):
+        if folder is not None and not is_url(folder):
+            check_shared(option, folder, f"{cure} {mount}", marker)
 
 
-def check_shared(option: str, folder: str, cure: str, marker: str | None = None) -> None:
+def check_shared(option: str, folder: str, cure: str, marker: str | None) -> None:
     """Refuses a local folder that some node does not see at the same path, as a shared mount would show it.
 
     Args:
-        option: the command line's, as --storage.
-        folder: an absolute path.
-        cure: what to do instead, a clause.
         marker: a file in the folder whose contents identify it; None to write one here for the check.
 
     Raises:

@@ -26,7 +26,6 @@ from typing import Literal
 
 NETWORK = "10.77.0"
 PROGRAMS = ("ip", "unshare", "nsenter", "setpriv", "bash")
-START_SECONDS = 60
 # The first process of a host. It waits for the network on stdin, and starts Ray in the background: the first process of
 # a PID namespace must collect its orphans, which Ray does not.
 BOOT = """

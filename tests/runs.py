@@ -28,17 +28,13 @@ STEPS = 5  # Of an epoch: 45 images, 9 at a time
 
 
 class Followed:
-    """A process in a session of its own, and what it prints while it goes on.
+    """A process in a session of its own, with a pipe for its output, and what it prints while it goes on."""
 
-    Args:
-        process: with a pipe for its output, stderr included.
-        seconds: after which it is killed; what reads its lines then comes to their end.
-    """
-
-    def __init__(self, process: subprocess.Popen[str], seconds: float = RUN_SECONDS) -> None:
+    def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
         self.lines: list[str] = []
-        self._overdue = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
+        # What reads its lines then comes to their end.
+        self._overdue = threading.Timer(RUN_SECONDS, os.killpg, (process.pid, signal.SIGKILL))
         self._overdue.daemon = True
         self._overdue.start()
 
@@ -64,17 +60,11 @@ class Followed:
 
 
 def command(
-    shards: Path,
-    storage: str,
-    workers: int | str,
-    epochs: int,
-    *more: object,
-    checkpoint_every: int = 2,
-    notes: Path | None = None,
+    shards: Path, storage: str, workers: int | str, epochs: int, *more: object, notes: Path | None = None
 ) -> list[str]:
     """What is given to Python to train a run of the name "run", with `tests.observer` if there is a file for it."""
     arguments = ["--data", shards, "--storage", storage, "--name", "run", "--workers", workers, "--epochs", epochs]
-    arguments += ["--batch-size", BATCH, "--log-every", 1, "--no-gpus", "--checkpoint-every", checkpoint_every]
+    arguments += ["--batch-size", BATCH, "--log-every", 1, "--no-gpus"]
     program = ["jobs/train.py"] if notes is None else [ROOT / "tests" / "observer.py", notes]
     return [*map(str, [*program, *arguments, *more])]
 
@@ -93,12 +83,11 @@ class Run(Followed):
         notes: Path | None = None,
         **environment: str,
     ) -> None:
-        arguments = command(shards, storage, workers, epochs, *more, checkpoint_every=checkpoint_every, notes=notes)
-        clean = outside_clusters()
+        more = (*more, "--checkpoint-every", checkpoint_every)
         process = subprocess.Popen(
-            [sys.executable, *arguments],
+            [sys.executable, *command(shards, storage, workers, epochs, *more, notes=notes)],
             cwd=ROOT,
-            env=clean | environment,
+            env=outside_clusters() | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

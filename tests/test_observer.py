@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.loading.plan import Plan, rank_slice
+from pipeline.loading.plan import Plan
 from tests.observer import assert_trained_once
 
 PLAN = Plan(23, 5, 7, np.zeros((3, 3)))
@@ -20,14 +20,11 @@ def notes(world: int, first: int, last: int, checkpoint: int) -> list[dict[str, 
     lines: list[dict[str, Any]] = []
     for done in range(first, last + 1):
         epoch, step = divmod(done - 1, PLAN.steps)
-        batch = PLAN.order(epoch)[step * 5 : step * 5 + 5].tolist()
         place = {"epoch": epoch, "step": step + 1}
-        for rank in range(world):
-            part = rank_slice(5, rank, world)
-            samples = batch[part.start : part.stop]
+        for rank, (planned, *_) in enumerate(PLAN.epoch(epoch, step, rank, world) for rank in range(world)):
+            samples = planned.samples.tolist()
             lines.append({**place, "first": done == first, "rank": rank, "world": world, "samples": samples})
-        if done == checkpoint:
-            lines.append(place)
+        lines += [place] * (done == checkpoint)
     return lines
 
 

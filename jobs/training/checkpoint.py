@@ -37,7 +37,7 @@ CHECKPOINT_PREFIX = "checkpoint_"
 def save(folder: Path, trainer: Trainer, identity: RunFingerprint) -> None:
     """Writes a checkpoint of everything that training needs to go on exactly."""
     save_tensors(folder, trainer)
-    seal(folder, State(identity, trainer.progress))
+    _save_state(folder, State(identity, trainer.progress))
 
 
 def save_tensors(folder: Path, trainer: Trainer) -> None:
@@ -58,17 +58,16 @@ def save_tensors(folder: Path, trainer: Trainer) -> None:
 def save_network(folder: Path, network: nn.Module, state: State) -> None:
     """Writes what evaluation needs: a network's tensors, and what they are."""
     _save_network(folder, network)
-    seal(folder, state)
+    _save_state(folder, state)
+
+
+def _save_state(folder: Path, state: State) -> None:
+    write_atomically(folder / STATE_FILE, state.to_json(digests(folder)))
 
 
 def _save_network(folder: Path, network: nn.Module) -> None:
     tensors = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
     safetensors.save_file(tensors, folder / MODEL_FILE)
-
-
-def seal(folder: Path, state: State) -> None:
-    """Writes `state.json`, which makes a folder a checkpoint."""
-    write_atomically(folder / STATE_FILE, state.to_json(digests(folder)))
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -81,11 +80,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def read_state(folder: Path) -> State:
-    """Reads a checkpoint's state.
-
-    Raises:
-        CheckpointError: if the folder is no checkpoint.
-    """
+    """A checkpoint's state; CheckpointError if the folder is none."""
     try:
         text = (folder / STATE_FILE).read_bytes()
     except (FileNotFoundError, NotADirectoryError):

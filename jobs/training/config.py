@@ -166,10 +166,10 @@ class TrainConfig(LoggingOptions, FaultOptions, CheckpointOptions, RecipeOptions
                 raise ValueError(f"--{field.replace('_', '-')} is {getattr(self, field)}; it must not be below 0")
         if self.stage_as == "pixels" and self.stage is None:
             raise ValueError("--stage-as pixels needs --stage, a folder on each node's own disk")
-        if self.checkpoint_minutes is not None and not self.checkpoint_minutes > 0:
-            raise ValueError(f"--checkpoint-minutes is {self.checkpoint_minutes}; it must be above 0")
-        if not self.resize_seconds > 0:
-            raise ValueError(f"--resize-seconds is {self.resize_seconds}; it must be above 0")
+        for field in ("checkpoint_minutes", "resize_seconds"):
+            value = getattr(self, field)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{field.replace('_', '-')} is {value}; it must be above 0")
         if not 0 < self.hang_seconds < threading.TIMEOUT_MAX:
             raise ValueError(f"--hang-seconds is {self.hang_seconds}; it must be above 0, and a time that can pass")
         if self.init_from is not None and self.from_checkpoint is not None:

@@ -25,11 +25,7 @@ class Resources:
 
     @classmethod
     def of(cls, config: HardwareOptions, nodes: Sequence[Node]) -> Resources:
-        """Settles what the command line leaves open.
-
-        Args:
-            config: the command line.
-            nodes: those that are there now; others may come.
+        """Settles what the command line leaves open, by the nodes that are there now; others may come.
 
         Raises:
             ValueError: if there is no GPU for --gpus, or the cores of a worker cannot be told, as no node with one is
@@ -67,12 +63,9 @@ class Resources:
             micro_batch=min(config.micro_batch, most),
         )
 
-    def room(self, nodes: Sequence[Node]) -> int:
-        """How many of these workers the nodes have room for, each worker on one node."""
-        return _room(nodes, self.cpus_per_worker, self.gpus)
-
 
 def _room(nodes: Sequence[Node], cores: int, gpus: bool) -> int:
+    """How many workers with so many cores, or a GPU too, the nodes have room for, each worker on one node."""
     return sum(min(node.cpus // cores, node.gpus) if gpus else node.cpus // cores for node in nodes)
 
 
@@ -96,7 +89,7 @@ def few_images(resources: Resources, recipe: Recipe) -> str | None:
 def check_shortage(resources: Resources, nodes: Sequence[Node], recipe: Recipe) -> None:
     """Raises ValueError for what could never start: more workers than images in a batch, or than this machine holds."""
     resources.workers.check_more_than(recipe.batch_size)
-    room, needed = resources.room(nodes), resources.workers.min_workers
+    room, needed = _room(nodes, resources.cpus_per_worker, resources.gpus), resources.workers.min_workers
     if room >= needed:
         return
     each = f"{resources.cpus_per_worker} core(s){' and a GPU' if resources.gpus else ''} each"

@@ -127,7 +127,6 @@ _shutting_down = threading.Event()
 
 
 def ignore_sigterm() -> None:
-    """In a worker, before Ray Train ends it."""
     _shutting_down.set()
 
 
@@ -162,10 +161,8 @@ class StopConsensus:
     Not after every few steps: how many of them fit into a second is only known of those that are over.
 
     Args:
-        worker: this rank, of which rank 0 decides.
         checkpoint_seconds: from one checkpoint to the next; None for no checkpoints by time.
         news: on rank 0, why to stop, and which nodes are draining; None for neither.
-        log: prints a line.
         clock: seconds; a parameter for tests.
     """
 
@@ -188,7 +185,6 @@ class StopConsensus:
         self._slow = 0
 
     def checkpointed(self) -> None:
-        """A checkpoint was just written."""
         self._written = self._clock()
 
     def after_step(self, own_seconds: float) -> StepAction:
@@ -211,7 +207,7 @@ class StopConsensus:
         return StepAction.CHECKPOINT if checkpoint else StepAction.NOTHING
 
     def _decide(self) -> tuple[bool, bool, bool]:
-        """Rank 0's decision: stop, write a checkpoint, compare speeds."""
+        """Whether to stop, to write a checkpoint, to compare speeds."""
         now = self._clock()
         stop, drain = self._news()
         # A drain that is known already has had its checkpoint.
@@ -245,12 +241,7 @@ class StopConsensus:
 
 
 class StopRequestPoller:
-    """Rank 0's thread that looks for a stop request twice a second; a failure to look is said once.
-
-    Args:
-        run: the run's folder, a path or URL.
-        log: prints a line.
-    """
+    """Rank 0's thread that looks for a stop request twice a second; a failure to look is said once."""
 
     def __init__(self, run: str, log: Callable[[str], None]) -> None:
         # Once: opening an object store takes requests of its own.

@@ -64,23 +64,16 @@ class TrackedRun:
 class Tracker:
     """Called by rank 0, in a thread of the tracker's own."""
 
-    def log(self, values: dict[str, float], step: int) -> None:
-        """Records metrics; `step` counts from the run's start."""
+    def log(self, values: dict[str, float], step: int) -> None: ...
 
     def flush(self) -> None:
         """Makes the metrics readable; called after each epoch."""
 
-    def close(self, end: End) -> None:
-        """Called at the end of the run."""
+    def close(self, end: End) -> None: ...
 
 
 class BestEffort:
-    """Makes and calls a tracker in a thread; a failure is said once, and no call waits for it.
-
-    Args:
-        name: for people.
-        make: opens the tracker.
-    """
+    """Makes and calls a tracker in a thread; a failure is said once, and no call waits for it."""
 
     def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
         self._name = name

@@ -36,23 +36,15 @@ class Reporter:
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        identity: RunFingerprint,
-        worker: Worker,
-        steps: int,
-        trackers: list[BestEffort],
+        self, config: TrainConfig, identity: RunFingerprint, worker: Worker, steps: int, trackers: list[BestEffort]
     ) -> None:
-        self._identity = identity
-        self._rank = worker.rank
+        self._identity, self._rank, self._steps, self._trackers = identity, worker.rank, steps, trackers
+        self._epochs = identity.recipe.epochs
         log = functools.partial(print, flush=True)
         self._uploader = CheckpointUploader(config.run, config.keep) if worker.rank == 0 else None
         news = StopRequestPoller(config.run, log).news if worker.rank == 0 else lambda: (None, None)
         seconds = None if config.checkpoint_minutes is None else 60 * config.checkpoint_minutes
         self._consensus = StopConsensus(worker, seconds, news, log)
-        self._steps = steps
-        self._epochs = identity.recipe.epochs
-        self._trackers = trackers
 
     def on_step_end(self, trainer: Trainer, batches: Sequence[LabeledImages], own_seconds: float) -> StepAction:
         if self._uploader is not None:
@@ -101,12 +93,10 @@ class Reporter:
             tracker.flush()
 
     def wait(self) -> None:
-        """Until the last checkpoint is committed."""
         if self._uploader is not None:
             self._uploader.wait()
 
     def close(self, end: End) -> None:
-        """At the end, well or not."""
         for tracker in self._trackers:
             tracker.close(end)
         if self._uploader is not None:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from jobs.training import checkpoint
 from jobs.training.checkpoint import MODEL_FILE, OPTIMIZER_FILE
 from jobs.training.resume import resume
-from jobs.training.run_state import DECODER_CURES, STATE_FILE, CheckpointError, DamagedError, State
+from jobs.training.run_state import STATE_FILE, CheckpointError, DamagedError, State
 from jobs.training.run_storage import local_checkpoint
 from model.training import Trainer, Worker
-from pipeline.loading.graph import decoder_name
-from tests.damage import flip_bit, resealed
+from pipeline.loading.graph import GpuDecoder, decoder_name
+from tests.damage import flip_bit
 from tests.model.test_training import IDENTITY, RECIPE, Recorder, SmallData, Stopped, make_trainer
 from tests.ranks import run_ranks
+
+FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
+NEWEST, BEST = "checkpoint_0003_000000", "checkpoint_0002_000000"
 
 
 @pytest.fixture
@@ -32,69 +33,46 @@ def saved(tmp_path: Path) -> Path:
     return record.saved[-1]
 
 
-def test_a_checkpoint_holds_no_code(saved: Path) -> None:
+def test_a_checkpoint_holds_no_code_and_its_state_survives_json(saved: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]
-
-
-def test_another_runs_checkpoint_is_refused_by_name(saved: Path) -> None:
-    recipe = dataclasses.replace(RECIPE, lr=0.1, groups=2)
-    with pytest.raises(CheckpointError, match=r"lr is 0\.1, was 0\.05; groups is 2, was 1\. Use another --name"):
-        checkpoint.restore(saved, make_trainer(recipe), dataclasses.replace(IDENTITY, recipe=recipe))
-    with pytest.raises(CheckpointError, match="the shard set is other, was fingerprint"):
-        checkpoint.restore(saved, make_trainer(), dataclasses.replace(IDENTITY, dataset="other"))
-
-
-def test_another_decoder_or_precision_is_refused_with_what_brings_the_first_back(saved: Path) -> None:
-    """Either would change what is learned without a word."""
-    on_gpu = dataclasses.replace(IDENTITY, decoder="nvjpeg-cuda", precision="bfloat16")
-    with pytest.raises(CheckpointError) as found:
-        checkpoint.restore(saved, make_trainer(), on_gpu)
-    assert "the JPEG decoder is nvjpeg-cuda, was libjpeg-turbo (--no-gpus, or " in str(found.value)
-    assert "the precision is bfloat16, was float32 (--precision float32)" in str(found.value)
+    state = checkpoint.read_state(saved)
+    assert (state.progress.epoch, state.progress.step, len(state.progress.history)) == (1, 0, 1)
+    assert state.identity == IDENTITY
 
 
 @pytest.mark.parametrize(
-    ("pixels", "gpu", "name"),
-    [(False, False, "libjpeg-turbo"), (True, True, "libjpeg-turbo"), (False, True, "nvjpeg-hardware")],
+    ("change", "told"),
+    [
+        (
+            {"recipe": dataclasses.replace(RECIPE, lr=0.1, groups=2)},
+            r"lr is 0\.1, was 0\.05; groups is 2, was 1\. Use another",
+        ),
+        ({"dataset": "other"}, "the shard set is other, was fingerprint"),
+        ({"precision": "bfloat16"}, r"the precision is bfloat16, was float32 \(--precision float32\)"),
+        ({"init_from": "b"}, r"the initial weights are b, were drawn by the recipe \(leave --init-from out\)"),
+    ],
 )
-def test_every_decoder_has_a_cure(pixels: bool, gpu: bool, name: str) -> None:
-    assert decoder_name(pixels, gpu, "hardware") == name
-    assert name in DECODER_CURES
+def test_another_runs_checkpoint_is_refused_by_what_differs(saved: Path, change: dict[str, Any], told: str) -> None:
+    with pytest.raises(CheckpointError, match=told):
+        checkpoint.restore(saved, make_trainer(), dataclasses.replace(IDENTITY, **change))
 
 
-@pytest.mark.parametrize("was_on_gpu", [False, True])
-@pytest.mark.parametrize("is_on_gpu", [False, True])
 @pytest.mark.parametrize(
-    ("was", "now"), [("jpeg", "pixels"), ("pixels", "jpeg"), ("jpeg", "jpeg"), ("pixels", "pixels")]
+    ("pixels", "gpu", "kind", "cure"),
+    [
+        (False, False, "cuda", "--no-gpus, or --stage DIR --stage-as pixels on GPUs"),
+        (True, True, "cuda", "--no-gpus, or --stage DIR --stage-as pixels on GPUs"),
+        (False, True, "cuda", "--gpus --gpu-decoder cuda --stage-as jpeg"),
+        (False, True, "hardware", "--gpus --gpu-decoder hardware --stage-as jpeg"),
+    ],
 )
-def test_another_kind_of_stage_is_refused_where_its_pixels_differ(
-    was: str, now: str, was_on_gpu: bool, is_on_gpu: bool
+def test_a_checkpoint_of_another_decoder_is_refused_with_what_brings_the_first_back(
+    pixels: bool, gpu: bool, kind: GpuDecoder, cure: str
 ) -> None:
-    """Only a GPU's own decoder gives others: a CPU's are those of a cache of pixels."""
-    first, second = (
-        dataclasses.replace(IDENTITY, decoder=decoder_name(kind == "pixels", gpu))
-        for kind, gpu in ((was, was_on_gpu), (now, is_on_gpu))
-    )
-    by_gpu = [kind == "jpeg" and gpu for kind, gpu in ((was, was_on_gpu), (now, is_on_gpu))]
-    found = first.differences(second)
-    assert bool(found) == (by_gpu[0] != by_gpu[1])
-    if found:
-        cure = "--gpus --gpu-decoder cuda --stage-as jpeg" if by_gpu[0] else "--stage DIR --stage-as pixels on GPUs"
-        assert found[0].startswith("the JPEG decoder is ")
-        assert cure in found[0]
-
-
-@pytest.mark.parametrize("field", ["decoder", "precision"])
-def test_a_state_of_an_unknown_decoder_or_precision_is_refused(saved: Path, field: str) -> None:
-    value = json.loads((saved / "state.json").read_text())
-    value["identity"][field] = "another"
-    (saved / "state.json").write_text(resealed(value))
-    with pytest.raises(CheckpointError, match="'another' is none of"):
-        checkpoint.restore(saved, make_trainer(), IDENTITY)
-    del value["identity"][field]
-    (saved / "state.json").write_text(resealed(value))
-    with pytest.raises(CheckpointError, match=field):
-        checkpoint.restore(saved, make_trainer(), IDENTITY)
+    """Only a GPU's own decoder gives other pixels: a CPU's are those of a cache of pixels."""
+    was = dataclasses.replace(IDENTITY, decoder=decoder_name(pixels, gpu, kind))
+    (told,) = was.differences(dataclasses.replace(IDENTITY, decoder="another"))
+    assert told == f"the JPEG decoder is another, was {was.decoder} ({cure})"
 
 
 def test_a_longer_run_may_continue_a_finished_one(tmp_path: Path) -> None:
@@ -105,30 +83,6 @@ def test_a_longer_run_may_continue_a_finished_one(tmp_path: Path) -> None:
     checkpoint.restore(record.saved[-1], trainer, dataclasses.replace(IDENTITY, recipe=longer))
     trainer.fit(SmallData(), rest)
     assert [row["epoch"] for row in rest.rows] == [5]
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_damaged_checkpoint_is_refused(saved: Path, name: str) -> None:
-    path = saved / name
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(CheckpointError, match=name):
-        checkpoint.restore(saved, make_trainer(), IDENTITY)
-    path.unlink()
-    with pytest.raises(CheckpointError, match=name):
-        checkpoint.restore(saved, make_trainer(), IDENTITY)
-
-
-def test_another_networks_weights_are_refused(saved: Path) -> None:
-    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 4))
-    with pytest.raises(CheckpointError, match=r"does not fit this network: 4\.weight, 4\.bias"):
-        checkpoint.load_network(saved, network)
-
-
-def test_a_state_survives_json(saved: Path) -> None:
-    progress = checkpoint.read_state(saved).progress
-    assert (progress.epoch, progress.step) == (1, 0)
-    assert math.isfinite(progress.history[0]["val_loss"])
-    assert checkpoint.read_state(saved).identity == IDENTITY
 
 
 @pytest.fixture
@@ -149,38 +103,30 @@ def place(run: Path) -> tuple[int, int]:
     return trainer.progress.epoch, trainer.progress.step
 
 
-@pytest.mark.parametrize("name", [MODEL_FILE, OPTIMIZER_FILE, STATE_FILE])
-@pytest.mark.parametrize("part", [0.1, 0.5, 0.999])
-def test_a_flipped_bit_in_any_file_is_found_and_the_checkpoint_before_is_taken(
-    run: Path, name: str, part: float, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [0.1, 0.5, 0.999, "cut", "gone"])
+def test_damage_of_any_file_is_found_and_the_checkpoint_before_is_taken(
+    run: Path, name: str, damage: float | str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A flipped bit, a file that ends in the middle, or none."""
     assert place(run) == (3, 0)
-    path = run / "checkpoint_0003_000000" / name
-    flip_bit(path, int(part * path.stat().st_size))
+    path = run / NEWEST / name
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        flip_bit(path, int(float(damage) * path.stat().st_size))
     with pytest.raises(DamagedError, match=name):
         checkpoint.restore(path.parent, make_trainer(), IDENTITY)
     assert place(run) == (2, 4)
-    if name != STATE_FILE:
-        assert f"{path} is damaged: its sha256 is not the one in state.json; taking the checkpoint before it" in (
-            capsys.readouterr().out
-        )
     # From now on it is none: what is written next is the newest, and the best is one of the others.
     assert list(checkpoint.committed(str(run)))[-1] == "checkpoint_0002_000004"
     with local_checkpoint(str(run)) as (location, _):
-        assert location == str(run / "checkpoint_0002_000000")
-
-
-@pytest.mark.parametrize("name", [f"checkpoint_{epoch:04d}_{step:06d}" for epoch, step in [(1, 2), (2, 0), (3, 0)]])
-@pytest.mark.parametrize("files", [(), (STATE_FILE,), (MODEL_FILE,), (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)])
-def test_a_checkpoint_removed_by_hand_leaves_the_others(run: Path, name: str, files: tuple[str, ...]) -> None:
-    """Its folder, or some of what is in it."""
-    for file in files:
-        (run / name / file).unlink()
-    if not files:
-        shutil.rmtree(run / name)
-    assert place(run) == ((2, 4) if name == "checkpoint_0003_000000" else (3, 0))
-    with local_checkpoint(str(run)) as (_, folder):
-        assert checkpoint.read_state(folder).progress.step == 0
+        assert location == str(run / BEST)
+    # A folder without a state is one that was not finished.
+    told = "".join(capsys.readouterr())
+    assert (str(path) in told) == ((name, damage) != (STATE_FILE, "gone"))
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(run: Path) -> None:
@@ -195,53 +141,50 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(run: Path) ->
         checkpoint.committed(str(run))
 
 
-def test_a_damaged_state_is_said_and_the_others_are_used(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = run / "checkpoint_0002_000002" / STATE_FILE
-    flip_bit(path, path.stat().st_size // 2)
-    assert len(checkpoint.committed(str(run))) == 5
-    assert f"warning: left out: {path} is no state.json of this program" in capsys.readouterr().err
-
-
 def test_a_new_run_begins_at_a_chosen_checkpoint_and_goes_on_with_its_own(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "new").mkdir()
-    for _ in range(2):
-        trainer = make_trainer()
-        assert resume(str(tmp_path / "new"), str(run / "checkpoint_0002_000002"), trainer, IDENTITY)
-        assert (trainer.progress.epoch, trainer.progress.step) == (2, 2)
-    shutil.copytree(run / "checkpoint_0002_000004", tmp_path / "new" / "checkpoint_0002_000004")
-    assert resume(str(tmp_path / "new"), str(run / "checkpoint_0002_000002"), trainer, IDENTITY)
+    new, trainer = tmp_path / "new", make_trainer()
+    new.mkdir()
+    assert resume(str(new), str(run / "checkpoint_0002_000002"), trainer, IDENTITY)
+    assert (trainer.progress.epoch, trainer.progress.step) == (2, 2)
+    shutil.copytree(run / "checkpoint_0002_000004", new / "checkpoint_0002_000004")
+    assert resume(str(new), str(run / "checkpoint_0002_000002"), trainer, IDENTITY)
     assert (trainer.progress.epoch, trainer.progress.step) == (2, 4)
 
 
 def test_the_newest_two_and_the_best_stay(run: Path) -> None:
-    errors = {1: 0.5, 2: 0.25, 3: 0.25, 4: 0.75}
     states = {}
-    for epoch in range(1, 5):
+    for epoch, error in enumerate((0.5, 0.25, 0.25, 0.75), 1):
         for step in (0, 2):
-            progress = checkpoint.read_state(run / "checkpoint_0002_000000").progress
+            progress = checkpoint.read_state(run / BEST).progress
             progress.epoch, progress.step = epoch, step
-            progress.history[-1]["top1_error"] = errors[epoch]
+            progress.history[-1]["top1_error"] = error
             states[f"{epoch}-{step}"] = State(IDENTITY, progress)
-    gone = set(checkpoint.superfluous(states, 2))
-    assert set(states) - gone == {"2-0", "3-0", "4-0", "4-2"}
     assert checkpoint.best(states) == "2-0"
+    assert set(states) - set(checkpoint.superfluous(states, 2)) == {"2-0", "3-0", "4-0", "4-2"}
     assert set(states) - set(checkpoint.superfluous(states, 1)) == {"2-0", "4-0", "4-2"}
 
 
-def shared(rank: int, world: int, run: str, folder: Path) -> None:
-    """Each rank resumes; rank 1 sees a folder without checkpoints, as with a read that goes wrong."""
-    trainer = Trainer(make_trainer().network, RECIPE, Worker(rank, world, torch.device("cpu")))
-    with torch.no_grad():
-        for parameter in trainer.network.parameters():
-            parameter.fill_(rank)
-    assert resume(run if rank == 0 else str(folder / "nowhere"), None, trainer, IDENTITY)
-    checkpoint.save(folder / str(rank), trainer, IDENTITY)
+def begin(rank: int, world: int, run: str, folder: Path) -> None:
+    """Each rank resumes a run, and begins one with given weights; rank 1 sees neither, as with reads that go wrong."""
+    for kind, place in (("old", run), ("new", str(folder / "empty"))):
+        trainer = Trainer(make_trainer().network, RECIPE, Worker(rank, world, torch.device("cpu")))
+        with torch.no_grad():
+            for parameter in trainer.network.parameters():
+                parameter.fill_(rank)
+        place, source = (place, f"{run}/{BEST}") if rank == 0 else (str(folder / "nowhere"), "nothing")
+        assert resume(place, None, trainer, IDENTITY, source) == (kind == "old")
+        (folder / f"{kind}{rank}").mkdir()
+        checkpoint.save(folder / f"{kind}{rank}", trainer, IDENTITY)
 
 
-def test_all_ranks_go_on_with_what_rank_0_read(run: Path, tmp_path: Path) -> None:
+def test_all_ranks_have_what_rank_0_read_and_a_runs_own_checkpoint_comes_before_given_weights(
+    run: Path, tmp_path: Path
+) -> None:
+    run_ranks(2, tmp_path, begin, str(run), tmp_path)
     for rank in range(2):
-        (tmp_path / str(rank)).mkdir()
-    run_ranks(2, tmp_path, shared, str(run), tmp_path)
-    for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE):
-        written = (run / "checkpoint_0003_000000" / name).read_bytes()
-        assert [(tmp_path / str(rank) / name).read_bytes() == written for rank in range(2)] == [True, True]
+        old, new = tmp_path / f"old{rank}", tmp_path / f"new{rank}"
+        assert [(old / name).read_bytes() == (run / NEWEST / name).read_bytes() for name in FILES] == [True] * 3
+        assert (new / MODEL_FILE).read_bytes() == (run / BEST / MODEL_FILE).read_bytes()
+        begun = checkpoint.read_state(new)
+        assert (begun.progress.epoch, begun.progress.rate) == (0, None)
+        assert checkpoint.load_tensors(new, OPTIMIZER_FILE, begun) == {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import queue
 import threading
@@ -17,8 +16,8 @@ from jobs.training import checkpoint, stop_signals, worker
 from jobs.training.config import TrainConfig
 from jobs.training.failures import FailureReporter
 from jobs.training.run_state import CheckpointError
-from jobs.training.run_storage import LocalDiskError, StorageError, storage_error
-from jobs.training.stop_signals import StopConsensus, clear_stop_request, request_stop, stop_file, stop_requested
+from jobs.training.run_storage import LocalDiskError, StorageError
+from jobs.training.stop_signals import StopConsensus
 from model.training import StepAction, StoppedError, Trainer, Worker
 from pipeline.dataset.info import DatasetError
 from tests.model.test_training import IDENTITY, RECIPE, ManyBatches, make_trainer
@@ -51,28 +50,17 @@ def test_checkpoints_come_by_the_clock_and_count_from_the_last_one() -> None:
     assert due == [(4, StepAction.CHECKPOINT), (6, StepAction.NOTHING), (10, StepAction.CHECKPOINT)]
 
 
-@pytest.mark.parametrize("fast", [0.0, 0.0001, 0.005, 0.5])
-def test_a_stop_is_followed_after_one_step_however_fast_those_before_were(fast: float) -> None:
+def test_a_stop_is_followed_after_one_step_however_fast_those_before_were() -> None:
     """Steps that fit many times into a second, then one of a minute: what was announced within it counts at its end."""
     clock = Time()
     news: list[tuple[str | None, str | None]] = [(None, None)]
     consensus = StopConsensus(Worker(0, 1, CPU), 1800.0, lambda: news[0], lambda line: None, clock)
     for _ in range(1000):
-        clock.now += fast
+        clock.now += 0.0001
         assert consensus.after_step(0.001) is StepAction.NOTHING
     clock.now += 60
     news[0] = ("SIGTERM to the driver", None)
     assert consensus.after_step(0.001) is StepAction.STOP
-    news[0] = (None, "node a")
-    clock.now += 60
-    assert consensus.after_step(0.001) is StepAction.CHECKPOINT
-    news[0] = (None, None)
-    for _ in range(1000):
-        clock.now += fast
-        consensus.checkpointed()
-        assert consensus.after_step(0.001) is StepAction.NOTHING
-    clock.now += 1800
-    assert consensus.after_step(0.001) is StepAction.CHECKPOINT
 
 
 def test_a_stop_that_comes_during_validation_is_in_the_runs_folder_at_once(
@@ -144,39 +132,16 @@ def test_all_workers_find_the_same_due_and_the_slow_one_says_so(tmp_path: Path) 
     assert "is slow: 3.00 s a step for its data and forward pass, the others 1.00 s" in line
 
 
-def test_a_stop_request_is_cleared_made_and_read(tmp_path: Path) -> None:
-    run = str(tmp_path)
-    assert stop_requested(*stop_file(run)) is None
-    request_stop(run, "SIGTERM to the driver")
-    assert stop_requested(*stop_file(run)) == "SIGTERM to the driver"
-    clear_stop_request(run)
-    assert stop_requested(*stop_file(run)) is None
-
-
-def test_a_node_that_is_taken_is_said_once_and_is_no_failure(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lost_worker_is_named_and_a_node_that_is_taken_is_no_failure(capsys: pytest.CaptureFixture[str]) -> None:
     class Taken(Exception):
         preempted = True
 
-    reporter = FailureReporter(0)
-    for _ in range(3):
-        reporter.after_exception(object(), {1: Taken("the actor died")})
-    line = "a node was taken: rank 1: Taken: the actor died; starting again from the last checkpoint"
-    assert capsys.readouterr().out.splitlines() == [line]
-
-
-def test_a_storage_that_fails_is_not_tried_again_and_a_lost_worker_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     reporter = FailureReporter(1)
-    error = storage_error(str(tmp_path), OSError(28, os.strerror(28)))
-    with pytest.raises(ControllerError) as raised:
-        reporter.after_exception(object(), {0: error})
-    assert isinstance(raised.value.controller_failure, StorageError)
-    assert "No space left on device" in str(error)
-    assert "run the same command again" in str(error)
-    for _ in range(2):
-        reporter.after_exception(object(), {1: RuntimeError("lost\nat line 3")})
+    # Ray Train repeats these until the node is gone.
+    for error in [Taken("the actor died")] * 3 + [RuntimeError("lost\nat line 3")] * 2:
+        reporter.after_exception(object(), {1: error})
     assert capsys.readouterr().out.splitlines() == [
+        "a node was taken: rank 1: Taken: the actor died; starting again from the last checkpoint",
         "failure 1 of at most 2: rank 1: RuntimeError: lost; starting again from the last checkpoint",
         "failure 2 of at most 2: rank 1: RuntimeError: lost; giving up",
     ]

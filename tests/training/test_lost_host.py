@@ -65,19 +65,10 @@ def training(shards: Path, folder: Path, checkpoint_every: int = 2) -> Iterator[
     with hosts.cluster((1, 1, 1, 0), folder / "disk", settings=IMPATIENT) as four:
         submit = ["ray", "job", "submit", "--address", f"http://{hosts.NETWORK}.1:8265", "--working-dir", ROOT]
         storage, cores, notes = str(folder / "runs"), ("--cpus-per-worker", 1), folder / "notes"
-        arguments = command(shards, storage, 2, EPOCHS, *cores, checkpoint_every=checkpoint_every, notes=notes)
+        every = ("--checkpoint-every", checkpoint_every)
+        arguments = command(shards, storage, 2, EPOCHS, *cores, *every, notes=notes)
         job = Followed(four[3].start(*submit, "--", "python", *arguments))
         yield four[:3], job, str(folder / "runs" / "run")
-
-
-def test_a_lost_host_costs_the_steps_since_the_last_checkpoint(pair: Path, shard_set: Path, tmp_path: Path) -> None:
-    with training(shard_set, tmp_path) as (three, job, run):
-        kept = step_past(job, run, (0, 0))
-        next(host for host in three[1:] if trains(host)).kill()
-        assert continued(job) >= kept
-        assert job.text.count("failure ") == 1, job.text
-        assert job.end() == 0, job.text
-        assert_alike(pair, run, shard_set, EPOCHS, 2, tmp_path / "notes")
 
 
 def test_a_host_that_is_taken_back_with_notice_costs_nothing(pair: Path, shard_set: Path, tmp_path: Path) -> None:

@@ -7,17 +7,17 @@ import errno
 import os
 import queue
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from jobs.training import checkpoint
 from jobs.training import stop_signals as interrupt
+from jobs.training.checkpoint import MODEL_FILE
 from jobs.training.stop_signals import signals_stop
-from tests.processes import outside_clusters
-from tests.runs import Followed, Run, last
+from tests.processes import run_here
+from tests.runs import Run, command
 
 EPOCHS = 100  # More than a run gets to here.
 SECONDS = 10.0
@@ -35,9 +35,18 @@ def interruptible() -> Iterator[None]:
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_two_signals_at_once_ask_once_and_a_later_one_leaves(
-    signum: signal.Signals, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    signum: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: queue.Queue[str] = queue.Queue()
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        # After a hangup, each write to the terminal fails.
+        if signum is signal.SIGHUP:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(interrupt, "log", say)
     monkeypatch.setattr(interrupt, "request_stop", lambda run, reason: asked.put(reason))
     with interruptible(), signals_stop("run"):
         # As timeout(1) does: one to the process, one to its group.
@@ -48,8 +57,7 @@ def test_two_signals_at_once_ask_once_and_a_later_one_leaves(
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signum)
     assert asked.empty()
-    line = f"{signum.name}: a checkpoint is written after the step under way; a second one leaves without it\n"
-    assert capfd.readouterr().err == line
+    assert said == [f"{signum.name}: a checkpoint is written after the step under way; a second one leaves without it"]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
@@ -65,59 +73,28 @@ def test_what_was_started_to_live_through_a_signal_does(signum: signal.Signals) 
         signal.signal(signum, before)
 
 
-def test_a_terminal_that_is_gone_does_not_keep_a_stop_from_being_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a hangup, each write to it fails."""
-    asked: queue.Queue[str] = queue.Queue()
-    monkeypatch.setattr(interrupt, "request_stop", lambda run, reason: asked.put(reason))
-
-    def gone(line: str) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(interrupt, "log", gone)
-    with signals_stop("run"):
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert asked.get(timeout=SECONDS) == "SIGHUP to the driver"
-
-
-@contextlib.contextmanager
-def another_ray() -> Iterator[None]:
-    """A Ray with a dashboard, as somebody else on this machine may start one."""
-    ray = Path(sys.executable).with_name("ray")
-    command = [ray, "start", "--head", "--port=0", "--num-cpus=1", "--block", "--disable-usage-stats"]
-    process = subprocess.Popen(
-        [*map(str, command), "--include-dashboard=true", "--dashboard-host=127.0.0.1"],
-        env=outside_clusters(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    other = Followed(process)
-    try:
-        other.wait_for("Ray runtime started")
-        yield
-    finally:
-        process.terminate()
-        other.end()
-
-
 @pytest.mark.slow
-def test_another_ray_does_not_disturb_a_run_and_ctrl_c_ends_it_with_a_checkpoint(
-    shard_set: Path, tmp_path: Path
+def test_ctrl_c_ends_a_run_that_began_with_given_weights_with_a_checkpoint(
+    pair: Path, shard_set: Path, tmp_path: Path
 ) -> None:
-    """To its group, as a terminal sends it. `test_recovery` has a SIGTERM to the process, and continues."""
+    """To its group, as a terminal sends it. At a rate of 0 the weights stay as they are."""
+    given = pair / "checkpoint_0002_000000"
+    flags = ("--lr", 0, "--init-from", given)
     with interruptible():
-        run = Run(shard_set, str(tmp_path), 1, EPOCHS, checkpoint_every=0)
+        run = Run(shard_set, str(tmp_path), 1, EPOCHS, *flags, checkpoint_every=0)
+    run.wait_for(f"starting with the weights of {given}")
     run.wait_for("epoch 1/100 step 1/5")
-    with another_ray():
-        # Whoever asks about the run asks once a second.
-        for _ in range(5):
-            run.wait_for(": loss ")
-        os.killpg(run.process.pid, signal.SIGINT)
-        assert run.end() == 1, run.text
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.end() == 1, run.text
     assert "failure" not in run.text
     assert "SIGINT to the driver: writing a checkpoint, then leaving" in run.text
-    epoch, step = last(str(tmp_path / "run"))
+    (name, state), *_ = reversed(checkpoint.committed(str(tmp_path / "run")).items())
     assert run.lines[-1] == (
-        f"error: stopped after epoch {epoch}, step {step}, with a checkpoint: run the same command again to continue\n"
+        f"error: stopped after epoch {state.progress.epoch}, step {state.progress.step}, with a checkpoint: run the "
+        "same command again to continue\n"
     )
+    assert (tmp_path / "run" / name / MODEL_FILE).read_bytes() == (given / MODEL_FILE).read_bytes()
+    assert state.identity.init_from == str(given)
+    done = run_here("train", *command(shard_set, str(tmp_path), 1, EPOCHS, "--lr", 0, "--init-from", pair)[1:])
+    assert done.returncode == 1
+    assert f"the initial weights are {pair}, were {given} (leave --init-from out)" in done.stderr

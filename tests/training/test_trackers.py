@@ -1,4 +1,4 @@
-"""What trackers keep, read back by their own readers; MLflow and Weights & Biases where they are installed."""
+"""What trackers keep, read back by their own readers; MLflow where it is installed."""
 
 from __future__ import annotations
 
@@ -58,22 +58,17 @@ def test_tensorboard_shows_once_what_an_interruption_made_happen_twice(tmp_path:
     assert MACHINE not in found.scalars
 
 
-def test_what_was_told_after_the_last_epoch_reaches_an_object_store_too(s3: str) -> None:
+def test_an_object_store_gets_the_last_metrics_and_one_that_takes_nothing_is_one_warning(
+    s3: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     boto3.client("s3", endpoint_url=f"http://{s3}").create_bucket(Bucket="runs")
-    run = f"s3://runs/here?region=us-east-1&scheme=http&endpoint_override={s3}"
-    tensorboard, *_ = make_trackers(None, TrackedRun(run, SETTINGS, "here", 0))
-    tensorboard.log({"train/loss": 2.5}, 10)
-    tensorboard.close("finished")
-    assert read_events(join(run, EVENTS)).scalars == {"train/loss": [(10, 2.5)]}
-
-
-def test_a_store_that_takes_nothing_is_one_warning(s3: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run = f"s3://nowhere/here?region=us-east-1&scheme=http&endpoint_override={s3}&allow_bucket_creation=false"
-    tensorboard, *_ = make_trackers(None, TrackedRun(run, SETTINGS, "here", 0))
-    for step in range(3):
-        tensorboard.log({"train/loss": 2.5}, step)
+    options = f"region=us-east-1&scheme=http&endpoint_override={s3}&allow_bucket_creation=false"
+    for bucket in ("runs", "nowhere"):
+        tensorboard, *_ = make_trackers(None, TrackedRun(f"s3://{bucket}/here?{options}", SETTINGS, "here", 0))
         tensorboard.flush()
-    tensorboard.close("finished")
+        tensorboard.log({"train/loss": 2.5}, 10)
+        tensorboard.close("finished")
+    assert read_events(join(f"s3://runs/here?{options}", EVENTS)).scalars == {"train/loss": [(10, 2.5)]}
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("warning: TensorBoard did not take its metrics: ")
     assert line.endswith("; training goes on")
@@ -131,7 +126,7 @@ class Broken(Tracker):
         self._do("close", end)
 
 
-@pytest.mark.parametrize("at", [{"make"}, {"log"}, {"flush"}, {"close"}, {"log", "flush", "close"}])
+@pytest.mark.parametrize("at", [{"make"}, {"log"}, {"log", "flush", "close"}])
 def test_a_tracker_that_fails_is_said_once_and_asked_again(at: set[str], capsys: pytest.CaptureFixture[str]) -> None:
     made: list[Broken] = []
 
@@ -144,9 +139,7 @@ def test_a_tracker_that_fails_is_said_once_and_asked_again(at: set[str], capsys:
         one.log({"train/loss": 1.0}, step)
     one.flush()
     one.close("stopped")
-    what = "cannot be opened and gets no metrics: make" if "make" in at else f"did not take its metrics: {max(at)}"
-    if len(at) > 1:
-        what = "did not take its metrics: log"
+    what = "cannot be opened and gets no metrics: make" if "make" in at else "did not take its metrics: log"
     assert capsys.readouterr().out == f"warning: Some Tracker {what} refused; training goes on\n"
     if "make" not in at:
         assert made[0].calls == [("make",), ("log", 0), ("log", 1), ("log", 2), ("flush",), ("close", "stopped")]
@@ -165,11 +158,6 @@ def test_nobody_waits_for_a_tracker_that_hangs(
     out = capsys.readouterr().out
     assert out == "warning: Some Tracker did not take its last metrics within 0.01 s; training goes on\n"
     ended.set()
-
-
-def test_a_run_without_events_has_none(tmp_path: Path) -> None:
-    found = read_events(str(tmp_path / "none"))
-    assert (found.scalars, found.machines) == ({}, [])
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,14 +186,3 @@ def test_mlflow_continues_the_run_of_the_same_place(tmp_path: Path, monkeypatch:
     assert first.data.params == {"batch_size": "128", "lr": "0.01"}
     history = client.get_metric_history(first.info.run_id, "train/loss")
     assert [(metric.step, metric.value) for metric in history] == [(10, 2.5), (20, 2.25)]
-
-
-def test_weights_and_biases_takes_the_same_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    (tmp_path / "run").mkdir()
-    track("wandb", tmp_path / "run", 0, {10: 2.5, 20: 2.25})
-    (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    # The format is its own; names stand in it as they are.
-    for name in (b"train/loss", b"2.25", b"batch_size"):
-        assert name in written.read_bytes(), name

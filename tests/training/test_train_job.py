@@ -1,4 +1,4 @@
-"""The commands as a user runs them: train, be killed, continue, evaluate, report; and what they refuse."""
+"""The commands as a user runs them: what a run leaves, its evaluation and report; and what they refuse."""
 
 from __future__ import annotations
 
@@ -26,31 +26,21 @@ def refusal(job: str, *arguments: object) -> str:
 
 
 @pytest.mark.slow
-def test_a_run_can_be_followed_and_leaves_what_is_needed(pair: Path, shard_set: Path) -> None:
-    progress = list(checkpoint.committed(str(pair)).values())[-1].progress
-    assert progress.finished
-    assert [row["epoch"] for row in progress.history] == [1, 2]
-    assert {row["images"] for row in progress.history} == {45}
-    assert {row["val_images"] for row in progress.history} == {15}
-    # Every step, as --log-every 1 asks.
-    assert [step for step, _ in read_events(str(pair / EVENTS)).scalars["train/loss"]] == list(range(1, 11))
-
-
-@pytest.mark.slow
-def test_evaluation_agrees_with_training_and_a_runs_folder_stands_for_its_best_checkpoint(
+def test_a_run_leaves_what_is_needed_and_evaluation_and_report_agree_with_it(
     pair: Path, shard_set: Path, tmp_path: Path
 ) -> None:
-    history = list(checkpoint.committed(str(pair)).values())[-1].progress.history
-    best = min(history, key=lambda row: row["top1_error"])
-    one, ten = tmp_path / "one.json", tmp_path / "ten.json"
-    for extra in (["--json", one, "--batch-size", 4], ["--json", ten, "--ten-crop"]):
-        done = run_here("evaluate", "--data", shard_set, "--checkpoint", pair, *extra)
-        assert done.returncode == 0, done.stderr
-    found = json.loads(one.read_text())
+    """A run's folder stands for its best checkpoint."""
+    progress = list(checkpoint.committed(str(pair)).values())[-1].progress
+    assert progress.finished
+    assert [(row["epoch"], row["images"], row["val_images"]) for row in progress.history] == [(1, 45, 15), (2, 45, 15)]
+    # Every step, as --log-every 1 asks.
+    assert [step for step, _ in read_events(str(pair / EVENTS)).scalars["train/loss"]] == list(range(1, 11))
+    best = min(progress.history, key=lambda row: row["top1_error"])
+    done = run_here("evaluate", "--data", shard_set, "--checkpoint", pair, "--json", tmp_path / "found.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
     assert (found["images"], found["crops"], found["top1_error"]) == (15, 1, best["top1_error"])
     assert found["loss"] == pytest.approx(best["val_loss"], rel=1e-4)
-    found = json.loads(ten.read_text())
-    assert (found["images"], found["crops"]) == (15, 10)
     done = run_here("report", "--storage", pair.parent, "--name", pair.name, "--output", tmp_path / "report.html")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "report.html").read_text()
@@ -64,30 +54,7 @@ def test_a_finished_runs_name_says_so_and_another_configuration_is_refused(pair:
     done = run_here("train", *arguments)
     assert done.returncode == 0
     assert "finished already" in done.stdout
-    line = refusal("train", *arguments, "--lr", "0.02")
-    assert "lr is 0.02, was 0.01" in line
-    assert "another --name" in line
-
-
-def test_a_missing_or_unfinished_set_is_refused(tmp_path: Path) -> None:
-    rest = ["--storage", tmp_path / "runs", "--name", "a"]
-    assert "does not exist; make" in refusal("train", "--data", tmp_path / "none", *rest)
-    (tmp_path / "begun" / "train").mkdir(parents=True)
-    assert "is unfinished: it has no dataset.json" in refusal("train", "--data", tmp_path / "begun", *rest)
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_storage_that_cannot_be_written_is_refused(shard_set: Path, tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_text("not a folder")
-    line = refusal("train", "--data", shard_set, "--storage", file, "--name", "a", "--batch-size", "15")
-    assert "cannot be written" in line
-    assert "--storage" in line
-
-
-def test_a_batch_larger_than_the_set_is_refused(shard_set: Path, tmp_path: Path) -> None:
-    line = refusal("train", "--data", shard_set, "--storage", tmp_path, "--name", "a")
-    assert "45 training images, fewer than one batch of 128" in line
+    assert "lr is 0.02, was 0.01" in refusal("train", *arguments, "--lr", "0.02")
 
 
 @pytest.mark.slow
@@ -102,9 +69,33 @@ def test_a_checkpoint_of_other_classes_is_refused(pair: Path, shard_set: Path, t
     assert "4 (n0" in line
 
 
-def test_what_is_no_checkpoint_is_refused(shard_set: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_trained_on_written_or_judged_is_refused(shard_set: Path, tmp_path: Path) -> None:
+    rest = ["--storage", tmp_path / "runs", "--name", "a"]
+    assert "does not exist; make" in refusal("train", "--data", tmp_path / "none", *rest)
+    (tmp_path / "begun" / "train").mkdir(parents=True)
+    assert "is unfinished: it has no dataset.json" in refusal("train", "--data", tmp_path / "begun", *rest)
+    assert "45 training images, fewer than one batch of 128" in refusal("train", "--data", shard_set, *rest)
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs").write_text("not a folder")
+    line = refusal("train", "--data", shard_set, "--batch-size", "15", *rest)
+    assert "cannot be written" in line
+    assert "--storage" in line
     assert "does not exist" in refusal("evaluate", "--data", shard_set, "--checkpoint", tmp_path / "none")
     assert "no finished epoch" in refusal("evaluate", "--data", shard_set, "--checkpoint", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"checkpoint_minutes": 0.0}, "--checkpoint-minutes is 0.0; it must be above 0"),
+        ({"resize_seconds": float("nan")}, "--resize-seconds is nan; it must be above 0"),
+        ({"hang_seconds": float("inf")}, "--hang-seconds is inf; it must be above 0"),
+        ({"init_from": "a", "from_checkpoint": "b"}, "--init-from and --from-checkpoint exclude each other"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused(wrong: dict[str, object], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        TrainConfig("shards", "runs", "run", **wrong)  # type: ignore[arg-type]
 
 
 def test_a_path_is_made_absolute_and_a_url_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +105,7 @@ def test_a_path_is_made_absolute_and_a_url_stays(tmp_path: Path, monkeypatch: py
     assert (config.stage, config.from_checkpoint) == ("/stage", "gs://runs/b")
 
 
-@pytest.mark.parametrize("flag", ["data", "storage", "stage", "from-checkpoint"])
+@pytest.mark.parametrize("flag", ["data", "storage", "stage", "from-checkpoint", "init-from"])
 def test_a_relative_path_of_a_submitted_job_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
 ) -> None:
@@ -122,10 +113,8 @@ def test_a_relative_path_of_a_submitted_job_is_refused(
     folder = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123456789abcdef"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
-    given = {"data": "s3://bucket/set", "storage": "/mnt/runs", "stage": "~/stage", "from-checkpoint": "/mnt/a"}
-    line = refusal(
-        "train", "--name", "a", *(text for f, path in (given | {flag: "x"}).items() for text in (f"--{f}", path))
-    )
+    given = {"data": "s3://bucket/set", "storage": "/mnt/runs", flag: "x"}
+    line = refusal("train", "--name", "a", *(text for name, path in given.items() for text in (f"--{name}", path)))
     assert line == (
         f"error: --{flag} is the relative path x, and a submitted job runs in a temporary copy of the code: give an "
         "absolute path or a URL"

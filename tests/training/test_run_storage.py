@@ -1,0 +1,119 @@
+"""Uploading checkpoints: what fails is named, what is half there is none, and nothing is left behind."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+import boto3
+import pytest
+
+from jobs.training import checkpoint, run_storage
+from jobs.training.run_storage import CheckpointUploader, LocalDiskError, StorageError, check_run_folder
+from tests.damage import small_disk
+from tests.model.test_training import IDENTITY, make_trainer
+
+
+def send(uploader: CheckpointUploader) -> None:
+    uploader.save(make_trainer(), IDENTITY)
+    uploader.wait()
+
+
+def test_a_node_that_does_not_see_the_runs_folder_says_so(tmp_path: Path) -> None:
+    check_run_folder(str(tmp_path))
+    check_run_folder("s3://runs/here")
+    with pytest.raises(StorageError, match=rf"does not see the run's folder {tmp_path}/run: give as --storage a URL"):
+        check_run_folder(str(tmp_path / "run"))
+
+
+def test_a_storage_that_vanishes_is_not_made_anew_elsewhere(tmp_path: Path) -> None:
+    run = tmp_path / "mount" / "run"
+    run.mkdir(parents=True)
+    uploader = CheckpointUploader(str(run), 2)
+    run.parent.rename(tmp_path / "gone")
+    with pytest.raises(StorageError, match=r"run could not be written \(the run's folder has vanished\); the checkp"):
+        send(uploader)
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"), [("remount,ro", "Read-only file system"), ("remount,size=1m", "No space left on device")]
+)
+@pytest.mark.parametrize("part", ["storage", "temporary folder"])
+def test_a_disk_that_cannot_be_written_is_named(
+    tmp_path: Path, part: str, options: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with small_disk(tmp_path / "disk", "4m") as disk:
+        error: type[ValueError] = StorageError
+        run, told = disk / "run", rf"{disk}/run could not be written \(.*{reason}"
+        if part == "temporary folder":
+            monkeypatch.setattr(tempfile, "tempdir", str(disk))
+            run, cure = tmp_path / "run", "free space there or set TMPDIR to a larger disk"
+            error, told = LocalDiskError, rf"^{disk} on .*could not be written \(.*{reason}.*{cure}"
+        run.mkdir()
+        # All of the smaller disk but a page.
+        (disk / "other").write_bytes(bytes(2**20 - 4096))
+        uploader = CheckpointUploader(str(run), 2)
+        subprocess.run(["mount", "-o", options, disk], check=True)
+        with pytest.raises(error, match=told):
+            send(uploader)
+        assert checkpoint.committed(str(run)) == {}
+        subprocess.run(["mount", "-o", "remount,rw,size=8m", disk], check=True)
+        send(CheckpointUploader(str(run), 2))
+        assert list(checkpoint.committed(str(run))) == ["checkpoint_0000_000000"]
+
+
+def test_what_is_on_its_way_is_for_nobody_else_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    killed = CheckpointUploader(str(tmp_path / "run"), 2)
+    (first,) = (tmp_path / "tmp").iterdir()
+    (tmp_path / "tmp" / "another").mkdir()
+    assert stat.S_IMODE(first.stat().st_mode) == 0o700
+    uploader = CheckpointUploader(str(tmp_path / "run"), 2)
+    # Of the killed one nothing is left, and nobody knew the new name before.
+    assert not first.exists()
+    send(uploader)
+    for one in (uploader, killed):
+        one.close()
+    assert [path.name for path in (tmp_path / "tmp").iterdir()] == ["another"]
+
+
+def test_a_half_sent_checkpoint_is_none_and_is_sent_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that dies at the last moment, before the state is there."""
+
+    def die(*_: object) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_storage, "write", die)
+        with pytest.raises(StorageError):
+            send(CheckpointUploader(str(tmp_path), 2))
+    folder = tmp_path / "checkpoint_0000_000000"
+    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "optimizer.safetensors"]
+    assert checkpoint.committed(str(tmp_path)) == {}
+    (folder / "half").touch()
+    send(CheckpointUploader(str(tmp_path), 2))
+    assert not (folder / "half").exists()
+    checkpoint.restore(folder, make_trainer(), IDENTITY)
+    assert list(checkpoint.committed(str(tmp_path))) == [folder.name]
+
+
+def test_old_checkpoints_go_and_one_that_cannot_be_removed_harms_nothing(
+    s3: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    boto3.client("s3", endpoint_url=f"http://{s3}").create_bucket(Bucket="runs")
+    run = f"s3://runs/here?region=us-east-1&scheme=http&endpoint_override={s3}"
+    uploader, trainer = CheckpointUploader(run, 1), make_trainer()
+    for step in range(1, 6):
+        if step == 5:
+            assert list(checkpoint.committed(run)) == ["checkpoint_0000_000003", "checkpoint_0000_000004"]
+            monkeypatch.setattr(run_storage, "superfluous", lambda *_: ["checkpoint_9999_000000"])
+        trainer.progress.step = step
+        uploader.save(trainer, IDENTITY)
+        uploader.wait()
+    assert "checkpoint_0000_000005" in checkpoint.committed(run)
+    assert "warning: an old checkpoint could not be removed: " in capsys.readouterr().out
