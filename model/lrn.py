@@ -119,6 +119,6 @@ class LocalResponseNorm(nn.Module):
             # Only torch's builds for GPUs bring Triton.
             from model.lrn_triton import FusedLocalResponse
 
-            return FusedLocalResponse.apply(x, self.k, self.alpha)
+            return FusedLocalResponse.apply(x, PAPER_SIZE, self.k, self.alpha, PAPER_BETA)
         band = self.band.to(torch.promote_types(x.dtype, torch.float32))
         return _LocalResponse.apply(x, band, self.k, self.alpha)

@@ -14,8 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.lrn import HALF, PAPER_BETA
-
 # Values of one program. On an H200, 2,048 and 4,096 take 14 to 48 % longer, and two warps instead of four 6 to 53 %.
 VALUES = 1024
 
@@ -80,7 +78,7 @@ def _backward(  # type: ignore[no-untyped-def]
     tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
 
 
-def _launch(kernel: Any, *maps: Tensor, k: float, alpha: float) -> None:
+def _launch(kernel: Any, *maps: Tensor, size: int, k: float, alpha: float, beta: float) -> None:
     """Runs a kernel over maps [N, channels, H, W] in channels_last memory, the last of which it writes."""
     images, channels, height, width = maps[0].shape
     pixels, columns = images * height * width, triton.next_power_of_2(channels)
@@ -88,25 +86,25 @@ def _launch(kernel: Any, *maps: Tensor, k: float, alpha: float) -> None:
     # Triton launches on the current GPU, which need not be the maps'.
     with torch.cuda.device_of(maps[0]):
         kernel[(triton.cdiv(pixels, rows),)](
-            *maps, pixels, k, alpha, PAPER_BETA, CHANNELS=channels, HALF=HALF, ROWS=rows, COLUMNS=columns
+            *maps, pixels, k, alpha, beta, CHANNELS=channels, HALF=size // 2, ROWS=rows, COLUMNS=columns
         )
 
 
 class FusedLocalResponse(torch.autograd.Function):
-    """(x [N, channels, H, W] of float32 or less, k, alpha) -> the same shape and dtype, channels_last."""
+    """(x [N, channels, H, W] of float32 or less, size, k, alpha, beta) -> the same shape and dtype, channels_last."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, k: float, alpha: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, size: int, k: float, alpha: float, beta: float) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         out = torch.empty_like(x)
-        ctx.constants = {"k": k, "alpha": alpha}
+        ctx.constants = {"size": size, "k": k, "alpha": alpha, "beta": beta}
         _launch(_forward, x, out, **ctx.constants)
         ctx.save_for_backward(x)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (x,) = ctx.saved_tensors
         out = torch.empty_like(x)
         _launch(_backward, x, grad.contiguous(memory_format=torch.channels_last), out, **ctx.constants)
-        return out, None, None
+        return out, None, None, None, None

@@ -59,7 +59,7 @@ def test_lrn_is_the_papers_formula_and_its_gradient(
     grad = torch.randn(2, channels, 7, 9, generator=generator).to(dtype)
     mine, exact = x.clone().requires_grad_(), x.double().requires_grad_()
     if way == "kernels":
-        found = lrn_triton.FusedLocalResponse.apply(mine, K, ALPHA)
+        found = lrn_triton.FusedLocalResponse.apply(mine, 5, K, ALPHA, 0.75)
     else:
         found = LocalResponseNorm(channels, ALPHA, K)(mine)
     expected = formula(exact)
