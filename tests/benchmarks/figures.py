@@ -49,7 +49,7 @@ SEED = 23  # With it, one image of the two is flipped.
 CORES = "2"
 NO_LOADERS = ("no more", "bare copy")  # Of decoding or copying alone, which give no batches.
 CHROMIUM = "chromium"
-REPORT_SIZE = (1200, 1400)
+REPORT_SIZE = (1000, 2200)
 DEVIATIONS = 3  # Shown of each color component, to both sides.
 
 
