@@ -56,7 +56,7 @@ test: .venv/.test-installed ## everything but test-long
 test-fast: .venv/.test-installed ## the tests that start no Ray and train nothing, for while one works
 	$(PYTEST) --dist worksteal -m "not long and not slow"
 
-test-long: .venv/.test-installed ## faults and resizes in the midst of whole training runs, twenty minutes
+test-long: .venv/.test-installed ## faults and resizes in the midst of whole training runs, 16 minutes
 	$(BIN)/python -m pytest -m long
 
 lint: .venv/.test-installed ## ruff and mypy

@@ -124,6 +124,11 @@ def assert_alike(whole: Path, run: str, shards: Path, epochs: int, workers: int,
     assert assert_trained_once(notes, plan(shards), epochs * STEPS) == [workers]
 
 
+def tracebacks(lines: list[str]) -> list[str]:
+    """Those that a run printed, but for the controller's, which may complain of a busy machine."""
+    return [line for line in lines if "Traceback" in line and "TrainController" not in line]
+
+
 def last(run: str) -> tuple[int, int]:
     progress = list(checkpoint.committed(run).values())[-1].progress
     return progress.epoch, progress.step

@@ -25,7 +25,7 @@ from model.parallel import data_parallel
 from tests.model.test_training import SmallData
 from tests.processes import below
 from tests.ranks import run_ranks
-from tests.runs import ROOT, Run, assert_alike
+from tests.runs import ROOT, Run, assert_alike, tracebacks
 
 LIMIT_S = 5.0
 SLACK_S = 30.0  # For Ray to bring a line to the driver, on a busy machine.
@@ -137,5 +137,5 @@ def test_a_rank_that_hangs_or_that_nobody_hears_from_costs_the_steps_since_the_l
         for pid in readers:
             os.kill(pid, signal.SIGKILL)
     assert run.text.count("failure ") == 2, run.text
-    assert "Traceback" not in "".join(run.lines[begun:])
+    assert not tracebacks(run.lines[begun:])
     assert_alike(pair, f"{storage}/run", shard_set, 2, 2, notes)
