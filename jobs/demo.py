@@ -84,11 +84,13 @@ def ray_cluster(environment: dict[str, str], cpus: int) -> Iterator[str]:
     Raises:
         CommandError: if it does not come up.
     """
-    port, dashboard, client = free_ports(3)
+    port, dashboard, client, agent = free_ports(4)
     with tempfile.TemporaryFile("w+") as log:
         command = [RAY, "start", "--head", "--block", "--disable-usage-stats"]
         command += [f"--node-ip-address={HOST}", f"--port={port}", f"--num-cpus={cpus}"]
         command += [f"--dashboard-host={HOST}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+        # Another Ray has the agent's usual port; without one, an agent takes no jobs.
+        command += [f"--dashboard-agent-listen-port={agent}"]
         show([*command, "&"])
         # A session of its own: all that it starts is ended with it, and no other Ray on this machine.
         process = subprocess.Popen(
