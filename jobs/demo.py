@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RAY = str(Path(sys.executable).with_name("ray"))
 HOST = "127.0.0.1"
 START_SECONDS, STOP_SECONDS = 90, 20
-STARTED, MAX_LOG = b"Ray runtime started", 2**20
 CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS = 6, 150, 30  # Of the generated images.
 
 
@@ -97,7 +96,7 @@ def ray_cluster(environment: dict[str, str], cpus: int) -> Iterator[str]:
             command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            wait_for_start(process, log.fileno())
+            wait_for_dashboard(process, dashboard)
             yield f"http://{HOST}:{dashboard}"
         except CommandError:
             log.seek(0)
@@ -120,20 +119,14 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def wait_for_start(process: subprocess.Popen[bytes], log: int) -> None:
-    """Returns when `ray start` says that all runs: the dashboard answers before it can take a job.
-
-    Args:
-        log: descriptor of the file with what the process says.
-
-    Raises:
-        CommandError: if it ends, or does not say so in START_SECONDS.
-    """
+def wait_for_dashboard(process: subprocess.Popen[bytes], port: int) -> None:
+    """Returns when the dashboard accepts connections; raises CommandError if it never does."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        # Not read, which would move where the process writes.
-        if STARTED in os.pread(log, MAX_LOG, 0):
-            return
+        with socket.socket() as probe:
+            probe.settimeout(1)
+            if probe.connect_ex((HOST, port)) == 0:
+                return
         time.sleep(0.2)
     raise CommandError("the local Ray cluster did not start; what it said stands above")
 

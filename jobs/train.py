@@ -91,7 +91,7 @@ def main(config: TrainConfig) -> None:
                 own = RunFingerprint.of(recipe, info, decoder, config.precision)
                 checkpoint.check_other(state, own, str(location))
             low, high = resources.workers.min_workers, resources.workers.max_workers
-            counted = f"{low} to {high} workers" if low < high else f"{high} worker(s)"
+            counted = f"{low} to {high} workers" if resources.workers.elastic else f"{high} worker(s)"
             print(
                 f"{'starting' if state is None else 'continuing'} run {config.name}: recipe {config.recipe}{changed}, "
                 f"{len(info.classes)} classes; an epoch is {plan.steps} steps of {recipe.batch_size} and leaves out "

@@ -17,6 +17,7 @@ from moto.server import ThreadedMotoServer
 from xdist.scheduler import LoadFileScheduling
 
 from tests.photographs import build_shard_set, write_source
+from tests.shard_sets import make, planned
 
 
 class OneRayAtATime(LoadFileScheduling):
@@ -40,6 +41,18 @@ def shard_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes, 45 training and 15 validation images, ten to a shard."""
     root = tmp_path_factory.mktemp("shard_set")
     return build_shard_set(write_source(root / "images", images=20), root / "shards")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """15 training and 3 validation images: four shards and one. No test changes them."""
+    return write_source(tmp_path_factory.mktemp("source") / "images", images=6, longest=300)
+
+
+@pytest.fixture(scope="session")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What they become, uninterrupted and without Ray."""
+    return make(tmp_path_factory.mktemp("whole") / "set", planned(images))
 
 
 @pytest.fixture

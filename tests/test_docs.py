@@ -146,3 +146,7 @@ def test_the_linters_of_scripts_and_images_pass(checker: str, file: str) -> None
     path = Path(sys.executable).with_name(program)
     done = subprocess.run([path, *options, file], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150

@@ -92,6 +92,8 @@ def compare(reference: Iterable[Batch], other: Iterable[Batch]) -> Comparison:
                 value = float(found[image, column])
                 problems.setdefault(what, f"batch {number}, sample {sample}: {value:.4g} {what} (at most {limit:g})")
     every = torch.cat(rows) if rows else torch.zeros(1, len(LIMITS))
+    if not rows:
+        problems.setdefault("length", "no image was compared")
     count, mean = sum(map(len, rows)), float(every[:, 0].mean())
     return Comparison(count, mean, tuple(every.amax(0).tolist()), tuple(problems.values()))
 

@@ -127,6 +127,7 @@ _shutting_down = threading.Event()
 
 
 def ignore_sigterm() -> None:
+    """In a worker, before Ray Train ends it."""
     _shutting_down.set()
 
 

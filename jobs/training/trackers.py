@@ -64,7 +64,8 @@ class TrackedRun:
 class Tracker:
     """Called by rank 0, in a thread of the tracker's own."""
 
-    def log(self, values: dict[str, float], step: int) -> None: ...
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Records metrics; `step` counts from the run's start."""
 
     def flush(self) -> None:
         """Makes the metrics readable; called after each epoch."""

@@ -45,6 +45,9 @@ def shard_rows(tar: bytes, index: str) -> pa.RecordBatch:
     Args:
         tar: the whole file.
         index: DALI's index of it, as it is written beside the tar.
+
+    Raises:
+        ValueError: if a label is no number that fits an int32.
     """
     keys, offsets, sizes, labels, checksums = [], [], [], [], []
     for line in index.splitlines()[1:]:
@@ -71,7 +74,10 @@ def record_batch(
     """
     columns = [keys if isinstance(keys, pa.Array) else _strings(keys)]
     for field, values in zip(list(SCHEMA)[1:], (shards, offsets, sizes, labels, checksums), strict=True):
-        columns.append(_numbers(field, np.asarray(values, np.int64)))
+        try:
+            columns.append(_numbers(field, np.asarray(values, np.int64)))
+        except OverflowError as error:
+            raise ValueError(f"a number does not fit the column {field.name}: {error}") from error
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 

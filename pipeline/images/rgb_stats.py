@@ -35,7 +35,7 @@ class RgbMoments:
 
     @classmethod
     def of(cls, image: NDArray[np.uint8]) -> RgbMoments:
-        """The moments of one [height, width, 3] image."""
+        """The moments of one [height, width, 3] uint8 image."""
         height, width = image.shape[:2]
         rows = image.reshape(height, -1)
         sums = np.zeros((4, CHANNELS), np.int64)

@@ -169,11 +169,20 @@ def screenshot(page: Path, output: Path, scheme: str, width: int, height: int) -
         subprocess.CalledProcessError: if Chromium fails.
     """
     schemes = {"dark": 0, "light": 1}  # Blink's PreferredColorScheme
+    color = f"--blink-settings=preferredColorScheme={schemes[scheme]}"
+    chromium(page, width, height, f"--screenshot={output}", color, "--hide-scrollbars")
+
+
+def chromium(page: Path, width: int, height: int, *options: str) -> str:
+    """What Chromium prints of a page in a window of that size.
+
+    Raises:
+        subprocess.CalledProcessError: if Chromium fails.
+    """
     with tempfile.TemporaryDirectory() as profile:
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
-        options += [f"--blink-settings=preferredColorScheme={schemes[scheme]}", f"--window-size={width},{height}"]
-        command = [CHROMIUM, *options, f"--screenshot={output}", page.resolve().as_uri()]
-        subprocess.run(command, capture_output=True, timeout=120, check=True)
+        always = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+        command = [CHROMIUM, *always, f"--window-size={width},{height}", *options, page.resolve().as_uri()]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
 def main(config: FiguresConfig) -> None:

@@ -30,21 +30,11 @@ from pipeline.sharding.shard_set import find_finished
 from pipeline.sharding.shards import build_shard
 from pipeline.staging.staging import stage
 from tests.damage import Place, edit_dataset, flip_in_the_middle, overwrite, places, rewrite_index, write_index
-from tests.photographs import encoded, photograph, write_source
+from tests.photographs import encoded, photograph
 from tests.shard_sets import make, planned
 
 NAME = "train-000001"  # The shard that is damaged.
 SAMPLE = 5  # Of the training split: the second of that shard's four.
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_source(tmp_path_factory.mktemp("source") / "images", images=6, longest=280)
-
-
-@pytest.fixture(scope="module")
-def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("whole") / "out", planned(images))
 
 
 @pytest.fixture

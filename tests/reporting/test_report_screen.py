@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from model.progress import Progress
 from model.recipe import RECIPES
 from model.schedule import Plateau
 from pipeline.dataset.info import read_dataset
-from tests.benchmarks.figures import CHROMIUM, screenshot
+from tests.benchmarks.figures import CHROMIUM, chromium, screenshot
 
 pytestmark = pytest.mark.skipif(shutil.which(CHROMIUM) is None, reason=f"no {CHROMIUM}: apt-get install {CHROMIUM}")
 
@@ -61,10 +60,7 @@ def test_nothing_is_wider_than_the_window(report: Path, tmp_path: Path, width: i
     measured = tmp_path / "measured.html"
     script = "<script>document.title = `${document.documentElement.scrollWidth} of ${innerWidth}`</script>"
     measured.write_text(report.read_text() + script)
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"--window-size={width},900"]
-    command = [CHROMIUM, *options, f"--user-data-dir={tmp_path / 'profile'}", measured.as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    found = re.search(r"<title>(\d+) of (\d+)</title>", shown)
+    found = re.search(r"<title>(\d+) of (\d+)</title>", chromium(measured, width, 900, "--dump-dom"))
     assert found is not None
     assert int(found[2]) == width
     assert int(found[1]) <= width
