@@ -83,7 +83,7 @@ from jobs.training.data import local_set
 from jobs.training.resources import Resources, check_shortage
 from jobs.training.run_state import RunFingerprint
 from jobs.training.run_storage import local_checkpoint
-from jobs.training.worker import make_network
+from jobs.training.worker import make_network, prepare_torch
 from model.alexnet import AlexNet
 from model.metrics import Score, evaluate
 from pipeline.dataset.info import is_decoded, read_dataset, write_json
@@ -156,7 +156,7 @@ def judge(
         rgb: the training run's: its mean is part of what was learned.
     """
     device = choose_device(gpus)
-    torch.set_num_threads(threads)
+    prepare_torch(device, threads)
     folder = local_set(config.data, config.stage, config.stage_as, threads, ("val",))
     # A decoded cache has an index of its own; what is staged of one split has no description.
     reader = SplitReader(folder, read_dataset(folder if is_decoded(folder) else config.data), "val")

@@ -206,10 +206,10 @@ def sbatch(slurm: Shell, arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_slurm_starts_ray_on_all_nodes_and_training_on_the_first(slurm: Shell) -> None:
-    slurm.program("python", 'echo "RAY_ADDRESS=$RAY_ADDRESS"; exit 3')
+    slurm.program("python", 'echo "$RAY_ADDRESS $RAY_AUTH_MODE"; exit 3')
     done = sbatch(slurm, f"--storage {slurm.home}/runs --name first --gpus")
     assert done.returncode == 3, done.stderr
-    assert done.stdout.splitlines() == ["RAY_ADDRESS=node7:20041"]
+    assert done.stdout.splitlines() == ["node7:20041 token"]
     assert f"python jobs/train.py --storage {slurm.home}/runs --name first --gpus" in slurm.calls
     [ray] = [call for call in slurm.calls if call.startswith("ray")]
     assert ray.startswith("ray symmetric-run --address node7:20041 --min-nodes 2 --num-cpus=48 --num-gpus=4 -- env")

@@ -148,5 +148,13 @@ def test_the_linters_of_scripts_and_images_pass(checker: str, file: str) -> None
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/cluster-aws.md", "docs/cluster-gcp.md", "k8s/rayjob.yaml"])
+def test_training_on_spot_nodes_writes_checkpoints_by_the_clock(page: str) -> None:
+    text = (ROOT / page).read_text("utf-8").replace("\\\n", " ").replace("\n    --", " --")
+    runs = [line for line in text.splitlines() if "jobs/train.py" in line and "/mnt/nvme" in line]
+    assert runs
+    assert all("--checkpoint-minutes" in line for line in runs)
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150

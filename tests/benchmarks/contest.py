@@ -49,6 +49,16 @@ def check_cores(cores: Sequence[int]) -> None:
         raise ValueError(f"--cores {max(cores)}: this process may use {len(os.sched_getaffinity(0))}")
 
 
+def check_least(config: object, *names: str, least: float = 1) -> None:
+    """Raises ValueError for a setting, or one of several of its values, that is less, and where there is no value."""
+    for name in names:
+        given = getattr(config, name)
+        values = given if isinstance(given, tuple) else (given,)
+        if not values or not min(values) >= least:
+            shown = " ".join(map(str, values)) or "empty"
+            raise ValueError(f"--{name.replace('_', '-')} is {shown}; it must be at least {least:,}")
+
+
 def present(names: Sequence[str], installed: Callable[[str], bool]) -> list[str]:
     """Those whose packages are installed; the others are printed."""
     found = [name for name in names if installed(name)]

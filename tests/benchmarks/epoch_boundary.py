@@ -29,6 +29,7 @@ from model.recipe import Recipe
 from model.training import Worker
 from pipeline.dataset.info import write_json
 from pipeline.loading.plan import Plan
+from tests.benchmarks.contest import check_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,9 @@ class BoundaryConfig:
     epochs: int = 6
     json: Path | None = None
     """Also write the figures to this file."""
+
+    def __post_init__(self) -> None:
+        check_least(self, "epochs", least=2)
 
 
 def boundaries(config: BoundaryConfig) -> list[dict[str, float]]:

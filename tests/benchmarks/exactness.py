@@ -25,6 +25,7 @@ from jobs.cli.command import run
 from jobs.training.trackers import EVENTS, MAX_POINTS, read_events
 from model.recipe import RECIPES
 from pipeline.dataset.info import read_dataset, write_json
+from tests.benchmarks.contest import check_least
 from tests.processes import below, outside_clusters
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +53,9 @@ class ExactnessConfig:
     """Images per step over all workers."""
     dropout: float = RECIPES["default"].dropout
     """With 0, two workers differ from one by rounding alone."""
+
+    def __post_init__(self) -> None:
+        check_least(self, "epochs", "batch_size")
 
     def settings(self) -> dict[str, Any]:
         """What runs must have in common to be compared."""

@@ -38,6 +38,7 @@ from pipeline.loading.loader import Loader
 from pipeline.loading.plan import Plan, PlannedBatch, color_matrix
 from pipeline.loading.reader_process import SharedMemory, read_into
 from pipeline.staging.decoded_cache import stage_pixels
+from tests.benchmarks.contest import check_least
 
 TICKS = os.sysconf("SC_CLK_TCK")
 OPERATORS = 1500  # Of a step; together 2.7 ms on the machine of docs/benchmarks.md.
@@ -54,6 +55,10 @@ class HostPathConfig:
     """Each figure is the median of so many."""
     json: Path | None = None
     """Also write the figures to this file."""
+
+    def __post_init__(self) -> None:
+        check_least(self, "batch_sizes", "rounds")
+        check_least(self, "images", least=4)
 
 
 def first_pixel(jpegs: Any, **decoding: object) -> Any:

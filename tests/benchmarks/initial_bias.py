@@ -28,6 +28,7 @@ from pipeline.dataset.info import read_dataset, write_json
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.loading.loader import Loader
 from pipeline.loading.plan import Plan, color_matrix
+from tests.benchmarks.contest import check_least
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7")
 WINDOW = 20  # Steps over which the loss is averaged.
@@ -54,6 +55,9 @@ class StudyConfig:
     """Give up after so many."""
     json: Path | None = None
     """Also write every step's figures here."""
+
+    def __post_init__(self) -> None:
+        check_least(self, "steps")
 
 
 def measure(config: StudyConfig, seed: int) -> dict[str, object]:

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from jobs.cli.command import run
 from pipeline.dataset.info import read_dataset, write_json
+from tests.benchmarks.contest import check_least
 from tests.processes import below, outside_clusters
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +54,11 @@ class OverheadConfig:
     """Of one core each. With fewer than there are cores, Ray's own processes have room, as they do on a cluster."""
     json: Path | None = None
     """Also write every turn's figures to this file."""
+
+    def __post_init__(self) -> None:
+        check_least(self, "rounds", "workers")
+        check_least(self, "batch_size", least=self.workers)
+        check_least(self, "steps", least=SETTLED + 1)
 
 
 class Turn(NamedTuple):

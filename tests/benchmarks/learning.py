@@ -39,6 +39,7 @@ from model.recipe import RECIPES, Recipe
 from model.schedule import PAPER_FACTOR, PAPER_REDUCTIONS
 from model.training import Trainer, Worker
 from pipeline.dataset.info import read_dataset, write_json
+from tests.benchmarks.contest import check_least
 from tests.benchmarks.loader_sets import make_folder
 from tests.benchmarks.torchrun_rank import Quiet
 
@@ -75,6 +76,8 @@ class LearningConfig:
     """Also write every epoch of every run to this file."""
 
     def __post_init__(self) -> None:
+        check_least(self, "seeds", least=0)
+        check_least(self, "threads")
         if unknown := [name for name in self.contenders if name not in CONTENDERS]:
             raise ValueError(f"--contenders {', '.join(unknown)}: must be among {', '.join(CONTENDERS)}")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from jobs.cli.command import run
 from pipeline.dataset.info import read_dataset, write_json
-from tests.benchmarks.contest import check_cores, present, run_pinned, table, take_turns
+from tests.benchmarks.contest import check_cores, check_least, present, run_pinned, table, take_turns
 from tests.benchmarks.loader_peers import PEERS, installed
 
 LIMIT = next(iter(PEERS))
@@ -47,6 +47,8 @@ class SpeedConfig:
     """Also write the rates to this file."""
 
     def __post_init__(self) -> None:
+        check_least(self, "cores", "rounds")
+        check_least(self, "seconds", least=0.1)
         if unknown := set(self.loaders) - set(PEERS):
             raise ValueError(f"--loaders {', '.join(sorted(unknown))} must be among {', '.join(PEERS)}")
 

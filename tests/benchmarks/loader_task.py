@@ -16,6 +16,7 @@ from pipeline.dataset.info import read_dataset
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.loading.graph import GpuDecoder
 from pipeline.loading.plan import CROP_SIZE, Plan, color_matrix
+from tests.benchmarks.contest import check_least
 from tests.benchmarks.loader_sets import open_train
 
 BATCH = 128
@@ -40,6 +41,10 @@ class PeerConfig:
     """Measure for at least so long."""
     prepare: bool = False
     """Only make what this loader reads."""
+
+    def __post_init__(self) -> None:
+        check_least(self, "cores")
+        check_least(self, "seconds", least=0.1)
 
     @functools.cached_property
     def reader(self) -> SplitReader:

@@ -39,6 +39,7 @@ from pipeline.dataset.split_reader import SplitReader
 from pipeline.images.resize import encoder_settings
 from pipeline.images.rgb_stats import RgbMoments, RgbStatistics
 from pipeline.storage.remote import write_atomically
+from tests.benchmarks.contest import check_least
 
 PER_SHARD = 1250
 IMAGE_BYTES = 21_000
@@ -55,6 +56,9 @@ class OpeningCostConfig:
     """Each figure is the median of so many fresh processes."""
     json: Path | None = None
     """Also write the figures to this file."""
+
+    def __post_init__(self) -> None:
+        check_least(self, "images", "classes", "rounds")
 
 
 @dataclasses.dataclass(frozen=True)

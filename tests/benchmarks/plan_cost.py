@@ -21,6 +21,7 @@ import numpy as np
 from jobs.cli.command import run
 from pipeline.dataset.info import write_json
 from pipeline.loading.plan import Plan
+from tests.benchmarks.contest import check_least
 
 MAX_SECONDS = 1.0
 MAX_MB = 100.0
@@ -41,6 +42,9 @@ class PlanCostConfig:
     """Batches timed in each epoch, or as many as it has."""
     json: Path | None = None
     """Also write the figures to this file."""
+
+    def __post_init__(self) -> None:
+        check_least(self, "samples", "world", "batch_per_rank", "rounds", "batches")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from PIL import Image
 from jobs.cli.command import run
 from pipeline.images.decode import IMAGE_SIZE, ImageError, decode
 from pipeline.images.resize import convert, resize
+from tests.benchmarks.contest import check_least
 from tests.benchmarks.shard_writers import photographs
 from tests.reference_resize import central_square
 
@@ -37,6 +38,9 @@ class FidelityConfig:
     """How many photographs, evenly spread over the folder's; those that do not decode are left out and counted."""
     quality: int = 90
     """Of the JPEGs."""
+
+    def __post_init__(self) -> None:
+        check_least(self, "images")
 
 
 def by_pillow(image: Image.Image) -> Image.Image:
@@ -105,6 +109,8 @@ def main(config: FidelityConfig) -> None:
         )
         for kind, one in zip(kinds, found, strict=True):
             scores[kind].append((psnr(one, reference), ssim(one, reference)))
+    if dropped == len(chosen):
+        raise ValueError(f"none of {dropped} files in {config.source} decodes: give a folder of photographs")
     print(f"{len(chosen) - dropped} photographs, {dropped} left out as they do not decode; medians (worst)")
     print("| image | PSNR, dB | SSIM |\n| --- | --- | --- |")
     for kind, values in scores.items():

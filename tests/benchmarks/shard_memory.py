@@ -30,6 +30,7 @@ from PIL import Image
 from jobs.cli.command import run
 from pipeline.dataset.info import read_dataset
 from pipeline.images.decode import MAX_PIXELS
+from tests.benchmarks.contest import check_least
 from tests.benchmarks.plan_cost import high_water_mb
 from tests.processes import BUILDING, below, outside_clusters
 
@@ -56,6 +57,10 @@ class ShardMemoryConfig:
     """Also measure single images of 80 megapixels, which take 2.2 GB."""
     work: Path | None = None
     """Folder for what is made; by default one for temporary files. 1 GB for 100,000 images."""
+
+    def __post_init__(self) -> None:
+        check_least(self, "images", least=1000)
+        check_least(self, "workers", "side")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from PIL import Image
 
 from jobs.cli.command import run
 from pipeline.dataset.info import write_json
-from tests.benchmarks.contest import check_cores, present, run_pinned, table, take_turns
+from tests.benchmarks.contest import check_cores, check_least, present, run_pinned, table, take_turns
 from tests.benchmarks.shard_writers import WRITERS, installed, photographs
 
 LIMIT = "bare loop, area"
@@ -54,6 +54,8 @@ class SpeedConfig:
     """Also write the rates to this file."""
 
     def __post_init__(self) -> None:
+        check_least(self, "images", "cores", "rounds")
+        check_least(self, "megapixels", least=0)
         if unknown := set(self.writers) - set(WRITERS):
             raise ValueError(f"--writers {', '.join(sorted(unknown))} must be among {', '.join(WRITERS)}")
 
@@ -62,7 +64,7 @@ def make_variants(config: SpeedConfig) -> Path:
     """The photographs at ImageNet's size, repeated; in the same class folders."""
     folder = config.work / "photographs"
     originals = photographs(config.source)
-    if folder.is_dir() and len(photographs(folder)) == config.images:
+    if len(list(folder.glob("*/*"))) == config.images:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     for number in range(config.images):

@@ -48,8 +48,17 @@ Photographs = Sequence[tuple[str, int]]
 
 
 def photographs(source: Path) -> Photographs:
+    """What lies in a folder of class folders.
+
+    Raises:
+        ValueError: if that is nothing.
+        OSError: if it is no folder.
+    """
     folders = sorted(folder for folder in source.iterdir() if folder.is_dir())
-    return [(str(path), label) for label, folder in enumerate(folders) for path in sorted(folder.iterdir())]
+    found = [(str(path), label) for label, folder in enumerate(folders) for path in sorted(folder.iterdir())]
+    if not found:
+        raise ValueError(f"{source} holds no photographs: give a folder with one folder of them a class")
+    return found
 
 
 def shards_of(images: Photographs) -> list[Photographs]:

@@ -27,6 +27,7 @@ from PIL import Image
 
 from jobs.cli.command import run
 from pipeline.loading.plan import Plan
+from tests.benchmarks.contest import check_least
 
 PERMUTATIONS = 200
 DIGITS = 6  # Of a sample's number, which is its key.
@@ -47,6 +48,9 @@ class ShuffleConfig:
     """For the number of classes that meet in a batch."""
     seed: int = 0
     """Of every shuffle."""
+
+    def __post_init__(self) -> None:
+        check_least(self, "classes", "per_class", "per_tar", "buffers", "batch_size")
 
     @property
     def samples(self) -> int:

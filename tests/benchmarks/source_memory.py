@@ -26,6 +26,7 @@ from pathlib import Path
 from jobs.cli.command import run
 from pipeline.sharding.shard_plan import plan_shards
 from pipeline.sources.sources import read_source
+from tests.benchmarks.contest import check_least
 from tests.benchmarks.plan_cost import high_water_mb
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +43,9 @@ class SourceMemoryConfig:
     """Folder for the tars; by default one for temporary files. 700 MB for ImageNet's number of images."""
     one: Path | None = None
     """Measure this tar in this process and print the figures as JSON, as the program does for each size."""
+
+    def __post_init__(self) -> None:
+        check_least(self, "images", least=SMALL)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ from model.lrn import PAPER_ALPHA, PAPER_BETA, PAPER_K, PAPER_SIZE, LocalRespons
 from model.recipe import RECIPES
 from model.training import Trainer, Worker
 from pipeline.dataset.info import write_json
+from tests.benchmarks.contest import check_least
 
 OURS = "as trained"
 
@@ -82,6 +83,7 @@ class StepConfig:
     """Also write every turn's seconds to this file."""
 
     def __post_init__(self) -> None:
+        check_least(self, "batch_size", "rounds", "steps", "threads")
         if unknown := [name for name in self.variants if name not in VARIANTS]:
             raise ValueError(f"--variants {', '.join(unknown)}: must be among {', '.join(VARIANTS)}")
         if OURS not in self.variants:

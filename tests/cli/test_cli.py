@@ -59,6 +59,16 @@ def test_wrong_usage_is_status_2_and_named(job: str, arguments: list[str], messa
     assert "SECRET" not in done.stderr
 
 
+def test_a_benchmark_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
+    for name, arguments, message in (
+        ("plan_cost", ("--rounds", 0), "--rounds is 0; it must be at least 1"),
+        ("source_memory", ("--images", 7), "--images is 7; it must be at least 2,000"),
+        ("shard_fidelity", ("--source", tmp_path), f"{tmp_path} holds no photographs: give a folder"),
+    ):
+        done = run_here(str(JOBS.parent / "tests" / "benchmarks" / f"{name}.py"), *arguments)
+        assert message in done.stderr
+
+
 def test_a_source_a_run_and_a_set_are_told_apart(shard_set: Path, tmp_path: Path) -> None:
     def refused(job: str, *arguments: object) -> str:
         done = run_here(job, *arguments)

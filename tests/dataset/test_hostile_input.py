@@ -88,6 +88,7 @@ ROW = "splits train shards 0"
         ("rgb", {"mean": [0.5, 10**400, 0.5]}, "OverflowError"),
         ("rgb", {"eigenvalues": ["inf", 0, 0]}, "not finite numbers"),
         ("classes 0", {"index": 10**9}, "not numbered from 0 on"),
+        ("", {"set_aside": 10**400}, "negative or too large number in train"),
         ("", {"classes": 7}, "TypeError"),
         ("", {"splits": []}, "AttributeError"),
     ],

@@ -112,6 +112,15 @@ def test_two_jobs_that_make_different_sets_meet_and_one_is_refused_by_name(image
     assert not build_shard(output, other.shards[0], other.image, set_aside=True).kept
 
 
+def test_anything_else_in_the_place_is_left_alone(images: Path, s3: str, client: Any) -> None:
+    client.put_object(Bucket="bucket", Key=f"{SET_IN_BUCKET}/notes.txt", Body=b"somebody's")
+    with pytest.raises(
+        ShardSetError, match=rf"s3://bucket/{SET_IN_BUCKET} holds 'notes.txt' and no shard set of this program"
+    ):
+        claim_folder(in_bucket(s3), planned(images))
+    assert stored_in(client) == {"notes.txt": b"somebody's"}
+
+
 def test_google_store(images: Path, whole: Path, gcs: str) -> None:
     output, plan = f"gs://anonymous@bucket/{SET_IN_BUCKET}?scheme=http&endpoint_override={gcs}", planned(images)
     make(output, plan)

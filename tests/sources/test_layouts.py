@@ -114,6 +114,7 @@ UNREAD = "which is compressed or not whole"
         # Sorting stopped half way.
         ({**TRAIN_FOLDERS, "train/n9.tar": {}}, "the class folder '.*' and the tar 'n9.tar' beside each other"),
         ({**TRAIN_FOLDERS, **VAL_FOLDERS, "val/x.JPEG": b""}, "val holds the class folder '.*' and 1 images of no"),
+        ({**CLASSES, f"{A}/more/9.jpg": b""}, f"{A} holds the folder 'more', whose images would be left out: move"),
         # What cannot be read in place.
         ({**TRAIN_FOLDERS, "train/n9.tar.gz": b""}, f"train holds 'n9.tar.gz', {UNREAD}"),
         ({**below("train", TRAIN_TARS), f"train/{A}.tar.aria2": b""}, rf"train holds '.*\.tar\.aria2', {UNREAD}"),

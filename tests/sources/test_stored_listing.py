@@ -15,6 +15,7 @@ from pipeline.sources import stored_listing, tree
 from pipeline.sources.listing import Listing
 from pipeline.sources.sources import read_source
 from pipeline.sources.stored_listing import LISTING_FILE, ListingStore
+from pipeline.storage import remote
 from tests.range_server import serving
 from tests.sources.layouts import tar_of
 
@@ -167,30 +168,75 @@ def test_a_web_servers_tar_is_known_by_its_etag(source: Path, tmp_path: Path, he
         assert not (tmp_path / "out" / LISTING_FILE).exists()
 
 
-@pytest.mark.parametrize("form", ["tar of tars", "class tars", "pattern"])
-def test_an_interrupted_listing_goes_on(
-    forms: Path, tmp_path: Path, form: str, headers: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+# Interrupted at the third class, with the others stored.
+LAST, DONE = ("n2.tar", "train/x-02.tar"), ("n0.tar", "n1.tar", "train/x-00.tar", "train/x-01.tar")
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, list_again: Callable[[], Listing]) -> None:
     monkeypatch.setattr(stored_listing, "EVERY_S", 0.0)
     counted = tree.members_in
 
     def interrupted(file: Any) -> Any:
-        if file.tar.where.endswith(("n2.tar", "train/x-02.tar")):
+        if file.tar.where.endswith(LAST):
             raise OSError("the network is gone")
         return counted(file)
 
-    right = facts(listed(forms, form, None))
     with monkeypatch.context() as patch:
         patch.setattr(tree, "members_in", interrupted)
         with pytest.raises(OSError, match="the network is gone"):
-            listed(forms, form, tmp_path / "out")
+            list_again()
+
+
+@pytest.mark.parametrize(
+    ("form", "changed"),
+    [
+        ("tar of tars", "tars/ILSVRC2012_img_train.tar"),
+        ("class tars", "inside/train/n1.tar"),
+        ("pattern", "shards/train/x-01.tar"),
+    ],
+)
+def test_an_interrupted_listing_goes_on_where_no_tar_has_changed(
+    source: Path, tmp_path: Path, form: str, changed: str, headers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, said = tmp_path / "out", list[str]()
+    right = facts(listed(source, form, None))
+    interrupt(monkeypatch, lambda: listed(source, form, out))
     headers.clear()
-    said: list[str] = []
-    assert facts(listed(forms, form, tmp_path / "out", said=said)) == right
+    assert facts(listed(source, form, out, said=said)) == right
     assert said == []
-    done = ("n0.tar", "n1.tar", "train/x-00.tar", "train/x-01.tar")
-    assert not any(where.endswith(done) for where in headers)
-    assert any(where.endswith(("n2.tar", "train/x-02.tar")) for where in headers)
+    assert not any(where.endswith(DONE) for where in headers)
+    assert any(where.endswith(LAST) for where in headers)
     headers.clear()
-    assert facts(listed(forms, form, tmp_path / "out")) == right
+    assert facts(listed(source, form, out)) == right
     assert headers == []
+    (out / LISTING_FILE).unlink()
+    interrupt(monkeypatch, lambda: listed(source, form, out))
+    newer(source / changed)
+    assert facts(listed(source, form, out, said=said)) == facts(listed(source, form, None)) != right
+    assert said == [CHANGED]
+
+
+def test_an_interrupted_listing_of_remote_tars_takes_nothing_from_one_that_has_changed(
+    bucket: str, s3: str, headers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def again(out: str | None = f"s3://bucket/out{bucket}", said: list[str] | None = None) -> Listing:
+        return listed("s3://bucket", "class tars", out, bucket, said)
+
+    client, said = boto3.client("s3", endpoint_url=f"http://{s3}"), list[str]()
+    right = facts(again(None))
+    interrupt(monkeypatch, again)
+    client.put_object(Bucket="bucket", Key="inside/train/n1.tar", Body=tar_of({"another.jpg": b"image"}))
+    # What this process has open is the old one; the next command is another process.
+    remote._free.clear()
+    headers.clear()
+    found = facts(again(said=said))
+    assert any(where.endswith("n1.tar") for where in headers)
+    assert found == facts(again(None)) != right
+    assert said == [CHANGED]
+    # Nothing has changed this time.
+    client.delete_object(Bucket="bucket", Key=f"out/{LISTING_FILE}")
+    interrupt(monkeypatch, again)
+    headers.clear()
+    assert facts(again(said=said)) == found
+    assert not any(where.endswith(DONE) for where in headers)
+    assert len(said) == 1

@@ -15,7 +15,7 @@ import pytest
 from pipeline.dataset.annotation import ShardError
 from pipeline.images.resize import Converted, convert, encoder_settings
 from pipeline.sharding.shards import build_shard
-from pipeline.sources.files import SourceError
+from pipeline.sources.files import SourceError, read_bytes
 from pipeline.storage.retry import SourceReadError
 from tests.photographs import encoded, photograph
 from tests.sources.layouts import images, listed, made, set_plan, tar_of, write
@@ -39,6 +39,17 @@ def test_validation_tars_and_flat_folders_are_labeled_by_name_or_id(forms: Path,
     with tarfile.open(val) as tar:
         tar.extractall(tmp_path, filter="data")
     assert listed(folders / "train", tmp_path, tars / "wnids.txt").fingerprint == right
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_and_foreign_names_are_found_where_every_format_puts_them(tmp_path: Path, form: int) -> None:
+    """USTAR keeps names in the file system's encoding, the others also in records or members before the image."""
+    long = "x" * (95 if form == tarfile.USTAR_FORMAT else 180)
+    pictures = {f"./{long}.jpg": b"long", "é 日本.png": b"foreign", "last.jpg": b"L" * 512, "z.jpg": b""}
+    (tmp_path / "s.tar").write_bytes(tar_of({"a.tar": pictures, "b.tar": {"1.jpg": b"1", "2.jpg": b"2"}}, form))
+    entries = [entry for split in listed(tmp_path / "s.tar").splits.values() for entry in split if entry.wnid == "a"]
+    read = {entry.member.rpartition("/")[2]: read_bytes(entry.path, entry.offset, entry.size) for entry in entries}
+    assert read == {name.removeprefix("./"): data for name, data in pictures.items()}
 
 
 def test_names_in_latin_1_are_read_as_a_folder_of_them_is(tmp_path: Path) -> None:

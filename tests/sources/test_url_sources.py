@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import pickle
 import threading
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 from pyarrow import fs
 
@@ -21,7 +23,7 @@ from pipeline.storage.locations import NoRangesError
 from pipeline.storage.retry import SourceReadError
 from tests.range_server import serving
 from tests.shard_sets import contents, make
-from tests.sources.layouts import images, listed, set_plan, write
+from tests.sources.layouts import images, listed, made, set_plan, write
 
 # SOURCE, SOURCE_VAL and the labels of each form.
 PLACES = [
@@ -149,6 +151,15 @@ def test_a_failing_network_is_tried_again_and_never_the_images_fault(forms: Path
         read_bytes(f"{server.url}/nothing.tar", 0, 10)
     assert missing.value.errno == errno.ENOENT
     assert not list((tmp_path / "out").rglob("*.json"))
+
+
+def test_a_missing_object_is_the_files_fault(bucket: str, s3: str, tmp_path: Path) -> None:
+    listing = listed(f"s3://bucket/folders{bucket}")
+    boto3.client("s3", endpoint_url=f"http://{s3}").delete_object(Bucket="bucket", Key="folders/train/n1/n1_2.JPEG")
+    (line,) = made(listing, tmp_path / "out", max_bad_fraction=0.1)["rejects.jsonl"].splitlines()
+    reject = json.loads(line)
+    assert reject["path"] == "s3://bucket/folders/train/n1/n1_2.JPEG"
+    assert "No such file" in reject["reason"]
 
 
 def test_a_server_without_ranges_is_named(forms: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import tyro
 
 from jobs.cli.workers import Workers
@@ -22,6 +23,7 @@ from jobs.training import checkpoint
 from jobs.training.config import TrainConfig
 from jobs.training.run_state import RunFingerprint, State
 from jobs.training.worker import make_network
+from model.alexnet import AlexNet
 from model.progress import Progress
 from model.recipe import Recipe
 from model.schedule import Plateau
@@ -106,6 +108,17 @@ def test_a_worker_more_than_there_are_batches_has_nothing_to_add(shard_set: Path
     identity = checkpoint.read_state(saved).identity
     config = EvaluateConfig(str(shard_set), str(saved), batch_size=BATCH)
     assert judge(config, identity.rgb, make_network(identity), False, 1, rank=0, world=5).tolist() == [0, 0, 0, 0]
+
+
+def test_a_gpu_is_to_give_the_same_bits_each_time(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in training. No GPU is needed to look at how torch is set up for one."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr("jobs.evaluate.choose_device", lambda gpus: torch.device("cuda"))
+    with torch.device("meta"):
+        network = AlexNet(3)
+    with pytest.raises(DatasetError, match="does not exist"):
+        judge(EvaluateConfig("/nowhere", str(saved)), checkpoint.read_state(saved).identity.rgb, network, True, 1)
+    assert torch.backends.cudnn.deterministic
 
 
 def test_a_submitted_training_ends_with_a_command_to_submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,14 +43,30 @@ ReaderProcess.submit = lambda *arguments: None
 data = WorkerData(Path(sys.argv[1]), Recipe(batch_size=9), Worker(0, 1, torch.device("cpu")), 9, 1)
 next(LimitedData(data, 1.0).training(0, 0))
 """
+# No other thread of Python runs meanwhile, not even one that is to end the process.
+HELD_LOCK = """
+import ctypes
+from jobs.training.watchdog import limited
+
+def hold_the_lock():
+    ctypes.PyDLL("libc.so.6").sleep(30)
+
+with limited(1.0):
+    hold_the_lock()
+"""
 
 
-def test_a_hang_ends_the_process_and_shows_its_place(shard_set: Path) -> None:
-    command = [sys.executable, "-c", HANGING_READ, str(shard_set)]
+@pytest.mark.parametrize(
+    ("program", "place"),
+    [(HANGING_READ, r'pipeline/loading/reader_process\.py", line \d+ in result'), (HELD_LOCK, "in hold_the_lock")],
+    ids=["a read", "the interpreter's lock"],
+)
+def test_a_hang_ends_the_process_and_shows_its_place(shard_set: Path, program: str, place: str) -> None:
+    command = [sys.executable, "-c", program, str(shard_set)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 1
     assert "Timeout (0:00:01)!" in done.stderr
-    assert re.search(r'pipeline/loading/reader_process\.py", line \d+ in result', done.stderr), done.stderr
+    assert re.search(place, done.stderr), done.stderr
 
 
 def test_only_the_wait_for_the_images_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:

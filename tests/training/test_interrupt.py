@@ -17,7 +17,7 @@ from jobs.training.config import TrainConfig
 from jobs.training.failures import FailureReporter
 from jobs.training.run_state import CheckpointError
 from jobs.training.run_storage import LocalDiskError, StorageError
-from jobs.training.stop_signals import StopConsensus
+from jobs.training.stop_signals import StopConsensus, clear_stop_request, stop_file, stop_requested
 from model.training import StepAction, StoppedError, Trainer, Worker
 from pipeline.dataset.info import DatasetError
 from tests.model.test_training import IDENTITY, RECIPE, ManyBatches, make_trainer
@@ -130,6 +130,16 @@ def test_all_workers_find_the_same_due_and_the_slow_one_says_so(tmp_path: Path) 
     (line,) = results[2][1]
     assert line.startswith("rank 2 on ")
     assert "is slow: 3.00 s a step for its data and forward pass, the others 1.00 s" in line
+
+
+def test_a_stop_request_is_cleared_made_and_read(tmp_path: Path) -> None:
+    """What stopped a run does not stop the same command."""
+    run = str(tmp_path)
+    assert stop_requested(*stop_file(run)) is None
+    (tmp_path / "STOP").write_text("WHY\n")
+    assert stop_requested(*stop_file(run)) == "WHY"
+    clear_stop_request(run)
+    assert stop_requested(*stop_file(run)) is None
 
 
 def test_a_lost_worker_is_named_and_a_node_that_is_taken_is_no_failure(capsys: pytest.CaptureFixture[str]) -> None:
