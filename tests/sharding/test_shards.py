@@ -15,7 +15,7 @@ import pytest
 from pipeline.dataset.info import read_dataset
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.sharding.pack import index_of, pack
-from pipeline.sharding.read_ahead import AHEAD, readings
+from pipeline.sharding.read_ahead import THREADS, readings
 from pipeline.sources import files
 from pipeline.sources.files import LocalRanges, read_bytes
 from pipeline.sources.listing import Entry
@@ -87,16 +87,27 @@ def test_a_tar_and_its_index_are_those_of_tarfile(last: int) -> None:
 
 def test_images_on_a_disk_are_read_many_at_a_time_and_in_order(tmp_path: Path) -> None:
     source = write_source(tmp_path / "images", images=16, longest=64)
-    entries = read_source(source, None, 0.1, 0).splits["train"][: 2 * AHEAD]
-    together = threading.Barrier(AHEAD)
+    entries = read_source(source, None, 0.1, 0).splits["train"][: 3 * THREADS]
+    first, bad = {entry.path for entry in entries[:THREADS]}, entries[THREADS + 1]
+    together = threading.Barrier(THREADS)
 
     def read(entry: Entry) -> bytes:
-        # Passed by none before so many wait here.
-        together.wait(timeout=30)
+        if entry.path in first:
+            # Passed by none before so many wait here.
+            together.wait(timeout=30)
+        if entry == bad:
+            raise OSError("unreadable")
         return read_bytes(entry.path, entry.offset, entry.size)
 
-    read_back = [(entry, get()) for entry, get in readings(entries, read)]
-    assert read_back == [(entry, Path(entry.path).read_bytes()) for entry in entries]
+    read_back = []
+    for entry, get in readings(entries, read):
+        if entry == bad:
+            with pytest.raises(OSError, match="unreadable"):
+                get()
+        else:
+            assert get() == Path(entry.path).read_bytes()
+        read_back.append(entry)
+    assert read_back == list(entries)
 
 
 def test_each_tar_is_opened_once_and_a_new_one_in_its_place_is_another(
