@@ -39,7 +39,7 @@ from pipeline.sharding.shards import BuiltShard, build_shard
 from pipeline.sources.sources import read_source
 
 QUALITY = 90
-SAMPLES_PER_SHARD = 250  # Small, so that two workers end together on a few thousand photographs.
+SAMPLES_PER_SHARD = 200  # Small, so that two workers end together on a few thousand photographs.
 
 Result = TypeVar("Result")
 
