@@ -33,7 +33,7 @@ install: .venv/.installed ## make the environment .venv (7.3 GB); then: . .venv/
 	$(call install,-r requirements-test.lock)
 	touch $@
 
-demo: .venv/.installed ## shard, train, evaluate and report on generated images, or on your own: make demo SOURCE=FOLDER
+demo: .venv/.installed ## shard, train, evaluate and report on generated images, or on your own: make demo SOURCE=FOLDER DEMO=mine
 	$(BIN)/python jobs/demo.py --output "$(DEMO)" $(if $(SOURCE),--source "$(SOURCE)")
 
 look: .venv/.installed ## draw a batch as the network sees it: make look DATA=SHARDS

@@ -162,7 +162,7 @@ def main(config: DemoConfig) -> None:
     print(f"\nGuessing among {classes} classes would have {1 - 1 / classes:.1%} top-1 error.")
     print(f"All of it took {(time.perf_counter() - started) / 60:.1f} minutes. Open {report} in a browser.")
     if config.source is None:
-        print("Next: your own images, a folder a class: make demo SOURCE=FOLDER. For ImageNet see README.md.")
+        print("Next: your own images, a folder a class: make demo SOURCE=FOLDER DEMO=mine. For ImageNet see README.md.")
 
 
 if __name__ == "__main__":

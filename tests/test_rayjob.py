@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,7 @@ def test_it_runs_the_doctor_then_training_as_the_nodes_allow(job: dict[str, Any]
     mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in worker["volumeMounts"]}
     room = re.fullmatch(r"(\d+)Gi", mounts[str(run.stage)]["emptyDir"]["sizeLimit"])
     assert room is not None
-    assert int(room[1]) * 2**30 > 252e9
+    assert int(room[1]) * 2**30 > 262e9
     assert "/dev/shm" not in mounts  # KubeRay mounts it, as large as the pod's memory.
 
     # It drains in order, continues after a loss, and costs no more than is meant.
@@ -95,6 +97,21 @@ def test_it_runs_the_doctor_then_training_as_the_nodes_allow(job: dict[str, Any]
     assert job["shutdownAfterJobFinishes"] is True
     assert 0 < job["activeDeadlineSeconds"] <= 7 * 24 * 3600
     assert group["maxReplicas"] == group["replicas"]
+
+
+def test_the_pages_commands_leave_no_name_to_replace(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "cluster-kubernetes.md").read_text()
+    edits = [shlex.split(line) for line in re.findall("^sed .*", page, re.MULTILINE)]
+    (tmp_path / "k8s").mkdir()
+    for name in ("rayjob.yaml", "eks.yaml"):
+        shutil.copy(ROOT / "k8s" / name, tmp_path / "k8s")
+        # Those of Google's section and of AWS's, one after the other.
+        for edit in edits:
+            if edit[-1] == f"k8s/{name}":
+                subprocess.run(edit, cwd=tmp_path, check=True)
+        text = (tmp_path / "k8s" / name).read_text()
+        assert "your-bucket" in text
+        assert not re.search("BUCKET|REGISTRY|s3://", text)
 
 
 def test_the_eks_cluster_keeps_no_gpu_node_and_opens_one_bucket(job: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ class DataOptions:
     """A folder on each node's own disk to copy the set to, once per node: for a URL or a slow mount."""
     stage_as: Literal["jpeg", "pixels"] = "jpeg"
     """What to keep there: the JPEGs, or their pixels, decoded once, so that an epoch only cuts, mirrors and
-    shifts. Pixels take 196,608 bytes an image, 252 GB for ImageNet: for memory or fast disks that hold so much."""
+    shifts. Pixels take 196,608 bytes an image, 262 GB for ImageNet: for memory or fast disks that hold so much."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,7 @@ from pipeline.storage.locations import join, open_location, shown
 EVENTS = "tensorboard"  # In the run's folder
 MACHINE = "run/machine"
 PROJECT = "alexnet-trainer"  # MLflow's experiment and Weights & Biases' project
+PACKAGES = {"mlflow": "mlflow-skinny", "wandb": "wandb"}
 MAX_POINTS = 2000  # Of one metric; a chart shows no more.
 CLOSE_SECONDS = 30.0  # For a tracker to send what it has left at the end.
 
@@ -119,7 +120,7 @@ class BestEffort:
 def check_installed(tracker: str | None) -> None:
     """Raises ValueError if a tracker's package is not installed."""
     if tracker is not None and importlib.util.find_spec(tracker) is None:
-        raise ValueError(f"--tracker {tracker} needs its package, on every node: pip install -e '.[{tracker}]'")
+        raise ValueError(f"--tracker {tracker} needs its package, on every node: pip install {PACKAGES[tracker]}")
 
 
 def make_trackers(tracker: str | None, run: TrackedRun) -> list[BestEffort]:
