@@ -42,7 +42,7 @@ from jobs.training.worker import train_worker
 from pipeline.dataset.info import DATASET_FILE, DatasetError, DatasetInfo, is_decoded, read_dataset
 from pipeline.loading.graph import decoder_name
 from pipeline.loading.plan import Plan, color_matrix
-from pipeline.storage.locations import is_url, join, open_location, shown, without_user
+from pipeline.storage.locations import is_url, join, open_location, shown, without_keys
 
 ROOM_SECONDS = "20"
 
@@ -252,8 +252,7 @@ def print_result(config: TrainConfig, run: str, history: list[dict[str, float]])
 
 def evaluation(config: TrainConfig, run: str) -> str:
     """The command that judges a run, to be given where this one was: in any folder, or submitted as a job."""
-    # With a URL's options, which say where it is; without its keys.
-    data, saved = (without_user(one) if is_url(one) else one for one in (config.data, run))
+    data, saved = (without_keys(one) if is_url(one) else one for one in (config.data, run))
     words = ["--data", data, "--checkpoint", saved, "--ten-crop"]
     if config.stage is not None:
         words += ["--stage", config.stage, "--stage-as", config.stage_as]
