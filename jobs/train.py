@@ -70,8 +70,15 @@ def main(config: TrainConfig) -> None:
             own = RunFingerprint.of(recipe, info, was.decoder, was.precision, config.init_from)
             checkpoint.check_other(state, own, str(location))
             config = dataclasses.replace(config, init_from=was.init_from or None)
-            if done and checkpoint.finished(state, recipe):
-                print(f"the run {config.name} is finished already; --epochs extends it, another --name starts anew")
+            if checkpoint.finished(state, recipe):
+                # The plateau's own end stays, and the rates of other schedules count on the number of epochs.
+                extensible = recipe.schedule == "plateau" and not state.progress.schedule.stopped
+                cure = "--epochs extends it, " if extensible else ""
+                if not done:
+                    raise ValueError(
+                        f"{shown(str(location))} is finished: {cure}--init-from begins a new training with its weights"
+                    )
+                print(f"the run {config.name} is finished already; {cure}another --name starts anew")
                 print_result(config, run_location, state.progress.history)
                 return
         with connected():
