@@ -122,12 +122,13 @@ def test_more_epochs_are_told_of_only_where_they_extend_a_run(
         ({"checkpoint_minutes": 0.0}, "--checkpoint-minutes is 0.0; it must be above 0"),
         ({"resize_seconds": float("nan")}, "--resize-seconds is nan; it must be above 0"),
         ({"hang_seconds": float("inf")}, "--hang-seconds is inf; it must be above 0"),
+        ({"storage": "https://h/runs?sig=SECRET"}, "^--storage https://h/runs cannot be written: give a folder, s3://"),
         ({"init_from": "a", "from_checkpoint": "b"}, "--init-from and --from-checkpoint exclude each other"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(wrong: dict[str, object], told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        TrainConfig("shards", "runs", "run", **wrong)  # type: ignore[arg-type]
+        TrainConfig(**{"data": "shards", "storage": "runs", "name": "run", **wrong})  # type: ignore[arg-type]
 
 
 def test_a_path_is_made_absolute_and_a_url_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
