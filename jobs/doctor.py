@@ -76,7 +76,7 @@ def main(config: DoctorConfig) -> None:
     Raises:
         ValueError: if Ray cannot be reached, or anything failed, after the table was printed.
     """
-    with connected(config.workers, logging_level=logging.ERROR, log_to_driver=False):
+    with connected(logging_level=logging.ERROR, log_to_driver=False):
         found = list(examine(config))
     width = max(len(one.check) for one in found)
     for one in found:
