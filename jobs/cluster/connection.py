@@ -50,7 +50,9 @@ def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
     Raises:
         ConnectionError: if Ray cannot be joined or does not start.
     """
-    options = {"logging_level": logging.WARNING, **options}
+    level = options.pop("logging_level", logging.WARNING)
+    # At WARNING, a start says first of all how its tokens are turned off.
+    options["logging_level"] = logging.ERROR
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _check_unreachable(address)
@@ -71,6 +73,7 @@ def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
             what = f"the cluster at RAY_ADDRESS={address} cannot be joined"
             cure = "see `ray status` on that machine, and that both have the same versions of Ray and Python"
         raise ConnectionError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())}): {cure}") from error
+    logging.getLogger("ray").setLevel(level)
     try:
         yield
     finally:
