@@ -98,7 +98,10 @@ def _check_unreachable(address: str) -> None:
     Raises:
         ConnectionError: if nothing listens at the address.
     """
-    cure = "see `ray status` on the head; run this as a job: ray job submit --working-dir . -- python jobs/..."
+    cure = (
+        "see `ray status` on the head; run this as a job: ray job submit --working-dir . -- python jobs/..., or unset "
+        "RAY_ADDRESS to use this machine"
+    )
     found = address
     if address == "auto":
         cure = "start one with `ray start --head`, or unset RAY_ADDRESS to use this machine alone"
