@@ -85,7 +85,7 @@ def _start_cure(error: Exception) -> str:
     if "AF_UNIX path length" in str(error):
         return f"set RAY_TMPDIR to a path of at most {MAX_TMPDIR} characters"
     path = str(error.filename or "") if isinstance(error, OSError) else ""
-    if path.startswith(os.path.expanduser("~")):
+    if path.startswith(os.path.expanduser("~/.ray")):
         return "set HOME to a folder that can be written, as Ray keeps its token there"
     if path:
         return "set RAY_TMPDIR to a folder that you can write"
