@@ -84,7 +84,8 @@ def main(config: TrainConfig) -> None:
         with connected():
             nodes = alive_nodes()
             resources = Resources.of(config, nodes)
-            check_shortage(resources, nodes, recipe)
+            resources.workers.check_more_than(recipe.batch_size)
+            check_shortage(resources, nodes)
             if (warning := few_images(resources, recipe)) is not None:
                 print(warning, flush=True)
             if recipe.normalization == "batch":
