@@ -27,7 +27,7 @@ from ray.exceptions import RayError
 from ray.train import ControllerError, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 
 from jobs.cluster.connection import connected, on_cluster
-from jobs.cluster.nodes import alive_nodes, on_each
+from jobs.cluster.nodes import NoAnswer, alive_nodes, on_each
 from jobs.cluster.paths import in_job_copy
 from jobs.training import checkpoint
 from jobs.training.backend import NodeTorchConfig, NodeTrainer
@@ -230,12 +230,17 @@ def check_shared(option: str, folder: str, cure: str, marker: str | None) -> Non
     try:
         path = os.path.join(folder, marker)
         digest = _contents_digest(path)
-        blind = [node for node, seen in on_each(alive_nodes(), _contents_digest, path).items() if seen != digest]
+        answers = on_each(alive_nodes(), _contents_digest, path)
+        blind = [
+            f"{node}: {seen.why if isinstance(seen, NoAnswer) else 'other contents'}"
+            for node, seen in answers.items()
+            if seen != digest
+        ]
     finally:
         if written is not None:
             written.unlink(missing_ok=True)
     if blind:
-        names = ", ".join(map(str, blind[:5])) + (f" and {len(blind) - 5} more" if len(blind) > 5 else "")
+        names = "; ".join(blind[:5]) + (f" and {len(blind) - 5} more" if len(blind) > 5 else "")
         raise ValueError(
             f"{option} {folder} is a folder of {socket.gethostname()} that {len(blind)} node(s) of the cluster do not "
             f"see ({names}): {cure}"
