@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+from shlex import quote
 
 from jobs.cli.command import run
 
@@ -154,4 +155,4 @@ def _settings(info: DatasetInfo, reports: list[ShardReport]) -> str:
         "seed": (info.seed, 0),
         "samples-per-shard": (max([least, *dealt]) or 1250, 1250),
     }
-    return "".join(f"--{name} {value} " for name, (value, default) in values.items() if value not in (default, None))
+    return "".join(f"--{name} {quote(str(value))} " for name, (value, default) in values.items() if value not in (default, None))
