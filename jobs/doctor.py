@@ -1,4 +1,4 @@
-"""Checks, before an expensive run, what makes runs fail late: each node, the network, the storage and the data.
+r"""Checks, before an expensive run, what makes runs fail late: each node, the network, the storage and the data.
 
     ray job submit --working-dir . -- python jobs/doctor.py --data s3://BUCKET/shards --stage /mnt/nvme \
         --storage s3://BUCKET/runs --workers 8 --gpus

@@ -1,4 +1,4 @@
-"""Top-1 and top-5 validation error of a checkpoint, by the center crop or the paper's ten crops, each image once.
+r"""Top-1 and top-5 validation error of a checkpoint, by the center crop or the paper's ten crops, each image once.
 
     python jobs/evaluate.py --data SHARDS --checkpoint RUNS/first --ten-crop
 

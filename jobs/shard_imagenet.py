@@ -1,4 +1,4 @@
-"""Turn images into a shard set that training reads: 256 x 256 JPEGs in WebDataset tars.
+r"""Turn images into a shard set that training reads: 256 x 256 JPEGs in WebDataset tars.
 
 Each image's shorter side is resized to 256 and the central 256 x 256 square is kept. The set's order is a seeded
 permutation, and its bytes depend on the images, the seed and the settings alone: a job that was stopped goes on when
