@@ -176,7 +176,7 @@ def print_equal_images(built: Sequence[BuiltShard]) -> None:
 def _print_summary(output: str, info: DatasetInfo, rate: float | None) -> None:
     print(f"The shard set is in {shown(output)}")
     for name, split in info.splits.items():
-        print(f"  {name}: {split.samples:,} images, {len(split.shards):,} shards, {split.bytes:,} bytes")
+        print(f"  {name}: {split.samples:,} images, {len(split.shards):,} shard(s), {split.bytes:,} bytes")
     aside = f", listed in {shown(join(output, REJECTS_FILE))}" if info.set_aside else ""
     print(f"  images set aside: {info.set_aside:,}{aside}")
     if rate:

@@ -102,7 +102,7 @@ def main(config: TrainConfig) -> None:
             counted = f"{low} to {high} workers" if resources.workers.elastic else f"{high} worker(s)"
             print(
                 f"{'starting' if state is None else 'continuing'} run {config.name}: recipe {config.recipe}{changed}, "
-                f"{len(info.classes)} classes; an epoch is {plan.steps} steps of {recipe.batch_size} and leaves out "
+                f"{len(info.classes)} classes; an epoch is {plan.steps} step(s) of {recipe.batch_size} and leaves out "
                 f"{plan.dropped} of {plan.samples} images; {counted} on "
                 f"{'GPU' if resources.gpus else 'CPU'} with {resources.cpus_per_worker} core(s) each; "
                 f"{config.precision}; JPEGs decoded by {decoder}",
@@ -256,7 +256,7 @@ def _contents_digest(path: str) -> str:
 def print_result(config: TrainConfig, run: str, history: list[dict[str, float]]) -> None:
     lowest = min(history, key=lambda row: row["top1_error"])
     print(
-        f"done: {len(history)} epochs; lowest validation error {lowest['top1_error']:.1%} top-1, "
+        f"done: {len(history)} epoch(s); lowest validation error {lowest['top1_error']:.1%} top-1, "
         f"{lowest['top5_error']:.1%} top-5, after epoch {lowest['epoch']}"
     )
     print(f"best checkpoint: {shown(join(run, str(checkpoint.best(checkpoint.committed(run)))))}")
