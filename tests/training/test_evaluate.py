@@ -109,12 +109,14 @@ def test_a_worker_more_than_there_are_batches_has_nothing_to_add(shard_set: Path
 def test_a_gpu_is_to_give_the_same_bits_each_time(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in training. No GPU is needed to look at how torch is set up for one."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr("jobs.evaluate.choose_device", lambda gpus: torch.device("cuda"))
     with torch.device("meta"):
         network = AlexNet(3)
     with pytest.raises(DatasetError, match="does not exist"):
         judge(EvaluateConfig("/nowhere", str(saved)), checkpoint.read_state(saved).identity.rgb, network, True, 1)
     assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_a_submitted_training_ends_with_a_command_to_submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
