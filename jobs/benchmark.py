@@ -74,7 +74,7 @@ from jobs.training.run_state import RunFingerprint
 from jobs.training.worker import make_network, prepare_torch
 from model.recipe import RECIPES
 from model.training import Trainer, Worker
-from pipeline.dataset.info import read_dataset, write_json
+from pipeline.dataset.info import is_decoded, read_dataset, write_json
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.loading.graph import PREFETCH
 from pipeline.loading.loader import GROUP, Loader
@@ -229,6 +229,8 @@ def profiled(action: Callable[[], object], gpu: bool) -> str:
 
 
 def main(config: BenchmarkConfig) -> None:
+    if is_decoded(config.data):
+        raise ValueError(f"--data {config.data} is staged as pixels, with no JPEGs to decode: give the set it is of")
     checked = None
     if config.check_gpu:
         device = choose_device(config.gpu)

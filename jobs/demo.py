@@ -132,6 +132,8 @@ def wait_for_dashboard(process: subprocess.Popen[bytes], port: int) -> None:
 
 
 def main(config: DemoConfig) -> None:
+    # By default it ends a process at once, and its Ray would stay.
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
     started = time.perf_counter()
     output = config.output.absolute()
     python = sys.executable

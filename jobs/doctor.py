@@ -1,4 +1,4 @@
-"""Checks, before an expensive run, what makes runs fail late: each node, the network, the storage and the data.
+r"""Checks, before an expensive run, what makes runs fail late: each node, the network, the storage and the data.
 
     ray job submit --working-dir . -- python jobs/doctor.py --data s3://BUCKET/shards --stage /mnt/nvme \
         --storage s3://BUCKET/runs --workers 8 --gpus
@@ -76,7 +76,7 @@ def main(config: DoctorConfig) -> None:
     Raises:
         ValueError: if Ray cannot be reached, or anything failed, after the table was printed.
     """
-    with connected(config.workers, logging_level=logging.ERROR, log_to_driver=False):
+    with connected(logging_level=logging.ERROR, log_to_driver=False):
         found = list(examine(config))
     width = max(len(one.check) for one in found)
     for one in found:

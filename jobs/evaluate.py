@@ -1,4 +1,4 @@
-"""Top-1 and top-5 validation error of a checkpoint, by the center crop or the paper's ten crops, each image once.
+r"""Top-1 and top-5 validation error of a checkpoint, by the center crop or the paper's ten crops, each image once.
 
     python jobs/evaluate.py --data SHARDS --checkpoint RUNS/first --ten-crop
 
@@ -11,10 +11,8 @@ Started plainly, it uses one device of this machine. With --workers, it uses the
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from pathlib import Path
-from shlex import join
 from typing import Annotated, Literal
 
 import tyro
@@ -97,8 +95,7 @@ from pipeline.storage.locations import is_url, shown
 def main(config: EvaluateConfig) -> None:
     config = config.with_whole_paths()
     if is_url(config.data) and config.stage is None:
-        command = join([sys.executable, *sys.argv, "--stage", "/tmp/shards"])
-        raise ValueError(f"--data is a URL: give a folder on this node's disk to copy its images to, as in: {command}")
+        raise ValueError("--data is a URL: add --stage FOLDER, on each node's own disk, to copy its images to")
     if config.json and not config.json.parent.is_dir():
         raise ValueError(f"--json {config.json} cannot be written: there is no folder {config.json.parent}")
     with local_checkpoint(config.checkpoint) as (location, folder):
@@ -132,7 +129,7 @@ def judge_in_tasks(config: EvaluateConfig, identity: RunFingerprint, network: Al
         nodes = alive_nodes()
         options = HardwareOptions(Workers(workers, workers), gpus=config.gpu, cpus_per_worker=config.threads)
         resources = Resources.of(options, nodes)
-        check_shortage(resources, nodes, identity.recipe)
+        check_shortage(resources, nodes)
         threads, gpus = resources.cpus_per_worker, resources.gpus
         reference = ray.put(network)  # So that it goes to a node once, not with each task.
         calls = [(config, identity.rgb, reference, gpus, threads, rank, workers) for rank in range(workers)]

@@ -1,4 +1,4 @@
-"""Turn images into a shard set that training reads: 256 x 256 JPEGs in WebDataset tars.
+r"""Turn images into a shard set that training reads: 256 x 256 JPEGs in WebDataset tars.
 
 Each image's shorter side is resized to 256 and the central 256 x 256 square is kept. The set's order is a seeded
 permutation, and its bytes depend on the images, the seed and the settings alone: a job that was stopped goes on when
@@ -176,7 +176,7 @@ def print_equal_images(built: Sequence[BuiltShard]) -> None:
 def _print_summary(output: str, info: DatasetInfo, rate: float | None) -> None:
     print(f"The shard set is in {shown(output)}")
     for name, split in info.splits.items():
-        print(f"  {name}: {split.samples:,} images, {len(split.shards):,} shards, {split.bytes:,} bytes")
+        print(f"  {name}: {split.samples:,} images, {len(split.shards):,} shard(s), {split.bytes:,} bytes")
     aside = f", listed in {shown(join(output, REJECTS_FILE))}" if info.set_aside else ""
     print(f"  images set aside: {info.set_aside:,}{aside}")
     if rate:

@@ -27,7 +27,7 @@ from ray.exceptions import RayError
 from ray.train import ControllerError, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 
 from jobs.cluster.connection import connected, on_cluster
-from jobs.cluster.nodes import alive_nodes, on_each
+from jobs.cluster.nodes import NoAnswer, alive_nodes, on_each
 from jobs.cluster.paths import in_job_copy
 from jobs.training import checkpoint
 from jobs.training.backend import NodeTorchConfig, NodeTrainer
@@ -42,7 +42,7 @@ from jobs.training.worker import train_worker
 from pipeline.dataset.info import DATASET_FILE, DatasetError, DatasetInfo, is_decoded, read_dataset
 from pipeline.loading.graph import decoder_name
 from pipeline.loading.plan import Plan, color_matrix
-from pipeline.storage.locations import is_url, join, open_location, shown, without_user
+from pipeline.storage.locations import is_url, join, open_location, shown, without_keys
 
 ROOM_SECONDS = "20"
 
@@ -70,14 +70,22 @@ def main(config: TrainConfig) -> None:
             own = RunFingerprint.of(recipe, info, was.decoder, was.precision, config.init_from)
             checkpoint.check_other(state, own, str(location))
             config = dataclasses.replace(config, init_from=was.init_from or None)
-            if done and checkpoint.finished(state, recipe):
-                print(f"the run {config.name} is finished already; --epochs extends it, another --name starts anew")
+            if checkpoint.finished(state, recipe):
+                # The plateau's own end stays, and the rates of other schedules count on the number of epochs.
+                extensible = recipe.schedule == "plateau" and not state.progress.schedule.stopped
+                cure = "--epochs extends it, " if extensible else ""
+                if not done:
+                    raise ValueError(
+                        f"{shown(str(location))} is finished: {cure}--init-from begins a new training with its weights"
+                    )
+                print(f"the run {config.name} is finished already; {cure}another --name starts anew")
                 print_result(config, run_location, state.progress.history)
                 return
         with connected():
             nodes = alive_nodes()
             resources = Resources.of(config, nodes)
-            check_shortage(resources, nodes, recipe)
+            resources.workers.check_more_than(recipe.batch_size)
+            check_shortage(resources, nodes)
             if (warning := few_images(resources, recipe)) is not None:
                 print(warning, flush=True)
             if recipe.normalization == "batch":
@@ -94,7 +102,7 @@ def main(config: TrainConfig) -> None:
             counted = f"{low} to {high} workers" if resources.workers.elastic else f"{high} worker(s)"
             print(
                 f"{'starting' if state is None else 'continuing'} run {config.name}: recipe {config.recipe}{changed}, "
-                f"{len(info.classes)} classes; an epoch is {plan.steps} steps of {recipe.batch_size} and leaves out "
+                f"{len(info.classes)} classes; an epoch is {plan.steps} step(s) of {recipe.batch_size} and leaves out "
                 f"{plan.dropped} of {plan.samples} images; {counted} on "
                 f"{'GPU' if resources.gpus else 'CPU'} with {resources.cpus_per_worker} core(s) each; "
                 f"{config.precision}; JPEGs decoded by {decoder}",
@@ -222,12 +230,17 @@ def check_shared(option: str, folder: str, cure: str, marker: str | None) -> Non
     try:
         path = os.path.join(folder, marker)
         digest = _contents_digest(path)
-        blind = [node for node, seen in on_each(alive_nodes(), _contents_digest, path).items() if seen != digest]
+        answers = on_each(alive_nodes(), _contents_digest, path)
+        blind = [
+            f"{node}: {seen.why if isinstance(seen, NoAnswer) else 'other contents'}"
+            for node, seen in answers.items()
+            if seen != digest
+        ]
     finally:
         if written is not None:
             written.unlink(missing_ok=True)
     if blind:
-        names = ", ".join(map(str, blind[:5])) + (f" and {len(blind) - 5} more" if len(blind) > 5 else "")
+        names = "; ".join(blind[:5]) + (f" and {len(blind) - 5} more" if len(blind) > 5 else "")
         raise ValueError(
             f"{option} {folder} is a folder of {socket.gethostname()} that {len(blind)} node(s) of the cluster do not "
             f"see ({names}): {cure}"
@@ -243,7 +256,7 @@ def _contents_digest(path: str) -> str:
 def print_result(config: TrainConfig, run: str, history: list[dict[str, float]]) -> None:
     lowest = min(history, key=lambda row: row["top1_error"])
     print(
-        f"done: {len(history)} epochs; lowest validation error {lowest['top1_error']:.1%} top-1, "
+        f"done: {len(history)} epoch(s); lowest validation error {lowest['top1_error']:.1%} top-1, "
         f"{lowest['top5_error']:.1%} top-5, after epoch {lowest['epoch']}"
     )
     print(f"best checkpoint: {shown(join(run, str(checkpoint.best(checkpoint.committed(run)))))}")
@@ -252,8 +265,7 @@ def print_result(config: TrainConfig, run: str, history: list[dict[str, float]])
 
 def evaluation(config: TrainConfig, run: str) -> str:
     """The command that judges a run, to be given where this one was: in any folder, or submitted as a job."""
-    # With a URL's options, which say where it is; without its keys.
-    data, saved = (without_user(one) if is_url(one) else one for one in (config.data, run))
+    data, saved = (without_keys(one) if is_url(one) else one for one in (config.data, run))
     words = ["--data", data, "--checkpoint", saved, "--ten-crop"]
     if config.stage is not None:
         words += ["--stage", config.stage, "--stage-as", config.stage_as]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+from shlex import quote
 
 from jobs.cli.command import run
 
@@ -99,7 +100,9 @@ def main(config: VerifyConfig) -> None:
             print(f"  if no shard is at fault, make the set anew in another folder: {DATASET_FILE} itself is damaged")
     if by_shard:
         count, shards = sum(map(len, by_shard.values())), len([name for name in by_shard if name])
-        raise VerifyError(f"{shown(root)} has {count:,} faults, in {shards:,} of {len(reports):,} shards: see above")
+        raise VerifyError(
+            f"{shown(root)} has {count:,} fault(s), in {shards:,} of {len(reports):,} shard(s): see above"
+        )
 
 
 def _check_all(root: str, info: DatasetInfo, config: VerifyConfig, progress: Progress) -> list[ShardReport]:
@@ -138,9 +141,11 @@ def _index(root: str, info: DatasetInfo, split: str) -> SampleIndex | None:
 def _print_right(split: str, reports: list[ShardReport], decode: bool) -> None:
     per_class = np.sum([report.per_class for report in reports], axis=0)
     samples = sum(len(report.key_hashes) for report in reports)
+    low, high = min(per_class), max(per_class)
+    each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
     print(
-        f"OK {split}: {samples:,} images in {len(reports):,} shards, {min(per_class):,} to {max(per_class):,} of each "
-        f"of {len(per_class):,} classes{', all decoded' if decode else ''}"
+        f"OK {split}: {samples:,} images in {len(reports):,} shard(s), {each} of each of {len(per_class):,} classes"
+        f"{', all decoded' if decode else ''}"
     )
 
 
@@ -154,4 +159,6 @@ def _settings(info: DatasetInfo, reports: list[ShardReport]) -> str:
         "seed": (info.seed, 0),
         "samples-per-shard": (max([least, *dealt]) or 1250, 1250),
     }
-    return "".join(f"--{name} {value} " for name, (value, default) in values.items() if value not in (default, None))
+    return "".join(
+        f"--{name} {quote(str(value))} " for name, (value, default) in values.items() if value not in (default, None)
+    )

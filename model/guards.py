@@ -33,7 +33,7 @@ class Window:
 
 def diverged(cause: str, epoch: int, first: int, last: int, rate: float) -> DivergedError:
     """The error that names where training diverged, steps `first` to `last` of an epoch, and its cure."""
-    cure = "start again with a lower --lr"
+    cure = "start again with a lower --lr, under another --name"
     if rate < NO_CAUSE:
         cure = (
             "so low a rate is not the cause; check the images (python jobs/verify_shards.py --data OUT --decode) "

@@ -60,4 +60,4 @@ class Plateau:
 
 
 def _read(metric: float, name: str) -> str:
-    return f"{100 * metric:.1f} %" if name == "top1_error" else f"{metric:.4f}"
+    return f"{metric:.1%}" if name == "top1_error" else f"{metric:.4f}"

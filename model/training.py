@@ -1,7 +1,7 @@
 """The training loop: epochs of steps over data that is handed in, on any number of workers.
 
 A worker's loss is weighted by its part of the global batch, so the workers' averaged gradient is the global batch's
-whatever the cut. Dropout is reseeded at each step from (seed, step, rank), so there is no generator state to keep.
+whatever the cut. Dropout is reseeded at each step from (seed, epoch, step, rank): there is no generator state to keep.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Trainer:
             StoppedError: if the observer says so.
         """
         while not self.progress.finished:
-            started = time.perf_counter()
+            started, before = time.perf_counter(), self.progress.sums[0]
             self._train_epoch(data, observer)
             train = Score.of(torch.tensor(self.progress.sums, dtype=torch.float64))
             train_seconds = time.perf_counter() - started
@@ -147,7 +147,8 @@ class Trainer:
             if not math.isfinite(score.loss):
                 raise self._diverged(f"the validation loss became {score.loss}", data.steps, data.steps)
             row = self.progress.close_epoch(self.recipe, train, score)
-            row["train_seconds"] = train_seconds
+            # Without what was trained before a stop, as its seconds are not known.
+            row["images_in_train_seconds"], row["train_seconds"] = train.images - int(before), train_seconds
             row["seconds"] = time.perf_counter() - started
             observer.on_epoch_end(self, row)
             if self.progress.finished or self.progress.epoch % self._checkpoint_epochs == 0:

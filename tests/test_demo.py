@@ -7,15 +7,18 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ray._private.runtime_env.packaging import create_package
 
+from jobs import demo
 from tests.photographs import write_source
 from tests.processes import run_here
 
@@ -60,6 +63,33 @@ def test_a_source_that_is_not_there_ends_the_demo_at_once(tmp_path: Path, capfd:
     assert done.stderr.startswith("error: `")
     # What its first command says.
     assert f"error: {tmp_path / 'none'} does not exist" in capfd.readouterr().err
+
+
+def test_a_sigterm_to_the_demo_ends_the_ray_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[bool] = []
+
+    @contextlib.contextmanager
+    def cluster(*_: object) -> Iterator[str]:
+        try:
+            yield "http://127.0.0.1:9"
+        finally:
+            ended.append(True)
+
+    def call(arguments: list[str], environment: dict[str, str]) -> None:
+        if "submit" in arguments:
+            signal.raise_signal(signal.SIGTERM)
+
+    # Where the demo leaves it as it is, the test fails and lives.
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("it would end at once"))
+    monkeypatch.setattr(demo, "ray_cluster", cluster)
+    monkeypatch.setattr(demo, "call", call)
+    try:
+        with pytest.raises(SystemExit) as found:
+            demo.main(demo.DemoConfig(tmp_path / "demo", source=tmp_path))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert found.value.code == 128 + signal.SIGTERM
+    assert ended
 
 
 def test_a_job_takes_the_code_and_nothing_else_along(tmp_path: Path) -> None:

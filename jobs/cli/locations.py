@@ -1,4 +1,4 @@
-"""Whether a location on the command line is of the kind that its flag takes: a shard set, or a run's checkpoint."""
+"""Whether a location on the command line is of the kind that its flag takes: a shard set, a checkpoint, a folder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from shlex import quote
 from pipeline.dataset.info import DATASET_FILE
 from pipeline.dataset.sample_index import index_file
 from pipeline.sharding.claim import UNFINISHED_FILE
+from pipeline.storage.locations import is_url
 
 SET_FILES = (DATASET_FILE, UNFINISHED_FILE, index_file("train"))
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".tar")  # Of what jobs/shard_imagenet.py reads.
@@ -18,15 +19,17 @@ LOOKED_AT = 20  # Items of a folder: a class may have a million.
 
 
 def check_locations(config: object) -> None:
-    """Looks at a command's --data and --checkpoint, as far as they are on this machine's disk.
+    """Looks at a command's --stage, and at its --data and --checkpoint as far as they are on this machine's disk.
 
     Raises:
-        ValueError: if the one is a source of images or a run, or the other a shard set.
+        ValueError: if the first is a URL, the second a source of images or a run, or the third a shard set.
     """
-    data, checkpoint = (str(getattr(config, name, None) or "") for name in ("data", "checkpoint"))
+    data, checkpoint, stage = (str(getattr(config, name, None) or "") for name in ("data", "checkpoint", "stage"))
+    if is_url(stage):
+        raise ValueError(f"--stage {stage} is a URL: give a folder on each node's own disk")
     if checkpoint and os.path.exists(os.path.join(checkpoint, DATASET_FILE)):
         raise ValueError(f"--checkpoint {checkpoint} is a shard set: give a run's folder, and the set as --data")
-    if not data or "://" in data or any(os.path.exists(os.path.join(data, name)) for name in SET_FILES):
+    if not data or is_url(data) or any(os.path.exists(os.path.join(data, name)) for name in SET_FILES):
         return
     if os.path.exists(os.path.join(data, "state.json")) or any(Path(data).glob("checkpoint_*")):
         raise ValueError(f"--data {data} holds checkpoints: give the shard set that jobs/shard_imagenet.py made")

@@ -50,7 +50,9 @@ def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
     Raises:
         ConnectionError: if Ray cannot be joined or does not start.
     """
-    options = {"logging_level": logging.WARNING, **options}
+    level = options.pop("logging_level", logging.WARNING)
+    # At WARNING, a start says first of all how its tokens are turned off.
+    options["logging_level"] = logging.ERROR
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _check_unreachable(address)
@@ -71,6 +73,7 @@ def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
             what = f"the cluster at RAY_ADDRESS={address} cannot be joined"
             cure = "see `ray status` on that machine, and that both have the same versions of Ray and Python"
         raise ConnectionError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())}): {cure}") from error
+    logging.getLogger("ray").setLevel(level)
     try:
         yield
     finally:
@@ -82,7 +85,7 @@ def _start_cure(error: Exception) -> str:
     if "AF_UNIX path length" in str(error):
         return f"set RAY_TMPDIR to a path of at most {MAX_TMPDIR} characters"
     path = str(error.filename or "") if isinstance(error, OSError) else ""
-    if path.startswith(os.path.expanduser("~")):
+    if path.startswith(os.path.expanduser("~/.ray")):
         return "set HOME to a folder that can be written, as Ray keeps its token there"
     if path:
         return "set RAY_TMPDIR to a folder that you can write"
@@ -95,7 +98,10 @@ def _check_unreachable(address: str) -> None:
     Raises:
         ConnectionError: if nothing listens at the address.
     """
-    cure = "see `ray status` on the head; run this as a job: ray job submit --working-dir . -- python jobs/..."
+    cure = (
+        "see `ray status` on the head; run this as a job: ray job submit --working-dir . -- python jobs/..., or unset "
+        "RAY_ADDRESS to use this machine"
+    )
     found = address
     if address == "auto":
         cure = "start one with `ray start --head`, or unset RAY_ADDRESS to use this machine alone"

@@ -12,7 +12,7 @@ from jobs.cli.command import GpuChoice
 from jobs.cli.workers import WorkersChoice
 from jobs.cluster.paths import whole_path
 from model.recipe import RECIPES, Recipe
-from pipeline.storage.locations import join
+from pipeline.storage.locations import is_http, join, shown
 
 
 def recipe_value(name: str) -> Any:
@@ -164,6 +164,10 @@ class TrainConfig(LoggingOptions, FaultOptions, CheckpointOptions, RecipeOptions
         for field in ("checkpoint_every", "max_failures"):
             if getattr(self, field) < 0:
                 raise ValueError(f"--{field.replace('_', '-')} is {getattr(self, field)}; it must not be below 0")
+        if is_http(self.storage):
+            raise ValueError(
+                f"--storage {shown(self.storage)} cannot be written: give a folder, s3://, gs:// or abfs://"
+            )
         if self.stage_as == "pixels" and self.stage is None:
             raise ValueError("--stage-as pixels needs --stage, a folder on each node's own disk")
         for field in ("checkpoint_minutes", "resize_seconds"):

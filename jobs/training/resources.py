@@ -86,9 +86,8 @@ def few_images(resources: Resources, recipe: Recipe) -> str | None:
     )
 
 
-def check_shortage(resources: Resources, nodes: Sequence[Node], recipe: Recipe) -> None:
-    """Raises ValueError for what could never start: more workers than images in a batch, or than this machine holds."""
-    resources.workers.check_more_than(recipe.batch_size)
+def check_shortage(resources: Resources, nodes: Sequence[Node]) -> None:
+    """Raises ValueError for what could never start: more workers than this machine holds."""
     room, needed = _room(nodes, resources.cpus_per_worker, resources.gpus), resources.workers.min_workers
     if room >= needed:
         return

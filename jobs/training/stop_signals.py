@@ -104,7 +104,10 @@ def signals_stop(run: str) -> Iterator[None]:
         # In a thread, because a handler may interrupt the very call to Ray that it would make.
         seen.wait()
         if not over.is_set():
-            _say(f"{name}: a checkpoint is written after the step under way; a second one leaves without it")
+            _say(
+                f"{name}: a checkpoint is written after the next step; a second one leaves at once without it, as is "
+                "needed where no step comes: while the workers wait for room, or the set is staged"
+            )
             insist_on_stop(run, f"{name} to the driver", over)
 
     threading.Thread(target=request, daemon=True).start()

@@ -192,11 +192,13 @@ def _train(config: TrainConfig) -> dict[str, Any]:
 
 
 def prepare_torch(device: torch.device, threads: int) -> None:
-    """Sets the network's threads on a CPU; on a GPU, chooses kernels that give the same bits each time."""
+    """Sets the network's threads on a CPU; on a GPU, chooses kernels that give the same bits each time, and in float32
+    those that compute in it: convolutions would use TF32, matrix products do not."""
     if device.type == "cpu":
         torch.set_num_threads(threads)
     else:
         torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = False
 
 
 def machine(config: TrainConfig, worker: Worker) -> str:

@@ -16,6 +16,7 @@ Location = str | os.PathLike[str]
 
 HTTP = ("http", "https")
 _MISSING, _FORBIDDEN = (404, 410), (401, 403)  # Answers of an HTTP server
+_PLACE_OPTIONS = ("region", "scheme", "endpoint_override")  # Of a URL: where it is. Others may be keys.
 
 
 class NoRangesError(OSError):
@@ -67,6 +68,26 @@ def without_user(url: str) -> str:
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
+def without_keys(url: str) -> str:
+    """A URL as it may be shown and still be opened by whoever has the keys: without user, signature and other secrets.
+
+    Of Azure's, what stands before the host is the container, and after a colon its password.
+    """
+    base, _, options = url.partition("?")
+    scheme, _, rest = base.partition("://")
+    user = rest.partition("/")[0].rpartition("@")[0]
+    if scheme not in ("abfs", "abfss") or ":" in unquote(user):
+        base = without_user(base)
+    kept = [option for option in options.split("&") if option.partition("=")[0] in _PLACE_OPTIONS]
+    return base + ("?" + "&".join(kept) if kept else "")
+
+
+def http_reason(error: BaseException | None) -> str:
+    """Why HTTP failed. The text of aiohttp's errors holds the whole URL, and with it a signature."""
+    status = getattr(error, "status", None)
+    return f"the server answers {status}" if status else type(error).__name__
+
+
 def open_location(location: Location) -> tuple[fs.FileSystem, str]:
     """The file system and path of a local path or a URL (s3://, gs://, or http:// and https:// to read from).
 
@@ -114,7 +135,7 @@ class _HttpHandler(fs.FSSpecHandler):
                 raise
             if status in _FORBIDDEN:
                 raise PermissionError(f"the server answers {status} to {shown(path)}") from error
-            raise ConnectionError(f"{shown(path)} cannot be opened: {error.__cause__}") from error
+            raise ConnectionError(f"{shown(path)} cannot be opened: {http_reason(error.__cause__)}") from error
         if not isinstance(file, HTTPFile):
             raise NoRangesError(
                 f"the server of {shown(path)} hands out whole files only, so nothing can be read in place: "

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import aiohttp
 from pyarrow import fs
 
-from pipeline.storage.locations import Location, NoRangesError, is_http, is_url, open_location, shown
+from pipeline.storage.locations import Location, NoRangesError, http_reason, is_http, is_url, open_location, shown
 from pipeline.storage.retry import SourceReadError, retry
 
 NEAR = 2 * 2**20  # A connection brings this in the time of a request, or some times as much.
@@ -269,8 +269,10 @@ def reading(location: Location) -> Iterator[None]:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), shown(location)) from error
     except PermissionError as error:
         raise PermissionError(errno.EACCES, " ".join(str(error).split()), shown(location)) from error
-    # aiohttp's errors are no OSErrors.
-    except (OSError, aiohttp.ClientError) as error:
+    # Not all of aiohttp's errors are OSErrors.
+    except aiohttp.ClientError as error:
+        raise SourceReadError(http_reason(error)) from error
+    except OSError as error:
         raise SourceReadError(" ".join(str(error).split()) or type(error).__name__) from error
 
 

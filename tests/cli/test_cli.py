@@ -88,6 +88,10 @@ def test_a_source_a_run_and_a_set_are_told_apart(shard_set: Path, tmp_path: Path
         assert f"--source {quote(str(source))} --output {quote(made)}`" in line
     assert f"--data {run} holds checkpoints" in refused("evaluate", "--data", run, "--checkpoint", run)
     assert "is a shard set: give a run's folder" in refused("evaluate", "--data", shard_set, "--checkpoint", shard_set)
+    for job in ("train", "evaluate", "doctor"):
+        given = {"train": ["--storage", run, "--name", "a"], "evaluate": ["--checkpoint", run], "doctor": []}[job]
+        line = refused(job, "--data", shard_set, *given, "--stage", "s3://KEY:SECRET@bucket/stage")
+        assert line == "error: --stage s3://bucket/stage is a URL: give a folder on each node's own disk"
     # A set that is being made holds tars too.
     (tmp_path / "begun" / "train").mkdir(parents=True)
     (tmp_path / "begun" / "train" / "train-000000.tar").write_bytes(b"")

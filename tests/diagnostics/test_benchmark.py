@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from jobs.benchmark import BenchmarkConfig, Rates, main
+from pipeline.staging.decoded_cache import stage_pixels
 from tests.processes import run_here
 
 
@@ -32,6 +33,12 @@ def test_checking_a_gpu_where_there_is_none_is_refused(shard_set: Path) -> None:
         pytest.skip("torch sees a GPU here")
     with pytest.raises(ValueError, match="--check-gpu needs a GPU"):
         main(BenchmarkConfig(data=shard_set, check_gpu=True))
+
+
+def test_a_set_of_pixels_is_refused(shard_set: Path, tmp_path: Path) -> None:
+    pixels = stage_pixels(str(shard_set), tmp_path, print, 1)
+    with pytest.raises(ValueError, match=f"--data {pixels} is staged as pixels"):
+        main(BenchmarkConfig(data=pixels, gpu=False))
 
 
 @pytest.mark.slow

@@ -76,10 +76,18 @@ def test_what_failed_is_printed_with_its_cure_and_ends_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [Finding("disk", "ok", "9 GB free"), Finding("storage", "failed", "it is away", "mount it")]
-    monkeypatch.setattr("jobs.doctor.connected", lambda *_, **__: contextlib.nullcontext())
+    started: list[tuple[object, ...]] = []
+
+    def connected(*arguments: object, **_: object) -> contextlib.AbstractContextManager[None]:
+        started.append(arguments)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr("jobs.doctor.connected", connected)
     monkeypatch.setattr("jobs.doctor.examine", lambda config: iter(rows))
     with pytest.raises(ValueError, match=r"1 of 2 checks failed \(storage\)"):
-        main(DoctorConfig(json=tmp_path / "found.json"))
+        main(DoctorConfig(workers=1000, json=tmp_path / "found.json"))
+    # With the cores that training will have, however many workers are asked for.
+    assert started == [()]
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
         ["OK", "disk", "9", "GB", "free"],
         ["FAILED", "storage", "it", "is", "away"],

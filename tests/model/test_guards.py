@@ -20,7 +20,7 @@ def test_a_loss_or_gradient_of_a_run_that_diverged_is_told(loss: float, gradient
     assert divergence(sound) is None
     assert divergence(dataclasses.replace(sound, loss=loss, gradient_norm=gradient)) is not None
     assert str(diverged("it fell", 1, 3, 4, 1e-5)) == (
-        "it fell in epoch 1, steps 3 to 4, at rate 1e-05: start again with a lower --lr"
+        "it fell in epoch 1, steps 3 to 4, at rate 1e-05: start again with a lower --lr, under another --name"
     )
     assert "so low a rate is not the cause; " in str(diverged("it fell", 1, 3, 4, 1e-10))
 

@@ -188,6 +188,8 @@ def test_a_run_told_to_stop_leaves_a_checkpoint_and_ends_alike(
     checkpoint.restore(stopped.saved[-1], resumed, IDENTITY)
     resumed.fit(SmallData(), rest)
     assert_same_weights(whole, resumed)
+    row = resumed.progress.history[epoch]
+    assert (row["images"], row["images_in_train_seconds"]) == (20, 20 - 4 * step)
     # The sums of an epoch are added up in other parts.
     losses = [row["train_loss"] for row in stopped.rows + rest.rows]
     assert losses == pytest.approx([row["train_loss"] for row in record.rows], rel=1e-12)

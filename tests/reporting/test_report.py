@@ -59,6 +59,9 @@ def test_the_page_shows_a_runs_decisions_its_network_and_its_set(tmp_path: Path)
     while not progress.finished:
         progress.rate = progress.schedule.lr
         progress.close_epoch(recipe, score, score).update(seconds=9.0, train_seconds=8.0)
+    # The first epochs of an older version's run, one stopped in its validation, and one in its midst.
+    progress.history[-2].update(images_in_train_seconds=0)
+    progress.history[-1].update(images_in_train_seconds=4000)
     tensorboard, *_ = make_trackers(None, TrackedRun(str(tmp_path / "run"), {}, "this machine", 0))
     tensorboard.log({"train/loss": 2.5}, 5)
     tensorboard.close("finished")
@@ -73,6 +76,7 @@ def test_the_page_shows_a_runs_decisions_its_network_and_its_set(tmp_path: Path)
     assert (text.count("<svg"), text.count("<image")) == (3 + 1 + 8 + 5, 96 + 8 + 5 * 7)
     assert "<b>" not in text
     assert "&lt;b&gt;$x$ 中" in text
+    assert [rate for rate in re.findall(r"<td>([\d,]*)</td><td>9</td></tr>", text) if rate] == ["500"]
     assert text.count("this machine") == 1
     assert 'src="http' not in text
 

@@ -54,8 +54,8 @@ def test_verify_names_a_damaged_shard_and_its_command_mends_that_alone(
     config = VerifyConfig(str(output), decode=True, workers=1)
     verify(config)
     assert capsys.readouterr().out.splitlines() == [
-        "OK train: 15 images in 4 shards, 5 to 5 of each of 3 classes, all decoded",
-        "OK val: 3 images in 1 shards, 1 to 1 of each of 3 classes, all decoded",
+        "OK train: 15 images in 4 shard(s), 5 of each of 3 classes, all decoded",
+        "OK val: 3 images in 1 shard(s), 1 of each of 3 classes, all decoded",
     ]
     tar = output / "train" / "train-000003.tar"
     flip_bit(tar, 9000)
@@ -73,7 +73,7 @@ def test_verify_names_a_damaged_shard_and_its_command_mends_that_alone(
     kept = {path: path.stat().st_mtime_ns for path in output.rglob("*.tar") if path != tar}
     mended = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=300)
     assert mended.returncode == 0, mended.stderr
-    for line in ("train: 15 images, 4 shards", "images set aside: 0", "RGB PCA eigenvalues"):
+    for line in ("train: 15 images, 4 shard(s)", "images set aside: 0", "RGB PCA eigenvalues"):
         assert line in mended.stdout
     assert contents(output) == contents(whole)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
@@ -99,10 +99,10 @@ def test_the_jobs_make_and_verify_a_set_at_a_url(
     key = f"{SET_IN_BUCKET}/train/train-000002.tar"
     tar = client.get_object(Bucket="bucket", Key=key)["Body"].read()
     client.put_object(Bucket="bucket", Key=key, Body=tar[:3000] + b"x" + tar[3001:])
-    with pytest.raises(VerifyError, match=rf"^{shown} has \d+ faults, in 1 of 5 shards"):
+    with pytest.raises(VerifyError, match=rf"^{shown} has \d+ fault\(s\), in 1 of 5 shard\(s\)"):
         verify(VerifyConfig(data=config.output, workers=2))
     said = capsys.readouterr()
-    assert "OK val: 3 images in 1 shards" in said.out
+    assert "OK val: 3 images in 1 shard(s)" in said.out
     assert f"delete {shown}/train/train-000002.* in the store, then python jobs/shard_imagenet.py" in said.out
     assert "SECRET" not in said.out + said.err
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 import pytest
 from pyarrow import fs
 
 from pipeline.storage import remote
-from pipeline.storage.locations import child, open_location, shown
+from pipeline.storage.locations import child, open_location, shown, without_keys
 from pipeline.storage.remote import NEAR, PEEK, ReadAhead
+from pipeline.storage.retry import SourceReadError
+from tests import range_server
 
 
 def test_azures_store_goes_by_pyarrows_scheme_and_others_are_refused_with_it() -> None:
@@ -27,6 +30,35 @@ def test_locations_are_escaped_and_shown_without_secrets() -> None:
     assert location == "s3://key:secret@bucket/a%20b/c%20d%3F.jpg?region=x"
     assert shown(location) == "s3://bucket/a b/c d?.jpg"
     assert shown("/a?b") == "/a?b"
+
+
+@pytest.mark.parametrize(
+    ("url", "kept"),
+    [
+        (
+            "s3://KEY:SECRET@bucket/a%20b?region=x&SECRET=1&scheme=http&endpoint_override=h:9",
+            "s3://bucket/a%20b?region=x&scheme=http&endpoint_override=h:9",
+        ),
+        ("https://host/set?sv=2024&sig=SECRET", "https://host/set"),
+        ("abfs://images@a.dfs.core.windows.net/b?client_secret=SECRET", "abfs://images@a.dfs.core.windows.net/b"),
+        ("abfs://images:SECRET@a.dfs.core.windows.net/b", "abfs://a.dfs.core.windows.net/b"),
+    ],
+)
+def test_a_url_to_paste_keeps_where_it_is_and_no_key(url: str, kept: str) -> None:
+    assert without_keys(url) == kept
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_a_failure_by_http_shows_no_signature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opens: bool) -> None:
+    (tmp_path / "a").write_bytes(bytes(100))
+    monkeypatch.setattr(remote, "retry", lambda attempt, where, did: attempt())
+    if not opens:
+        monkeypatch.setattr(range_server._Handler, "do_HEAD", range_server._Handler.do_GET)
+    with range_server.serving(tmp_path) as server:
+        server.failures = [503] * 9
+        with pytest.raises(SourceReadError, match="the server answers 503") as found:
+            remote.read(f"{server.url}/a?sig=SECRET")
+    assert "SECRET" not in str(found.value)
 
 
 @pytest.mark.parametrize(

@@ -92,15 +92,15 @@ def test_workers_that_fit_no_node_are_waited_for_aloud(
 ) -> None:
     resources, nodes = Resources(Workers(2, 2), False, 12), cluster((16, 0), (8, 0))
     monkeypatch.setenv("RAY_ADDRESS", CLUSTER)
-    check_shortage(resources, nodes, RECIPES["default"])
+    check_shortage(resources, nodes)
     said = capsys.readouterr().out
     assert "waiting for the cluster to grow: the run needs room for 2 worker(s) of 12 core(s) each" in said
     assert "and there is room for 1 now (10.0.0.0 with 16 core(s) and 0 GPU(s), 10.0.0.1 with 8" in said
-    check_shortage(Resources(Workers(2, 2), False, 8), nodes, RECIPES["default"])
+    check_shortage(Resources(Workers(2, 2), False, 8), nodes)
     assert not capsys.readouterr().out
     monkeypatch.delenv("RAY_ADDRESS")
     with pytest.raises(ValueError, match=r"room for 2 worker.*use fewer --workers"):
-        check_shortage(resources, nodes, RECIPES["default"])
+        check_shortage(resources, nodes)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,8 @@ def test_two_signals_at_once_ask_once_and_a_later_one_leaves(
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signum)
     assert asked.empty()
-    assert said == [f"{signum.name}: a checkpoint is written after the step under way; a second one leaves without it"]
+    [line] = said
+    assert line.startswith(f"{signum.name}: a checkpoint is written after the next step; a second one leaves at once")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
+from jobs import train
 from jobs.training import checkpoint
 from jobs.training.config import TrainConfig
+from jobs.training.run_state import STATE_FILE, RunFingerprint, State
 from jobs.training.trackers import EVENTS, read_events
+from model.progress import Progress
+from model.schedule import Plateau
+from pipeline.dataset.info import read_dataset
 from tests.processes import run_here
 from tests.runs import command
 
@@ -84,18 +91,44 @@ def test_what_cannot_be_trained_on_written_or_judged_is_refused(shard_set: Path,
     assert "no finished epoch" in refusal("evaluate", "--data", shard_set, "--checkpoint", tmp_path)
 
 
+@pytest.mark.parametrize(("schedule", "stopped"), [("plateau", False), ("plateau", True), ("poly", False)])
+def test_more_epochs_are_told_of_only_where_they_extend_a_run(
+    shard_set: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    schedule: Literal["plateau", "poly"],
+    stopped: bool,
+) -> None:
+    monkeypatch.setattr(train, "connected", lambda: pytest.fail("it started"))
+    config = TrainConfig(str(shard_set), str(tmp_path), "old", batch_size=15, epochs=1, schedule=schedule)
+    recipe, row = config.make_recipe(), {"epoch": 1, "top1_error": 0.5, "top5_error": 0.0}
+    progress = Progress(Plateau(recipe.lr, stopped=stopped), epoch=1, history=[row])
+    folder = tmp_path / "old" / "checkpoint_0001_000000"
+    folder.mkdir(parents=True)
+    (folder / STATE_FILE).write_bytes(State(RunFingerprint.of(recipe, read_dataset(shard_set)), progress).to_json({}))
+    train.main(config)
+    said, extended = capsys.readouterr().out, schedule == "plateau" and not stopped
+    assert "is finished already" in said
+    assert ("--epochs extends it" in said) == extended
+    with pytest.raises(ValueError, match=f"{folder} is finished: .*--init-from") as found:
+        train.main(dataclasses.replace(config, name="new", from_checkpoint=str(folder)))
+    assert ("--epochs extends it" in str(found.value)) == extended
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
         ({"checkpoint_minutes": 0.0}, "--checkpoint-minutes is 0.0; it must be above 0"),
         ({"resize_seconds": float("nan")}, "--resize-seconds is nan; it must be above 0"),
         ({"hang_seconds": float("inf")}, "--hang-seconds is inf; it must be above 0"),
+        ({"storage": "https://h/runs?sig=SECRET"}, "^--storage https://h/runs cannot be written: give a folder, s3://"),
         ({"init_from": "a", "from_checkpoint": "b"}, "--init-from and --from-checkpoint exclude each other"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(wrong: dict[str, object], told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        TrainConfig("shards", "runs", "run", **wrong)  # type: ignore[arg-type]
+        TrainConfig(**{"data": "shards", "storage": "runs", "name": "run", **wrong})  # type: ignore[arg-type]
 
 
 def test_a_path_is_made_absolute_and_a_url_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
