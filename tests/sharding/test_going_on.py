@@ -97,6 +97,14 @@ def test_a_job_that_is_killed_while_it_finishes_goes_on(
     assert not is_left_over(output)
 
 
+def test_a_damaged_index_is_written_again(images: Path, output: Path, whole: Path) -> None:
+    """Though Arrow calls this damage a KeyError."""
+    index = output / "train.arrow"
+    index.write_bytes(index.read_bytes().replace(b"label", b"labek"))
+    assert find_finished(output, planned(images)) is None
+    assert contents(make(output, planned(images))) == contents(whole)
+
+
 def test_pictures_that_cannot_be_drawn_cost_a_warning(
     images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
