@@ -148,6 +148,7 @@ def _settings(info: DatasetInfo, reports: list[ShardReport]) -> str:
     """The arguments that the set was made with, as far as they can be told and are not the defaults."""
     # Only the last shard of a split may be short; where there is no other, any number from its own on does.
     dealt = [report.annotation.samples + len(report.annotation.rejected) for report in reports if report.annotation]
+    dealt += [row.samples for part in info.splits.values() for row in part.shards]
     least = 0 if len(reports) > len(info.splits) else 1250
     values = {
         "quality": (info.image.get("quality"), 90),

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.verify_shards import VerifyConfig, VerifyError
+from jobs.verify_shards import VerifyConfig, VerifyError, _settings
 from jobs.verify_shards import main as verify
 from pipeline.dataset.annotation import read_annotation
 from pipeline.dataset.info import DatasetError, read_dataset, write_json
@@ -231,6 +231,13 @@ def test_damage_of_a_shard_is_named(damaged: Path, damage: Callable[[Path], obje
     assert any(message in fault for fault in found), found
     # The shard is named, or at least the set; no other shard is.
     assert all(NAME in fault or "train-" not in fault for fault in found)
+
+
+def test_the_command_that_repairs_deals_as_the_set_was_dealt(damaged: Path) -> None:
+    """Though the one shard to validate on, which is short, alone has its annotation."""
+    for annotation in (damaged / "train").glob("*.json"):
+        annotation.unlink()
+    assert "--samples-per-shard 4 " in _settings(read_dataset(damaged), reports(damaged, False))
 
 
 def test_what_only_the_set_tells_is_found(damaged: Path) -> None:

@@ -164,6 +164,13 @@ def test_another_set_is_refused_by_name(
     assert (contents(unfinished), contents(whole)) == before
 
 
+def test_a_lost_annotation_hides_no_other_samples_per_shard(images: Path, output: Path) -> None:
+    shutil.rmtree(output / "train")
+    with pytest.raises(ShardSetError, match="finished set of another samples per shard"):
+        find_finished(output, planned(images, per_shard=3))
+    assert find_finished(output, planned(images)) is None
+
+
 def test_a_folder_of_other_things_is_left_alone(images: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "train").mkdir(parents=True)
     (tmp_path / "out" / "train" / "train-000000.tar").write_bytes(b"somebody's")
