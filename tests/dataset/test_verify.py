@@ -20,10 +20,10 @@ from PIL import Image
 from jobs.verify_shards import VerifyConfig, VerifyError, _settings
 from jobs.verify_shards import main as verify
 from pipeline.dataset.annotation import read_annotation
-from pipeline.dataset.info import DatasetError, read_dataset, write_json
-from pipeline.dataset.sample_index import open_index, shard_rows
+from pipeline.dataset.info import read_dataset, write_json
+from pipeline.dataset.sample_index import shard_rows
 from pipeline.dataset.split_reader import SplitReader
-from pipeline.dataset.verify import ShardReport, check_set, check_shard
+from pipeline.dataset.verify import ShardReport, check_set, check_shard, index_to_check
 from pipeline.images.rgb_stats import RgbMoments
 from pipeline.sharding.pack import pack
 from pipeline.sharding.shard_set import find_finished
@@ -52,10 +52,7 @@ def place(damaged: Path) -> Place:
 def reports(root: Path, decode: bool) -> list[ShardReport]:
     info, found = read_dataset(root), []
     for split, part in info.splits.items():
-        try:
-            index = open_index(root, split, part, len(info.classes))
-        except DatasetError:
-            index = None
+        index = index_to_check(root, info, split)
         for number, row in enumerate(part.shards):
             rows = index.part(number) if index is not None else None
             found.append(check_shard(root, split, row, rows, info, decode))
@@ -254,10 +251,16 @@ def test_what_only_the_set_tells_is_found(damaged: Path) -> None:
 
 def test_a_missing_or_changed_index_is_found(damaged: Path) -> None:
     index = damaged / "train.arrow"
-    index.write_bytes(index.read_bytes()[:-1] + b"X")
-    (found,) = faults(damaged)
-    assert found.startswith(f"{index} is damaged") or "sha256 of train.arrow" in found
-    assert "run the command that made the set" in found
+    whole = index.read_bytes()
+    # Where each key ends, of four letters all; the second shard begins with the fifth.
+    ends = np.arange(16, dtype=np.int32) * 4
+    spoiled = np.where(ends == 16, 2**31 - 1, ends).astype(np.int32)
+    assert ends.tobytes() in whole
+    for changed in (whole[:-1] + b"X", whole.replace(ends.tobytes(), spoiled.tobytes())):
+        index.write_bytes(changed)
+        (found,) = faults(damaged)
+        assert found.startswith(f"{index} is damaged") or "sha256 of train.arrow" in found
+        assert "run the command that made the set" in found
     index.unlink()
     (found,) = faults(damaged)
     assert found.startswith(f"{index} is missing: run the command that made the set again")
