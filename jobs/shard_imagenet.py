@@ -138,6 +138,8 @@ def main(config: ShardConfig) -> None:
         make_folder(output)
         # A store has no locks: see `pipeline.sharding.claim`.
         with contextlib.nullcontext() if is_url(output) else JobLock(Path(output), log) as lock:
+            # Meanwhile another job may have finished one here.
+            info = info or find_finished(output, plan)
             if info is None:
                 info, rate = _make(output, plan, config, lock)
             else:

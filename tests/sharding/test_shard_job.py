@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from jobs.cli.progress import Progress
 from jobs.shard_imagenet import ShardConfig, main
 from jobs.verify_shards import VerifyConfig, VerifyError
 from jobs.verify_shards import main as verify
+from pipeline.sharding.claim import ShardSetError
+from pipeline.sharding.set_lock import JobLock
 from pipeline.sharding.shards import BadImageError
 from tests.damage import flip_bit
 from tests.faulty_proxy import faulty_proxy
@@ -124,6 +126,22 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(images: Path, 
     other = failure(run_here("shard_imagenet", *arguments, "--quality", "50"))
     assert "finished set of another quality (90, not 50)" in other
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == written
+
+
+def test_a_set_that_another_job_finished_meanwhile_is_left_alone(
+    images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def finished(root: Path, log: Callable[[str], None]) -> JobLock:
+        shutil.copytree(whole, root, dirs_exist_ok=True)
+        return JobLock(root, log)
+
+    monkeypatch.setattr("jobs.shard_imagenet.JobLock", finished)
+    config = ShardConfig(str(tmp_path / "same"), str(images), samples_per_shard=PER_SHARD)
+    main(config)
+    assert "finished before; nothing to do" in capsys.readouterr().out
+    with pytest.raises(ShardSetError, match=r"holds a finished set of another seed \(0, not 1\)"):
+        main(dataclasses.replace(config, output=str(tmp_path / "other"), seed=1))
+    assert contents(tmp_path / "same") == contents(whole)
 
 
 def test_a_missing_source_ends_in_one_line(tmp_path: Path) -> None:
