@@ -100,6 +100,7 @@ def read_flat(tree: Tree) -> Content:
     """
     tree = inner(tree)
     if len(tree.below) == 1 and not len(tree.images):
+        check_whole(tree)
         tree = tree.below[0].tree
     if tree.below or tree.samples or not len(tree.images):
         what = ("tars" if tree.below[0].is_tar else "folders") if tree.below else _count(tree.others)
@@ -153,6 +154,8 @@ def _without_middle(trees: Sequence[Tree]) -> Sequence[Tree]:
         return trees
     if is_wnid(names[0]) or folder_split(names[0]) is not None or len(trees) < 2:
         return trees
+    for one in trees:
+        check_whole(one)
     lower = [one.below[0].tree for one in trees]
     others = [collections.Counter(one.others) for one in trees]
     return [

@@ -119,6 +119,8 @@ UNREAD = "which is compressed or not whole"
         ({**TRAIN_FOLDERS, "train/n9.tar.gz": b""}, f"train holds 'n9.tar.gz', {UNREAD}"),
         ({**below("train", TRAIN_TARS), f"train/{A}.tar.aria2": b""}, rf"train holds '.*\.tar\.aria2', {UNREAD}"),
         ({**TRAIN_FOLDERS, f"train/{A}/more.zip": b""}, f"holds 'more.zip', {UNREAD}"),
+        ({**class_folders("train", TRAIN, "/images"), f"train/{A}/x.zip": b""}, f"{A} holds 'x.zip', {UNREAD}"),
+        ({"x.tar": {**below("x", CLASSES), "more.zip": b""}}, f"x.tar holds 'more.zip', {UNREAD}"),
         ({**TRAIN_FOLDERS, "val.tar.gz": b""}, "holds 'val.tar.gz', which .*, or move it away, or give --source-val"),
         ({**parts(flat(TRAIN, True), "train", 2), "train_2.tar.gz": b""}, f"holds 'train_2.tar.gz', {UNREAD}"),
         # Which split is meant.

@@ -79,6 +79,9 @@ def test_labels_without_their_images_are_refused(forms: Path, tmp_path: Path) ->
         listed(folders, synsets=tars / "synsets.txt")
     with pytest.raises(SourceError, match=r"missing\.txt does not exist: give --val-labels a text file"):
         listed(tars, labels=tmp_path / "missing.txt")
+    write(tmp_path, {"val/images/1.jpg": b"", "val/more.zip": b""})
+    with pytest.raises(SourceError, match=r"val holds 'more\.zip', which is compressed or not whole"):
+        listed(folders / "train", tmp_path / "val", tars / "wnids.txt")
     write(tmp_path, {"val.tar": {"val_9.jpg": b"", "val_10.jpg": b""}})
     with pytest.raises(SourceError, match="order is open to doubt: number the images with leading zeros"):
         listed(folders / "train", tmp_path / "val.tar", tars / "wnids.txt")
