@@ -119,6 +119,18 @@ def test_a_changed_source_is_listed_anew(source: Path, tmp_path: Path, name: str
     assert len(said) == 1
 
 
+def test_a_folder_that_comes_while_the_source_is_listed_is_taken_and_not_stored(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_place(*given: str) -> tree.Tree:
+        shutil.copytree(source / "folders" / "train" / "n1", source / "folders" / "train" / "n7")
+        return tree.read_place(*given)
+
+    monkeypatch.setattr("pipeline.sources.sources.read_place", read_place)
+    assert "n7" in listed(source, "folders", tmp_path / "out").classes
+    assert not (tmp_path / "out" / LISTING_FILE).exists()
+
+
 def test_a_damaged_or_foreign_listing_is_made_anew(forms: Path, tmp_path: Path) -> None:
     file = tmp_path / LISTING_FILE
     right = facts(listed(forms, "tar of tars", tmp_path))
