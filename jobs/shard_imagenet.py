@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jobs.cli.command import log, run
+from jobs.cluster.paths import whole_path
 from pipeline.storage.locations import is_http, is_url, join, shown
 
 MAX_SAMPLES_PER_SHARD = 20_000  # A worker holds its shard in memory: 20.7 KB an image, in 3,000 of ImageNet's.
@@ -86,6 +87,14 @@ class ShardConfig:
         if is_http(self.output) or self.output.startswith("file:"):
             raise ValueError(f"--output {shown(self.output)} cannot be written: give a folder, s3://... or gs://...")
 
+    def with_whole_paths(self) -> ShardConfig:
+        """The same with absolute paths; ValueError for a relative one in a submitted job's working directory."""
+        given = {name: getattr(self, name) for name in ("output", "source", "source_val")}
+        whole: dict[str, Any] = {
+            name: whole_path(f"--{name.replace('_', '-')}", path) for name, path in given.items() if path
+        }
+        return dataclasses.replace(self, **whole)
+
 
 if __name__ == "__main__":
     run(ShardConfig, "jobs.shard_imagenet")  # Before the imports below, which take seconds.
@@ -114,6 +123,7 @@ def main(config: ShardConfig) -> None:
     Raises:
         SourceError, ShardSetError, ShardError, DatasetError, OSError: with one line for the user.
     """
+    config = config.with_whole_paths()
     output = join(config.output)
     check_output(output, config.source, config.source_val)
     check_folder(output)

@@ -165,6 +165,14 @@ def test_what_cannot_be_is_refused_before_anything_is_read(wrong: dict[str, Any]
         ShardConfig(**settings)
 
 
+@pytest.mark.parametrize(("name", "flag"), [("output", "output"), ("source", "source"), ("source_val", "source-val")])
+def test_a_submitted_job_takes_no_relative_path(monkeypatch: pytest.MonkeyPatch, name: str, flag: str) -> None:
+    monkeypatch.setattr("jobs.cluster.paths.in_job_copy", lambda: True)
+    settings: dict[str, Any] = {"output": "s3://bucket/set", "source": "/images", name: "here"}
+    with pytest.raises(ValueError, match=f"^--{flag} is the relative path here, and a submitted job runs in a temp"):
+        main(ShardConfig(**settings))
+
+
 def test_progress_in_a_log_is_a_line_now_and_then_and_one_at_the_end() -> None:
     log, now = io.StringIO(), [0.0]
     with Progress(100, "images", stream=log, clock=lambda: now[0]) as progress:
