@@ -213,6 +213,9 @@ def annotated(**changes: Any) -> Callable[[Path], object]:
         (rewrite("idx", lambda text: text[: text.rindex("\n", 0, -1) + 1]), "its index has 3 lines for 4 samples"),
         (remove("json"), "its annotation is missing"),
         (rewrite("json", lambda text: "{}"), "its annotation cannot be read"),
+        (rewrite("json", lambda text: "[" * 99999), "its annotation cannot be read"),
+        (annotated(samples=float("inf")), "its annotation cannot be read"),
+        (annotated(moments=RgbMoments(1, ("a", "b", "c"))), "its annotation cannot be read"),  # type: ignore[arg-type]
         (
             annotated(moments=RgbMoments.of(np.zeros((4 * 256, 256, 3), np.uint8))),
             "the RGB statistics in dataset.json are not those of the shards' moments",
