@@ -228,13 +228,22 @@ def is_decoded(root: Path) -> bool:
 
 
 def staged_from(root: Location) -> str | None:
-    """Where a staged copy was copied from. None if the set is no copy; a set at a URL never is one."""
+    """Where a staged copy was copied from. None if the set is no copy; a set at a URL never is one.
+
+    Raises:
+        DatasetError: if the file that says so is damaged.
+    """
     if is_url(root):
         return None
+    file = join(root, STAGED_FILE)
     try:
-        return str(json.loads(read(join(root, STAGED_FILE)))["from"])
+        return str(json.loads(read(file))["from"])
     except FileNotFoundError:
         return None
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        raise DatasetError(
+            f"{file} is damaged: delete {shown(root)}, and run the command that staged it again"
+        ) from error
 
 
 def repair_advice(root: Path, split: str, shard: str) -> str:

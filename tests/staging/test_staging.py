@@ -95,6 +95,14 @@ def test_a_damaged_index_is_refused(shard_set: Path, tmp_path: Path, quick: None
     assert tree(staged) == tree(shard_set)
 
 
+@pytest.mark.parametrize("text", ["", "{}", "[]", "[" * 99999])
+def test_a_copy_that_does_not_say_of_what_is_named(shard_set: Path, tmp_path: Path, text: str) -> None:
+    staged, _ = stage_quietly(shard_set, tmp_path)
+    (staged / "staged.json").write_text(text)
+    with pytest.raises(DatasetError, match=rf"staged\.json is damaged: delete {staged}, and run the command"):
+        SplitReader(staged, read_dataset(staged), "train")
+
+
 def test_a_full_disk_is_foreseen(shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("pipeline.staging.staging.shutil.disk_usage", lambda _: usage)
