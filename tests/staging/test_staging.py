@@ -26,6 +26,8 @@ from pipeline.staging.staging import stage
 from tests.damage import flip_bit, own_copy
 from tests.faulty_proxy import FAULTS, faulty_proxy
 
+CURE = "run the command that made the set again, which adds it and changes no image"
+
 
 def tree(root: Path) -> dict[str, str]:
     """sha256 of each file that training reads."""
@@ -86,11 +88,19 @@ def test_a_shard_that_is_not_what_the_set_says_is_refused(shard_set: Path, tmp_p
 def test_a_damaged_index_is_refused(shard_set: Path, tmp_path: Path, quick: None) -> None:
     damaged = own_copy(shard_set, tmp_path / "source")
     flip_bit(damaged / "train.arrow", 1000)
-    with pytest.raises(DatasetError, match=r"train\.arrow cannot be read in 7 attempts: .* damaged there") as found:
+    with pytest.raises(DatasetError, match=rf"train\.arrow is damaged \(its sha256 .*\): {CURE}") as found:
         stage_quietly(damaged, tmp_path / "disk")
     assert "\n" not in str(found.value)
     assert not list((tmp_path / "disk").rglob("dataset.json"))
     flip_bit(damaged / "train.arrow", 1000)
+    (damaged / "train.arrow").rename(tmp_path / "away")
+    for copy in (
+        lambda: stage_quietly(damaged, tmp_path / "disk"),
+        lambda: stage_pixels(str(damaged), tmp_path, print, 1),
+    ):
+        with pytest.raises(DatasetError, match=rf"source/train\.arrow is missing: {CURE}"):
+            copy()
+    (tmp_path / "away").rename(damaged / "train.arrow")
     staged, _ = stage_quietly(damaged, tmp_path / "disk")
     assert tree(staged) == tree(shard_set)
 
