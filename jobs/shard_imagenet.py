@@ -108,6 +108,7 @@ from pipeline.dataset.info import REJECTS_FILE, DatasetInfo
 from pipeline.dataset.sample_index import SCHEMA
 from pipeline.images.equal_images import equal_images
 from pipeline.images.resize import encoder_settings
+from pipeline.sharding.claim import ShardSetError
 from pipeline.sharding.set_folder import check_folder, claim_folder, is_left_over, make_folder, with_encoder_of
 from pipeline.sharding.set_lock import JobLock
 from pipeline.sharding.shard_plan import SetPlan, plan_shards
@@ -155,6 +156,7 @@ def main(config: ShardConfig) -> None:
             else:
                 tidy(output, info, log)
     if rate is None:
+        check_set_aside(output, info, plan.listing.images, config)
         print("This set was finished before; nothing to do.")
     _print_summary(output, info, rate)
 
@@ -170,6 +172,18 @@ def _make(output: str, plan: SetPlan, config: ShardConfig, lock: JobLock | None)
         lock.shut_out_workers()
     print_equal_images(built)
     return finish(output, plan, built, config.max_bad_fraction, log), rate
+
+
+def check_set_aside(output: str, info: DatasetInfo, images: int, config: ShardConfig) -> None:
+    """Raises ShardSetError if more images were set aside when a set was finished than the command line allows now."""
+    fail = config.on_bad_image == "fail"
+    if info.set_aside / images > (0 if fail else config.max_bad_fraction):
+        flag = "--on-bad-image fail" if fail else f"--max-bad-fraction {config.max_bad_fraction}"
+        raise ShardSetError(
+            f"{shown(output)} is finished, with {info.set_aside} of {images} images set aside, more than {flag} "
+            f"allows; {shown(join(output, REJECTS_FILE))} lists them: repair or remove them and give another --output, "
+            "or allow as many"
+        )
 
 
 def print_equal_images(built: Sequence[BuiltShard]) -> None:
