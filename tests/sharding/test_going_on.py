@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.dataset.annotation import ShardError
 from pipeline.dataset.info import read_dataset, write_json
-from pipeline.sharding.set_folder import claim_folder, is_left_over, with_encoder_of
+from pipeline.sharding.set_folder import claim_folder, is_left_over, remove_passing, with_encoder_of
 from pipeline.sharding.shard_plan import SetPlan, inputs_digest
 from pipeline.sharding.shard_set import ShardSetError, find_finished, finish, tidy
 from pipeline.sharding.shards import build_shard
@@ -123,6 +123,13 @@ def test_pictures_that_cannot_be_drawn_cost_a_warning(
     assert not is_left_over(output)
     tidy(output, info, lines.append)
     assert contents(output) == contents(whole)
+
+
+def test_a_temporary_file_may_get_its_name_while_those_that_were_left_are_removed(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "glob", lambda folder, _: [folder / ".renamed.tmp"])
+    remove_passing(output)
 
 
 # Another source or other settings.
