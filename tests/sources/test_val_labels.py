@@ -56,6 +56,7 @@ def test_labels_are_joined_by_name_where_names_are_given(tmp_path: Path, text: s
         ("".join(f"{name} 1\n" for name, _ in ROWS), None, "holds numbers: .*--val-synsets"),
         ("".join(f"{name} {int(wnid == B) * 2}\n" for name, wnid in ROWS), None, "holds numbers: .*--val-synsets"),
         (f"x {A}\ny dog\n", None, "row 2 of .* is 'dog', which is no class of --source: give"),
+        (f'x,{A}\ny," "\nz,{B}\n', None, f"line 1 of .* is 'x,{A}', which is no class"),
         (f"x {A}\ny {'9' * 5000}\n", None, "row 2 of .* is '9999.*', which is no class of --source: give"),
     ],
     ids=lambda value: value[:40] if value else "",
