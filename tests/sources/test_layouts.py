@@ -132,6 +132,10 @@ UNREAD = "which is compressed or not whole"
         ({**CLASSES, **VAL_FOLDERS}, f"holds 'val' beside '{A}': give --source the folder of the"),
         ({**CLASSES, **below("test", PLAIN)}, f"holds 'test' beside '{A}': give --source"),
         # What speaks against classes.
+        (
+            {f"x-{k}.tar": {f"{k}{i}.{end}": b"" for i in range(3) for end in ("jpg", "json")} for k in range(2)},
+            r"x-0\.tar holds a \.json for most of its images, .*: give shards with an image and its \.cls",
+        ),
         ({**CLASSES, f"{A}/{B}_9.JPEG": b""}, f"{A} holds '{B}_9.JPEG', which .* belongs to {B}"),
         (
             {**below("x", class_images(A), class_images(B)), **below("y", class_images(A))},
