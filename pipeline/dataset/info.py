@@ -153,6 +153,8 @@ class DatasetInfo:
             numbers += (number for row in rows for number in (row.samples, row.bytes))
             if not all(0 <= number < 2**63 for number in numbers):
                 raise ValueError(f"negative or too large number in {name} or a shard of it")
+            if not rows or not all(row.samples for row in rows):
+                raise ValueError(f"{name} has no shard, or one without an image")
             if len({row.name for row in rows}) < len(rows):
                 raise ValueError(f"two shards of {name} have one name")
 

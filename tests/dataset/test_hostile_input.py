@@ -81,6 +81,8 @@ ROW = "splits train shards 0"
     [
         *((ROW, {"name": name}, "a shard cannot be named") for name in NAMES),
         (ROW, {"name": "train-000001"}, "two shards of train have one name"),
+        (ROW, {"samples": 0}, "train has no shard, or one without an image"),
+        ("splits val", {"shards": []}, "val has no shard, or one without an image"),
         (ROW, {"samples": float("inf")}, "OverflowError"),
         (ROW, {"bytes": 10**400}, "negative or too large number in train"),
         ("splits val", {"samples": -1}, "negative or too large number in val"),
