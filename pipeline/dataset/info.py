@@ -147,6 +147,8 @@ class DatasetInfo:
         values = {**self.image, "encoder": None, **self.image.get("encoder", {})}.values()
         if any(isinstance(value, dict | list) for value in values):
             raise ValueError("the image settings are nested too deep")
+        if min(self.rgb.eigenvalues) < 0:
+            raise ValueError("negative eigenvalue")
         for name, split in self.splits.items():
             rows = split.shards
             numbers = [split.samples, split.bytes, split.labels_crc32, self.set_aside]

@@ -89,6 +89,7 @@ ROW = "splits train shards 0"
         ("image", {"encoder": json.loads('{"a": ' * 800 + "0" + "}" * 800)}, "image settings are nested too deep"),
         ("rgb", {"mean": [0.5, 10**400, 0.5]}, "OverflowError"),
         ("rgb", {"eigenvalues": ["inf", 0, 0]}, "not finite numbers"),
+        ("rgb", {"eigenvalues": [0.1, 0, -0.001]}, "negative eigenvalue"),
         ("classes 0", {"index": 10**9}, "not numbered from 0 on"),
         ("", {"set_aside": 10**400}, "negative or too large number in train"),
         ("", {"classes": 7}, "TypeError"),
