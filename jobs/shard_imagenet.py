@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -84,7 +85,8 @@ class ShardConfig:
             raise ValueError(f"--max-bad-fraction {self.max_bad_fraction} must lie between 0 and 1")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"--val-fraction {self.val_fraction} must lie between 0 and 1, both excluded")
-        if is_http(self.output) or self.output.startswith("file:"):
+        # With one slash, a URL would be a folder here.
+        if not self.output or is_http(self.output) or re.match(r"file:|\w+:/(?!/)", self.output):
             raise ValueError(f"--output {shown(self.output)} cannot be written: give a folder, s3://... or gs://...")
 
     def with_whole_paths(self) -> ShardConfig:

@@ -157,6 +157,8 @@ def test_a_missing_source_ends_in_one_line(tmp_path: Path) -> None:
         ({"workers": 0}, "--workers 0 must be at least 1"),
         ({"output": "https://host/set?key=SECRET"}, "--output https://host/set cannot be written: give a folder, s3:"),
         ({"output": "file://host/set"}, "--output file://host/set cannot be written"),
+        ({"output": "s3:/bucket/set"}, "--output s3:/bucket/set cannot be written"),
+        ({"output": ""}, "--output  cannot be written"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_read(wrong: dict[str, Any], message: str) -> None:
