@@ -173,6 +173,7 @@ def test_an_output_in_the_source_is_refused(tmp_path: Path, output: str) -> None
     (tmp_path / "link").symlink_to(source / "train")
     with pytest.raises(SourceError, match=r"--output .* lies in --source .*: give --output a folder outside of it"):
         main(ShardConfig(output=str(tmp_path / output), source=str(source)))
-    with pytest.raises(SourceError, match="lies in --source-val"):
-        check_output(tmp_path / output, tmp_path / "x", source)
+    for place in (source, f"file://{source}"):
+        with pytest.raises(SourceError, match="lies in --source-val"):
+            check_output(tmp_path / output, tmp_path / "x", place)
     check_output(tmp_path / "source2", source, tmp_path / "source" / "train")
