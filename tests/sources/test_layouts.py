@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -157,6 +158,9 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         listed(tmp_path / "missing")
     with pytest.raises(SourceError, match=r"nowhere does not exist: give --source-val"):
         listed(write(tmp_path, CLASSES), tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(SourceError, match=r"pipe\.tar is neither a folder nor a file: give --source a folder"):
+        listed(tmp_path / "pipe.tar")
 
 
 @pytest.mark.parametrize("name", [f"train/{C}", f"train/{C}.tar", f"train/{A}/more", "val"])
