@@ -180,6 +180,16 @@ def test_a_web_servers_tar_is_known_by_its_etag(source: Path, tmp_path: Path, he
         assert not (tmp_path / "out" / LISTING_FILE).exists()
 
 
+def test_a_stores_file_of_another_size_is_another_though_it_is_written_in_the_same_second(s3: str) -> None:
+    client = boto3.client("s3", endpoint_url=f"http://{s3}")
+    client.create_bucket(Bucket="bucket")
+    versions = set()
+    for size in range(4):
+        client.put_object(Bucket="bucket", Key="x.tar", Body=bytes(size))
+        versions.add(remote.version(f"s3://bucket/x.tar?scheme=http&endpoint_override={s3}&region=us-east-1"))
+    assert len(versions) == 4
+
+
 # Interrupted at the third class, with the others stored.
 LAST, DONE = ("n2.tar", "train/x-02.tar"), ("n0.tar", "n1.tar", "train/x-00.tar", "train/x-01.tar")
 
