@@ -37,6 +37,8 @@ class LookConfig:
     def __post_init__(self) -> None:
         if self.images < 1:
             raise ValueError(f"--images is {self.images}; it must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed is {self.seed}; it must lie in [0, 2^63)")
 
 
 if __name__ == "__main__":
@@ -105,7 +107,7 @@ def picture(seen: Seen, summary: str) -> Figure:
     """The rows, under a heading for each column."""
     rows = len(seen.samples)
     figure = Figure(figsize=(WIDTH_INCHES, ROW_INCHES * rows + 1.5), layout="constrained")
-    figure.suptitle(summary, fontsize=12)
+    figure.suptitle(summary, fontsize=12, parse_math=False)
     headings = (
         "stored, 256 x 256,\nand the crop",
         "what the network sees,\n227 x 227",
@@ -135,10 +137,12 @@ def show(axes: Axes, image: NDArray[np.uint8], caption: str) -> None:
 
 
 def main(config: LookConfig) -> None:
+    if not config.output.parent.is_dir():
+        raise ValueError(f"--output {config.output} cannot be written: there is no folder {config.output.parent}")
     info = read_dataset(config.data)
     reader = SplitReader(config.data, info, "train")
     seen = look(config, info, reader)
-    shares = ", ".join(f"{value / sum(info.rgb.eigenvalues):.1%}" for value in info.rgb.eigenvalues)
+    shares = ", ".join(f"{value / (sum(info.rgb.eigenvalues) or 1):.1%}" for value in info.rgb.eigenvalues)
     summary = (
         f"The first {len(seen.samples)} images of the first batch of {config.data.name}, seed {config.seed}.\n"
         f"Color: three draws of N(0, 0.1) along the components of the set's RGB, {shares} of its variance"

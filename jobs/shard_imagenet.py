@@ -24,11 +24,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from jobs.cli.command import log, run
+from jobs.cluster.paths import whole_path
 from pipeline.storage.locations import is_http, is_url, join, shown
 
 MAX_SAMPLES_PER_SHARD = 20_000  # A worker holds its shard in memory: 20.7 KB an image, in 3,000 of ImageNet's.
@@ -83,8 +85,17 @@ class ShardConfig:
             raise ValueError(f"--max-bad-fraction {self.max_bad_fraction} must lie between 0 and 1")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"--val-fraction {self.val_fraction} must lie between 0 and 1, both excluded")
-        if is_http(self.output) or self.output.startswith("file:"):
+        # With one slash, a URL would be a folder here.
+        if not self.output or is_http(self.output) or re.match(r"file:|\w+:/(?!/)", self.output):
             raise ValueError(f"--output {shown(self.output)} cannot be written: give a folder, s3://... or gs://...")
+
+    def with_whole_paths(self) -> ShardConfig:
+        """The same with absolute paths; ValueError for a relative one in a submitted job's working directory."""
+        given = {name: getattr(self, name) for name in ("output", "source", "source_val")}
+        whole: dict[str, Any] = {
+            name: whole_path(f"--{name.replace('_', '-')}", path) for name, path in given.items() if path
+        }
+        return dataclasses.replace(self, **whole)
 
 
 if __name__ == "__main__":
@@ -99,6 +110,7 @@ from pipeline.dataset.info import REJECTS_FILE, DatasetInfo
 from pipeline.dataset.sample_index import SCHEMA
 from pipeline.images.equal_images import equal_images
 from pipeline.images.resize import encoder_settings
+from pipeline.sharding.claim import ShardSetError
 from pipeline.sharding.set_folder import check_folder, claim_folder, is_left_over, make_folder, with_encoder_of
 from pipeline.sharding.set_lock import JobLock
 from pipeline.sharding.shard_plan import SetPlan, plan_shards
@@ -114,6 +126,7 @@ def main(config: ShardConfig) -> None:
     Raises:
         SourceError, ShardSetError, ShardError, DatasetError, OSError: with one line for the user.
     """
+    config = config.with_whole_paths()
     output = join(config.output)
     check_output(output, config.source, config.source_val)
     check_folder(output)
@@ -138,11 +151,14 @@ def main(config: ShardConfig) -> None:
         make_folder(output)
         # A store has no locks: see `pipeline.sharding.claim`.
         with contextlib.nullcontext() if is_url(output) else JobLock(Path(output), log) as lock:
+            # Meanwhile another job may have finished one here.
+            info = info or find_finished(output, plan)
             if info is None:
                 info, rate = _make(output, plan, config, lock)
             else:
                 tidy(output, info, log)
     if rate is None:
+        check_set_aside(output, info, plan.listing.images, config)
         print("This set was finished before; nothing to do.")
     _print_summary(output, info, rate)
 
@@ -158,6 +174,18 @@ def _make(output: str, plan: SetPlan, config: ShardConfig, lock: JobLock | None)
         lock.shut_out_workers()
     print_equal_images(built)
     return finish(output, plan, built, config.max_bad_fraction, log), rate
+
+
+def check_set_aside(output: str, info: DatasetInfo, images: int, config: ShardConfig) -> None:
+    """Raises ShardSetError if more images were set aside when a set was finished than the command line allows now."""
+    fail = config.on_bad_image == "fail"
+    if info.set_aside / images > (0 if fail else config.max_bad_fraction):
+        flag = "--on-bad-image fail" if fail else f"--max-bad-fraction {config.max_bad_fraction}"
+        raise ShardSetError(
+            f"{shown(output)} is finished, with {info.set_aside} of {images} images set aside, more than {flag} "
+            f"allows; {shown(join(output, REJECTS_FILE))} lists them: repair or remove them and give another --output, "
+            "or allow as many"
+        )
 
 
 def print_equal_images(built: Sequence[BuiltShard]) -> None:

@@ -49,15 +49,13 @@ from jobs.cli.progress import Progress
 from jobs.cluster.connection import RETRIES, LostError, connected, in_parallel
 from pipeline.dataset.info import (
     DATASET_FILE,
-    DatasetError,
     DatasetInfo,
     read_dataset,
     rebuild_advice,
     staged_from,
 )
-from pipeline.dataset.sample_index import SampleIndex, open_index
 from pipeline.dataset.shard_samples import Fault
-from pipeline.dataset.verify import ShardReport, check_set, check_shard
+from pipeline.dataset.verify import ShardReport, check_set, check_shard, index_to_check
 from pipeline.storage.locations import join, shown
 
 
@@ -108,7 +106,7 @@ def main(config: VerifyConfig) -> None:
 def _check_all(root: str, info: DatasetInfo, config: VerifyConfig, progress: Progress) -> list[ShardReport]:
     """A report of each shard, in the set's order."""
     work = [(split, row) for split, part in info.splits.items() for row in part.shards]
-    indexes = {split: _index(root, info, split) for split in info.splits}
+    indexes = {split: index_to_check(root, info, split) for split in info.splits}
     shared = ray.put(info)
     found = 0
     reports: dict[int, ShardReport] = {}
@@ -130,14 +128,6 @@ def _check_all(root: str, info: DatasetInfo, config: VerifyConfig, progress: Pro
     return [reports[number] for number in range(len(work))]
 
 
-def _index(root: str, info: DatasetInfo, split: str) -> SampleIndex | None:
-    try:
-        return open_index(root, split, info.splits[split], len(info.classes))
-    # `check_set` says so.
-    except DatasetError:
-        return None
-
-
 def _print_right(split: str, reports: list[ShardReport], decode: bool) -> None:
     per_class = np.sum([report.per_class for report in reports], axis=0)
     samples = sum(len(report.key_hashes) for report in reports)
@@ -153,6 +143,7 @@ def _settings(info: DatasetInfo, reports: list[ShardReport]) -> str:
     """The arguments that the set was made with, as far as they can be told and are not the defaults."""
     # Only the last shard of a split may be short; where there is no other, any number from its own on does.
     dealt = [report.annotation.samples + len(report.annotation.rejected) for report in reports if report.annotation]
+    dealt += [row.samples for part in info.splits.values() for row in part.shards]
     least = 0 if len(reports) > len(info.splits) else 1250
     values = {
         "quality": (info.image.get("quality"), 90),

@@ -77,5 +77,6 @@ def read_annotation(location: Location) -> ShardAnnotation:
     """
     try:
         return ShardAnnotation.from_json(json.loads(read(location)))
-    except (KeyError, TypeError, ValueError) as error:
+    # Infinity as a whole number, and JSON that goes too deep.
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ShardError(f"{shown(location)} is no shard's annotation ({type(error).__name__}: {error})") from error

@@ -147,12 +147,16 @@ class DatasetInfo:
         values = {**self.image, "encoder": None, **self.image.get("encoder", {})}.values()
         if any(isinstance(value, dict | list) for value in values):
             raise ValueError("the image settings are nested too deep")
+        if min(self.rgb.eigenvalues) < 0:
+            raise ValueError("negative eigenvalue")
         for name, split in self.splits.items():
             rows = split.shards
             numbers = [split.samples, split.bytes, split.labels_crc32, self.set_aside]
             numbers += (number for row in rows for number in (row.samples, row.bytes))
             if not all(0 <= number < 2**63 for number in numbers):
                 raise ValueError(f"negative or too large number in {name} or a shard of it")
+            if not rows or not all(row.samples for row in rows):
+                raise ValueError(f"{name} has no shard, or one without an image")
             if len({row.name for row in rows}) < len(rows):
                 raise ValueError(f"two shards of {name} have one name")
 
@@ -228,13 +232,22 @@ def is_decoded(root: Path) -> bool:
 
 
 def staged_from(root: Location) -> str | None:
-    """Where a staged copy was copied from. None if the set is no copy; a set at a URL never is one."""
+    """Where a staged copy was copied from. None if the set is no copy; a set at a URL never is one.
+
+    Raises:
+        DatasetError: if the file that says so is damaged.
+    """
     if is_url(root):
         return None
+    file = join(root, STAGED_FILE)
     try:
-        return str(json.loads(read(join(root, STAGED_FILE)))["from"])
+        return str(json.loads(read(file))["from"])
     except FileNotFoundError:
         return None
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        raise DatasetError(
+            f"{file} is damaged: delete {shown(root)}, and run the command that staged it again"
+        ) from error
 
 
 def repair_advice(root: Path, split: str, shard: str) -> str:

@@ -44,13 +44,22 @@ class ShardReport:
     """None where it cannot be read."""
 
 
+def index_to_check(root: Location, info: DatasetInfo, split: str) -> SampleIndex | None:
+    """A split's sample index; None where it is not what `dataset.json` vouches for, which `check_set` says."""
+    part = info.splits[split]
+    try:
+        return open_index(root, split, part, len(info.classes)) if index_is_whole(root, split, part) else None
+    except DatasetError:
+        return None
+
+
 def check_shard(
     root: Location, split: str, row: ShardRow, rows: SampleIndex | None, info: DatasetInfo, decode: bool
 ) -> ShardReport:
     """Checks one shard that `dataset.json` lists; holds it in memory.
 
     Args:
-        rows: its part of the sample index; None where the index cannot be read, which `check_set` says.
+        rows: its part of the sample index; None where that is damaged: see `index_to_check`.
         decode: whether to decode each image and sum its pixels, too.
 
     Raises:

@@ -60,7 +60,9 @@ class RgbMoments:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> RgbMoments:
-        return cls(int(value["pixels"]), tuple(value["sums"]), tuple(value["products"]))
+        r, g, b = map(int, value["sums"])
+        rr, rg, rb, gg, gb, bb = map(int, value["products"])
+        return cls(int(value["pixels"]), (r, g, b), (rr, rg, rb, gg, gb, bb))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,4 +110,4 @@ def remove_passing(root: Location) -> None:
         return
     for folder in (Path(root), *(Path(root) / split for split in SPLITS)):
         for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-            path.unlink()
+            path.unlink(missing_ok=True)

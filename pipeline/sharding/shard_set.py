@@ -60,8 +60,10 @@ def find_finished(root: Location, plan: SetPlan) -> DatasetInfo | None:
             for shard, annotation in zip(shards, annotations, strict=True)
             if annotation
         )
-        names = {row.name for part in info.splits.values() for row in part.shards}
-        if not dealt_alike or not names <= {shard.name for shard in plan.shards}:
+        # A lost annotation's row tells at least how many images the shard holds.
+        planned = {shard.name: len(shard.entries) for shard in plan.shards}
+        rows = [row for part in info.splits.values() for row in part.shards]
+        if not dealt_alike or any(row.samples > planned.get(row.name, 0) for row in rows):
             different = "samples per shard"
         missing = [row for split, part in info.splits.items() for row in _missing(root, split, part.shards)]
         # A repair that was killed leaves annotations without the set's PCA.

@@ -88,6 +88,8 @@ def read_classes(tree: Tree, flag: str, trained: Names | None = None, read: Read
     stems = [branch.stem for branch in tree.below]
     if tars and are_shards(stems):
         return Content(_by_file_names(tree, trees, flag), others)
+    if tars:
+        _check_no_shards(stems, trees)
     _check_wnids(stems, trees, kind)
     return Content({stem: in_order(stem, one.images) for stem, one in zip(stems, trees, strict=True)}, others)
 
@@ -100,6 +102,7 @@ def read_flat(tree: Tree) -> Content:
     """
     tree = inner(tree)
     if len(tree.below) == 1 and not len(tree.images):
+        check_whole(tree)
         tree = tree.below[0].tree
     if tree.below or tree.samples or not len(tree.images):
         what = ("tars" if tree.below[0].is_tar else "folders") if tree.below else _count(tree.others)
@@ -153,6 +156,8 @@ def _without_middle(trees: Sequence[Tree]) -> Sequence[Tree]:
         return trees
     if is_wnid(names[0]) or folder_split(names[0]) is not None or len(trees) < 2:
         return trees
+    for one in trees:
+        check_whole(one)
     lower = [one.below[0].tree for one in trees]
     others = [collections.Counter(one.others) for one in trees]
     return [
@@ -172,6 +177,17 @@ def _check_class(tree: Tree, kind: str) -> None:
             f"the class {kind} {tree.where} holds {_count(tree.others)} and no image "
             f"({' '.join(sorted(IMAGE_EXTENSIONS))}): add its images or remove it"
         )
+
+
+def _check_no_shards(stems: Sequence[str], trees: Sequence[Tree]) -> None:
+    """Makes sure that no tar is the shard of a set that tells classes by something else than .cls."""
+    for stem, tree in zip(stems, trees, strict=True):
+        for extension in (".json", ".txt"):
+            if 2 * tree.others.get(extension, 0) > len(tree.images) and not is_wnid(stem):
+                raise SourceError(
+                    f"{tree.where} holds a {extension} for most of its images, as a shard does and a class does not: "
+                    f"give shards with an image and its .cls in each sample, or class tars without {extension}"
+                )
 
 
 def _check_wnids(stems: Sequence[str], trees: Sequence[Tree], kind: str) -> None:

@@ -48,8 +48,8 @@ def check_output(output: Location, source: Location, source_val: Location | None
         if place is None:
             continue
         out, root = (
-            shown(location) if is_url(location) else os.path.realpath(location)
-            for location in (os.fspath(output), os.fspath(place))
+            location if is_url(location) else os.path.realpath(location)
+            for location in (shown(output), shown(place).removeprefix("file://"))
         )
         if f"{out.rstrip('/')}/".startswith(f"{root.rstrip('/')}/"):
             raise SourceError(f"--output {out} lies in {flag} {root}: give --output a folder outside of it")

@@ -94,7 +94,7 @@ def _split(root: Tree, branches: Sequence[Branch], flag: str) -> Tree:
 
 def inner(tree: Tree) -> Tree:
     """A tree without the one folder that a tar was made of, as train/ in train.tar."""
-    while tree.is_tar and len(tree.below) == 1 and not len(tree.images) and not tree.below[0].is_tar:
+    while tree.is_tar and len(tree.below) == 1 and not (len(tree.images) or tree.archives or tree.below[0].is_tar):
         tree = tree.below[0].tree
     return tree
 

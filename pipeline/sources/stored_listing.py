@@ -124,9 +124,10 @@ class ListingStore:
         )
 
     def _write(self, files: FileTable, labels: Sequence[NDArray[Any]], **head: Any) -> None:
-        if not self._known:
-            return
         rank = {place: number for number, place in enumerate(self._places)}
+        # What has come since it was looked at, the next look finds.
+        if not self._known or any(holder.path not in rank for holder in files.holders):
+            return
         head["key"] = self._key
         head["holders"] = [(rank[path], inside, state) for path, inside, state in files.holders]
         rows = files.to_arrow(np.concatenate(labels).astype(np.int32))

@@ -100,6 +100,9 @@ def read_place(location: str, flag: str) -> Tree:
     kind = _kind(location)
     if kind == fs.FileType.NotFound:
         raise SourceError(f"{shown(location)} does not exist: give {flag} {FORMS}")
+    # A pipe would be waited for without end.
+    if kind == fs.FileType.Unknown:
+        raise SourceError(f"{shown(location)} is neither a folder nor a file: give {flag} {FORMS}")
     return read_folder(location) if kind == fs.FileType.Directory else read_tar(whole(location))
 
 
@@ -139,7 +142,9 @@ def _kind(location: str) -> fs.FileType:
         return remote.kind(location)
     if os.path.isdir(location):
         return fs.FileType.Directory
-    return fs.FileType.File if os.path.exists(location) else fs.FileType.NotFound
+    if os.path.isfile(location):
+        return fs.FileType.File
+    return fs.FileType.Unknown if os.path.exists(location) else fs.FileType.NotFound
 
 
 def _expanded(pattern: str) -> dict[str, str]:
@@ -237,7 +242,7 @@ def read_tar(tar: Stretch) -> Tree:
     """What a tar would unpack to, or a shard's samples.
 
     Raises:
-        SourceError: if it is compressed, cut off or damaged, holds a link, or something twice; see `members`.
+        SourceError: if it is compressed, cut off or damaged, holds a link, or something twice; see `members_in`.
         OSError: if it cannot be read.
     """
     found = []

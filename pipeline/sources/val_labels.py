@@ -103,7 +103,7 @@ def _parted(line: str, known: Collection[str]) -> tuple[str, str] | None:
     """An image's stem and its label; what follows the label, such as boxes, is not read."""
     separator = next((mark for mark in ",\t" if mark in line), None)
     name, _, rest = line.partition(separator or " ")
-    label = rest.strip().strip('"')
+    label = rest.strip().strip('"').strip()
     if label and label not in known:
         label = label.split()[0].split(",")[0]
     return (_stem(name.strip().strip('"')), label) if name and label else None

@@ -150,11 +150,14 @@ def names_beside(folder: str) -> Names | None:
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             continue
         try:
-            return dict(enumerate(str(label["wnid"]) for label in json.loads(text)["classes"]))
+            names = [str(label["wnid"]) for label in json.loads(text)["classes"]]
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise SourceError(
                 f"{shown(location)} does not list classes by their wnid: remove it to name the classes by their labels"
             ) from error
+        if len(set(names)) < len(names):
+            raise SourceError(f"{shown(location)} gives two classes one wnid: name the classes apart")
+        return dict(enumerate(names))
     return None
 
 

@@ -27,7 +27,7 @@ from pipeline.dataset.info import (
     read_dataset,
     write_json,
 )
-from pipeline.dataset.sample_index import SampleIndex, index_file, index_is_whole, open_index
+from pipeline.dataset.sample_index import SampleIndex, index_cure, index_file, index_is_whole, open_index
 from pipeline.storage.locations import join, shown
 from pipeline.storage.remote import TEMPORARY_SUFFIX, chunks, write_atomically
 from pipeline.storage.retry import SourceReadError, retry
@@ -132,21 +132,26 @@ def copy_index(location: str, target: Path, split: str, info: DatasetInfo) -> Sa
     """Copies a split's sample index from a set into a folder, and opens it.
 
     Raises:
-        DatasetError: if it is not the one that `dataset.json` describes.
+        DatasetError: if it is missing, or is not the one that `dataset.json` describes.
         OSError: if it cannot be read or written.
     """
     part, name = info.splits[split], index_file(split)
     source = join(location, name)
+    wrong: set[str] = set()
 
     def fetch() -> bytes:
-        data = b"".join(chunks(source))
+        try:
+            data = b"".join(chunks(source))
+        except FileNotFoundError:
+            raise DatasetError(f"{shown(source)} is missing: {index_cure(location, split)}") from None
         found = hashlib.sha256(data).hexdigest()
-        if found != part.index_sha256:
-            raise SourceReadError(
-                f"its sha256 is {found[:12]}..., {DATASET_FILE} says {part.index_sha256[:12]}...: "
-                "it is damaged there or in transfer"
-            )
-        return data
+        if found == part.index_sha256:
+            return data
+        said = f"its sha256 is {found[:12]}..., {DATASET_FILE} says {part.index_sha256[:12]}..."
+        if found in wrong:
+            raise DatasetError(f"{shown(source)} is damaged ({said}): {index_cure(location, split)}")
+        wrong.add(found)
+        raise SourceReadError(f"checksum mismatch, corrupt at the source or in transfer: {said}")
 
     if not index_is_whole(target, split, part):
         write_atomically(target / name, retry(fetch, shown(source)))

@@ -130,6 +130,8 @@ class _HttpHandler(fs.FSSpecHandler):
         try:
             file: Any = self.fs.open(path, mode="rb")
         except FileNotFoundError as error:
+            if isinstance(error.__cause__, ValueError):
+                raise ValueError(f"{shown(path)} is no URL that HTTP can open") from error
             status = getattr(error.__cause__, "status", None)
             if status in _MISSING:
                 raise

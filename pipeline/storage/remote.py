@@ -72,7 +72,9 @@ def version(url: str) -> str:
     """What changes when a file is written anew; empty where a web server does not tell."""
     filesystem, path = open_location(url)
     if not is_http(url):
-        return str(_try(url, lambda: filesystem.get_file_info(path).mtime_ns))
+        found = _try(url, lambda: filesystem.get_file_info(path))
+        # A store's clock may count seconds.
+        return f"{found.size} {found.mtime_ns}"
     # It tells apart why there is none, as the library below does not.
     bytes_ = size(url)
     info = _try(url, lambda: filesystem.handler.fs.info(path))

@@ -44,6 +44,7 @@ def test_the_help_of_training_has_each_recipes_values() -> None:
     [
         ("shard_imagenet", ["--source", "x", "--output", "https://h/set"], "--output https://h/set cannot be written"),
         ("look", ["--data", "gs://KEY:SECRET@bucket/set"], "--data is a URL: it takes a path"),
+        ("look", ["--data", "x", "--seed", "-1"], "--seed is -1; it must lie in [0, 2^63)"),
         ("train", ["--resume"], "there is no --resume: give the same command again, which continues the run"),
         ("train", ["--nproc_per_node=8"], "there is no --nproc_per_node: give --workers"),
         ("evaluate", ["-j", "8"], "there is no -j: give --threads"),

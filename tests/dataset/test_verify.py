@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.verify_shards import VerifyConfig, VerifyError
+from jobs.verify_shards import VerifyConfig, VerifyError, _settings
 from jobs.verify_shards import main as verify
 from pipeline.dataset.annotation import read_annotation
-from pipeline.dataset.info import DatasetError, read_dataset, write_json
-from pipeline.dataset.sample_index import open_index, shard_rows
+from pipeline.dataset.info import read_dataset, write_json
+from pipeline.dataset.sample_index import shard_rows
 from pipeline.dataset.split_reader import SplitReader
-from pipeline.dataset.verify import ShardReport, check_set, check_shard
+from pipeline.dataset.verify import ShardReport, check_set, check_shard, index_to_check
 from pipeline.images.rgb_stats import RgbMoments
 from pipeline.sharding.pack import pack
 from pipeline.sharding.shard_set import find_finished
@@ -52,10 +52,7 @@ def place(damaged: Path) -> Place:
 def reports(root: Path, decode: bool) -> list[ShardReport]:
     info, found = read_dataset(root), []
     for split, part in info.splits.items():
-        try:
-            index = open_index(root, split, part, len(info.classes))
-        except DatasetError:
-            index = None
+        index = index_to_check(root, info, split)
         for number, row in enumerate(part.shards):
             rows = index.part(number) if index is not None else None
             found.append(check_shard(root, split, row, rows, info, decode))
@@ -216,6 +213,9 @@ def annotated(**changes: Any) -> Callable[[Path], object]:
         (rewrite("idx", lambda text: text[: text.rindex("\n", 0, -1) + 1]), "its index has 3 lines for 4 samples"),
         (remove("json"), "its annotation is missing"),
         (rewrite("json", lambda text: "{}"), "its annotation cannot be read"),
+        (rewrite("json", lambda text: "[" * 99999), "its annotation cannot be read"),
+        (annotated(samples=float("inf")), "its annotation cannot be read"),
+        (annotated(moments=RgbMoments(1, ("a", "b", "c"))), "its annotation cannot be read"),  # type: ignore[arg-type]
         (
             annotated(moments=RgbMoments.of(np.zeros((4 * 256, 256, 3), np.uint8))),
             "the RGB statistics in dataset.json are not those of the shards' moments",
@@ -233,6 +233,13 @@ def test_damage_of_a_shard_is_named(damaged: Path, damage: Callable[[Path], obje
     assert all(NAME in fault or "train-" not in fault for fault in found)
 
 
+def test_the_command_that_repairs_deals_as_the_set_was_dealt(damaged: Path) -> None:
+    """Though the one shard to validate on, which is short, alone has its annotation."""
+    for annotation in (damaged / "train").glob("*.json"):
+        annotation.unlink()
+    assert "--samples-per-shard 4 " in _settings(read_dataset(damaged), reports(damaged, False))
+
+
 def test_what_only_the_set_tells_is_found(damaged: Path) -> None:
     (damaged / "train" / "train-000009.tar").write_bytes(b"stray")
     (damaged / "rejects.jsonl").write_text('{"path": "x"}\n')
@@ -247,10 +254,16 @@ def test_what_only_the_set_tells_is_found(damaged: Path) -> None:
 
 def test_a_missing_or_changed_index_is_found(damaged: Path) -> None:
     index = damaged / "train.arrow"
-    index.write_bytes(index.read_bytes()[:-1] + b"X")
-    (found,) = faults(damaged)
-    assert found.startswith(f"{index} is damaged") or "sha256 of train.arrow" in found
-    assert "run the command that made the set" in found
+    whole = index.read_bytes()
+    # Where each key ends, of four letters all; the second shard begins with the fifth.
+    ends = np.arange(16, dtype=np.int32) * 4
+    spoiled = np.where(ends == 16, 2**31 - 1, ends).astype(np.int32)
+    assert ends.tobytes() in whole
+    for changed in (whole[:-1] + b"X", whole.replace(ends.tobytes(), spoiled.tobytes())):
+        index.write_bytes(changed)
+        (found,) = faults(damaged)
+        assert found.startswith(f"{index} is damaged") or "sha256 of train.arrow" in found
+        assert "run the command that made the set" in found
     index.unlink()
     (found,) = faults(damaged)
     assert found.startswith(f"{index} is missing: run the command that made the set again")

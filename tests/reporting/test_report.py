@@ -25,6 +25,7 @@ from model.recipe import Recipe
 from model.schedule import Plateau
 from pipeline.dataset.info import read_dataset
 from pipeline.dataset.split_reader import SplitReader
+from tests.damage import edit_dataset, own_copy
 from tests.photographs import write_source
 from tests.processes import run_here
 from tests.shard_sets import make, planned
@@ -101,8 +102,12 @@ def test_the_pixels_are_the_images(shard_set: Path) -> None:
 
 
 def test_the_picture_has_the_crops_marked(shard_set: Path, tmp_path: Path) -> None:
-    output = tmp_path / "look.png"
-    done = run_here("look", "--data", shard_set, "--output", output)
+    """Of a set of one color, too, and of a name that is a formula which matplotlib cannot read."""
+    output, odd = tmp_path / "look.png", own_copy(shard_set, tmp_path / "$x^$")
+    edit_dataset(odd, lambda value: value["rgb"].update(eigenvalues=[0, 0, 0]))
+    done = run_here("look", "--data", odd, "--output", tmp_path / "nowhere" / "look.png")
+    assert f"--output {tmp_path}/nowhere/look.png cannot be written: there is no folder" in done.stderr
+    done = run_here("look", "--data", odd, "--output", output)
     assert done.returncode == 0, done.stderr
     assert str(output) in done.stdout
     with Image.open(output) as image:

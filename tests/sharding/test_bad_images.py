@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from jobs.shard_imagenet import ShardConfig, main
 from pipeline.dataset.annotation import ShardError
 from pipeline.dataset.info import read_dataset
 from pipeline.sharding.shard_set import ShardSetError, find_finished
 from pipeline.sharding.shards import BadImageError, build_shard
 from pipeline.storage.retry import SourceReadError
-from tests.shard_sets import build_all, contents, make, planned
+from tests.shard_sets import PER_SHARD, build_all, contents, make, planned
 
 
 def test_bad_images_are_set_aside_with_a_reason(source: Path, tmp_path: Path) -> None:
@@ -30,6 +33,25 @@ def test_bad_images_are_set_aside_with_a_reason(source: Path, tmp_path: Path) ->
         (str(source / "n1" / "n1_1.JPEG"), "n1", "it cannot be read: No such file or directory"),
     ]
     assert find_finished(output, plan) == info
+
+
+@pytest.mark.parametrize(
+    ("settings", "allowed"),
+    [
+        ({"on_bad_image": "fail", "max_bad_fraction": 1.0}, "--on-bad-image fail"),
+        ({"max_bad_fraction": 0.05}, "--max-bad-fraction 0.05"),
+        ({"max_bad_fraction": 0.06}, None),
+    ],
+)
+def test_a_finished_set_is_refused_where_fewer_may_be_bad_now(
+    source: Path, tmp_path: Path, settings: dict[str, Any], allowed: str | None
+) -> None:
+    (source / "n0" / "n0_1.JPEG").write_bytes(b"")
+    output = make(tmp_path / "out", planned(source), max_bad_fraction=0.06)
+    config = ShardConfig(str(output), str(source), samples_per_shard=PER_SHARD, **settings)
+    said = f"1 of 18 images set aside, more than {allowed} allows; {output}/rejects.jsonl lists them"
+    with nullcontext() if allowed is None else pytest.raises(ShardSetError, match=said):
+        main(config)
 
 
 def test_a_folder_that_is_gone_is_no_fault_of_its_images(source: Path, tmp_path: Path) -> None:

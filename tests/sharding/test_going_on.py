@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.dataset.annotation import ShardError
 from pipeline.dataset.info import read_dataset, write_json
-from pipeline.sharding.set_folder import claim_folder, is_left_over, with_encoder_of
+from pipeline.sharding.set_folder import claim_folder, is_left_over, remove_passing, with_encoder_of
 from pipeline.sharding.shard_plan import SetPlan, inputs_digest
 from pipeline.sharding.shard_set import ShardSetError, find_finished, finish, tidy
 from pipeline.sharding.shards import build_shard
@@ -97,6 +97,14 @@ def test_a_job_that_is_killed_while_it_finishes_goes_on(
     assert not is_left_over(output)
 
 
+def test_a_damaged_index_is_written_again(images: Path, output: Path, whole: Path) -> None:
+    """Though Arrow calls this damage a KeyError."""
+    index = output / "train.arrow"
+    index.write_bytes(index.read_bytes().replace(b"label", b"labek"))
+    assert find_finished(output, planned(images)) is None
+    assert contents(make(output, planned(images))) == contents(whole)
+
+
 def test_pictures_that_cannot_be_drawn_cost_a_warning(
     images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +123,13 @@ def test_pictures_that_cannot_be_drawn_cost_a_warning(
     assert not is_left_over(output)
     tidy(output, info, lines.append)
     assert contents(output) == contents(whole)
+
+
+def test_a_temporary_file_may_get_its_name_while_those_that_were_left_are_removed(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "glob", lambda folder, _: [folder / ".renamed.tmp"])
+    remove_passing(output)
 
 
 # Another source or other settings.
@@ -154,6 +169,13 @@ def test_another_set_is_refused_by_name(
     with pytest.raises(ShardSetError, match=f"finished set of another {named}.*another --output, or delete"):
         find_finished(whole, planned(source, **other))
     assert (contents(unfinished), contents(whole)) == before
+
+
+def test_a_lost_annotation_hides_no_other_samples_per_shard(images: Path, output: Path) -> None:
+    shutil.rmtree(output / "train")
+    with pytest.raises(ShardSetError, match="finished set of another samples per shard"):
+        find_finished(output, planned(images, per_shard=3))
+    assert find_finished(output, planned(images)) is None
 
 
 def test_a_folder_of_other_things_is_left_alone(images: Path, tmp_path: Path) -> None:

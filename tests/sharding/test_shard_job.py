@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from jobs.cli.progress import Progress
 from jobs.shard_imagenet import ShardConfig, main
 from jobs.verify_shards import VerifyConfig, VerifyError
 from jobs.verify_shards import main as verify
+from pipeline.sharding.claim import ShardSetError
+from pipeline.sharding.set_lock import JobLock
 from pipeline.sharding.shards import BadImageError
 from tests.damage import flip_bit
 from tests.faulty_proxy import faulty_proxy
@@ -126,6 +128,22 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(images: Path, 
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == written
 
 
+def test_a_set_that_another_job_finished_meanwhile_is_left_alone(
+    images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def finished(root: Path, log: Callable[[str], None]) -> JobLock:
+        shutil.copytree(whole, root, dirs_exist_ok=True)
+        return JobLock(root, log)
+
+    monkeypatch.setattr("jobs.shard_imagenet.JobLock", finished)
+    config = ShardConfig(str(tmp_path / "same"), str(images), samples_per_shard=PER_SHARD)
+    main(config)
+    assert "finished before; nothing to do" in capsys.readouterr().out
+    with pytest.raises(ShardSetError, match=r"holds a finished set of another seed \(0, not 1\)"):
+        main(dataclasses.replace(config, output=str(tmp_path / "other"), seed=1))
+    assert contents(tmp_path / "same") == contents(whole)
+
+
 def test_a_missing_source_ends_in_one_line(tmp_path: Path) -> None:
     message = failure(run_here("shard_imagenet", "--source", tmp_path / "missing", "--output", tmp_path / "out"))
     assert message.startswith(f"error: {tmp_path / 'missing'} does not exist: give --source a folder of class folders,")
@@ -139,12 +157,22 @@ def test_a_missing_source_ends_in_one_line(tmp_path: Path) -> None:
         ({"workers": 0}, "--workers 0 must be at least 1"),
         ({"output": "https://host/set?key=SECRET"}, "--output https://host/set cannot be written: give a folder, s3:"),
         ({"output": "file://host/set"}, "--output file://host/set cannot be written"),
+        ({"output": "s3:/bucket/set"}, "--output s3:/bucket/set cannot be written"),
+        ({"output": ""}, "--output  cannot be written"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_read(wrong: dict[str, Any], message: str) -> None:
     settings: dict[str, Any] = {"output": "out", "source": "missing", **wrong}
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         ShardConfig(**settings)
+
+
+@pytest.mark.parametrize(("name", "flag"), [("output", "output"), ("source", "source"), ("source_val", "source-val")])
+def test_a_submitted_job_takes_no_relative_path(monkeypatch: pytest.MonkeyPatch, name: str, flag: str) -> None:
+    monkeypatch.setattr("jobs.cluster.paths.in_job_copy", lambda: True)
+    settings: dict[str, Any] = {"output": "s3://bucket/set", "source": "/images", name: "here"}
+    with pytest.raises(ValueError, match=f"^--{flag} is the relative path here, and a submitted job runs in a temp"):
+        main(ShardConfig(**settings))
 
 
 def test_progress_in_a_log_is_a_line_now_and_then_and_one_at_the_end() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,6 +120,8 @@ UNREAD = "which is compressed or not whole"
         ({**TRAIN_FOLDERS, "train/n9.tar.gz": b""}, f"train holds 'n9.tar.gz', {UNREAD}"),
         ({**below("train", TRAIN_TARS), f"train/{A}.tar.aria2": b""}, rf"train holds '.*\.tar\.aria2', {UNREAD}"),
         ({**TRAIN_FOLDERS, f"train/{A}/more.zip": b""}, f"holds 'more.zip', {UNREAD}"),
+        ({**class_folders("train", TRAIN, "/images"), f"train/{A}/x.zip": b""}, f"{A} holds 'x.zip', {UNREAD}"),
+        ({"x.tar": {**below("x", CLASSES), "more.zip": b""}}, f"x.tar holds 'more.zip', {UNREAD}"),
         ({**TRAIN_FOLDERS, "val.tar.gz": b""}, "holds 'val.tar.gz', which .*, or move it away, or give --source-val"),
         ({**parts(flat(TRAIN, True), "train", 2), "train_2.tar.gz": b""}, f"holds 'train_2.tar.gz', {UNREAD}"),
         # Which split is meant.
@@ -130,6 +133,10 @@ UNREAD = "which is compressed or not whole"
         ({**CLASSES, **VAL_FOLDERS}, f"holds 'val' beside '{A}': give --source the folder of the"),
         ({**CLASSES, **below("test", PLAIN)}, f"holds 'test' beside '{A}': give --source"),
         # What speaks against classes.
+        (
+            {f"x-{k}.tar": {f"{k}{i}.{end}": b"" for i in range(3) for end in ("jpg", "json")} for k in range(2)},
+            r"x-0\.tar holds a \.json for most of its images, .*: give shards with an image and its \.cls",
+        ),
         ({**CLASSES, f"{A}/{B}_9.JPEG": b""}, f"{A} holds '{B}_9.JPEG', which .* belongs to {B}"),
         (
             {**below("x", class_images(A), class_images(B)), **below("y", class_images(A))},
@@ -151,6 +158,9 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         listed(tmp_path / "missing")
     with pytest.raises(SourceError, match=r"nowhere does not exist: give --source-val"):
         listed(write(tmp_path, CLASSES), tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(SourceError, match=r"pipe\.tar is neither a folder nor a file: give --source a folder"):
+        listed(tmp_path / "pipe.tar")
 
 
 @pytest.mark.parametrize("name", [f"train/{C}", f"train/{C}.tar", f"train/{A}/more", "val"])
@@ -167,6 +177,7 @@ def test_an_output_in_the_source_is_refused(tmp_path: Path, output: str) -> None
     (tmp_path / "link").symlink_to(source / "train")
     with pytest.raises(SourceError, match=r"--output .* lies in --source .*: give --output a folder outside of it"):
         main(ShardConfig(output=str(tmp_path / output), source=str(source)))
-    with pytest.raises(SourceError, match="lies in --source-val"):
-        check_output(tmp_path / output, tmp_path / "x", source)
+    for place in (source, f"file://{source}"):
+        with pytest.raises(SourceError, match="lies in --source-val"):
+            check_output(tmp_path / output, tmp_path / "x", place)
     check_output(tmp_path / "source2", source, tmp_path / "source" / "train")

@@ -119,6 +119,18 @@ def test_a_changed_source_is_listed_anew(source: Path, tmp_path: Path, name: str
     assert len(said) == 1
 
 
+def test_a_folder_that_comes_while_the_source_is_listed_is_taken_and_not_stored(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_place(*given: str) -> tree.Tree:
+        shutil.copytree(source / "folders" / "train" / "n1", source / "folders" / "train" / "n7")
+        return tree.read_place(*given)
+
+    monkeypatch.setattr("pipeline.sources.sources.read_place", read_place)
+    assert "n7" in listed(source, "folders", tmp_path / "out").classes
+    assert not (tmp_path / "out" / LISTING_FILE).exists()
+
+
 def test_a_damaged_or_foreign_listing_is_made_anew(forms: Path, tmp_path: Path) -> None:
     file = tmp_path / LISTING_FILE
     right = facts(listed(forms, "tar of tars", tmp_path))
@@ -166,6 +178,16 @@ def test_a_web_servers_tar_is_known_by_its_etag(source: Path, tmp_path: Path, he
         (tmp_path / "out" / LISTING_FILE).unlink()
         listed(server.url, "tar of tars", tmp_path / "out")
         assert not (tmp_path / "out" / LISTING_FILE).exists()
+
+
+def test_a_stores_file_of_another_size_is_another_though_it_is_written_in_the_same_second(s3: str) -> None:
+    client = boto3.client("s3", endpoint_url=f"http://{s3}")
+    client.create_bucket(Bucket="bucket")
+    versions = set()
+    for size in range(4):
+        client.put_object(Bucket="bucket", Key="x.tar", Body=bytes(size))
+        versions.add(remote.version(f"s3://bucket/x.tar?scheme=http&endpoint_override={s3}&region=us-east-1"))
+    assert len(versions) == 4
 
 
 # Interrupted at the third class, with the others stored.

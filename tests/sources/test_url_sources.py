@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import pickle
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -183,3 +184,6 @@ def test_what_is_not_at_a_url_is_named(forms: Path, bucket: str) -> None:
         listed(f"s3://bucket/nothing{bucket}")
     with pytest.raises(ValueError, match="strange://x cannot be opened"):
         listed("strange://x")
+    for url in ("http:///x.tar", "http://[::1/x.tar", "https://:99999/x.tar"):
+        with pytest.raises(ValueError, match=f"^{re.escape(url)} is no URL that HTTP can open$"):
+            listed(f"{url}?signature=SECRET")

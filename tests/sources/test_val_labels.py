@@ -56,6 +56,7 @@ def test_labels_are_joined_by_name_where_names_are_given(tmp_path: Path, text: s
         ("".join(f"{name} 1\n" for name, _ in ROWS), None, "holds numbers: .*--val-synsets"),
         ("".join(f"{name} {int(wnid == B) * 2}\n" for name, wnid in ROWS), None, "holds numbers: .*--val-synsets"),
         (f"x {A}\ny dog\n", None, "row 2 of .* is 'dog', which is no class of --source: give"),
+        (f'x,{A}\ny," "\nz,{B}\n', None, f"line 1 of .* is 'x,{A}', which is no class"),
         (f"x {A}\ny {'9' * 5000}\n", None, "row 2 of .* is '9999.*', which is no class of --source: give"),
     ],
     ids=lambda value: value[:40] if value else "",
@@ -79,6 +80,9 @@ def test_labels_without_their_images_are_refused(forms: Path, tmp_path: Path) ->
         listed(folders, synsets=tars / "synsets.txt")
     with pytest.raises(SourceError, match=r"missing\.txt does not exist: give --val-labels a text file"):
         listed(tars, labels=tmp_path / "missing.txt")
+    write(tmp_path, {"val/images/1.jpg": b"", "val/more.zip": b""})
+    with pytest.raises(SourceError, match=r"val holds 'more\.zip', which is compressed or not whole"):
+        listed(folders / "train", tmp_path / "val", tars / "wnids.txt")
     write(tmp_path, {"val.tar": {"val_9.jpg": b"", "val_10.jpg": b""}})
     with pytest.raises(SourceError, match="order is open to doubt: number the images with leading zeros"):
         listed(folders / "train", tmp_path / "val.tar", tars / "wnids.txt")

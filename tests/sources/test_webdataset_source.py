@@ -101,6 +101,10 @@ def test_classes_are_called_what_keys_or_json_say(tmp_path: Path, key: str, note
             {"dataset.json": json.dumps({"classes": [{"wnid": B}, {"wnid": A}]}), "x-0.tar": SHARD},
             r"x-0\.tar gives .* the label ., which elsewhere is",
         ),
+        (
+            {"dataset.json": '{"classes": [{"wnid": "crane"}, {"wnid": "crane"}]}', "x-0.tar": PAIR},
+            r"dataset\.json gives two classes one wnid: name the classes apart",
+        ),
         ({"dataset.json": "[" * 100_000, "x-0.tar": SHARD}, "dataset.json does not list classes"),
         ({"dataset.json": '{"schema_version": 99}', "train/x-0.tar": PAIR}, "list classes by their wnid: remove it"),
         (

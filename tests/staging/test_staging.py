@@ -26,6 +26,8 @@ from pipeline.staging.staging import stage
 from tests.damage import flip_bit, own_copy
 from tests.faulty_proxy import FAULTS, faulty_proxy
 
+CURE = "run the command that made the set again, which adds it and changes no image"
+
 
 def tree(root: Path) -> dict[str, str]:
     """sha256 of each file that training reads."""
@@ -86,13 +88,29 @@ def test_a_shard_that_is_not_what_the_set_says_is_refused(shard_set: Path, tmp_p
 def test_a_damaged_index_is_refused(shard_set: Path, tmp_path: Path, quick: None) -> None:
     damaged = own_copy(shard_set, tmp_path / "source")
     flip_bit(damaged / "train.arrow", 1000)
-    with pytest.raises(DatasetError, match=r"train\.arrow cannot be read in 7 attempts: .* damaged there") as found:
+    with pytest.raises(DatasetError, match=rf"train\.arrow is damaged \(its sha256 .*\): {CURE}") as found:
         stage_quietly(damaged, tmp_path / "disk")
     assert "\n" not in str(found.value)
     assert not list((tmp_path / "disk").rglob("dataset.json"))
     flip_bit(damaged / "train.arrow", 1000)
+    (damaged / "train.arrow").rename(tmp_path / "away")
+    for copy in (
+        lambda: stage_quietly(damaged, tmp_path / "disk"),
+        lambda: stage_pixels(str(damaged), tmp_path, print, 1),
+    ):
+        with pytest.raises(DatasetError, match=rf"source/train\.arrow is missing: {CURE}"):
+            copy()
+    (tmp_path / "away").rename(damaged / "train.arrow")
     staged, _ = stage_quietly(damaged, tmp_path / "disk")
     assert tree(staged) == tree(shard_set)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "[" * 99999])
+def test_a_copy_that_does_not_say_of_what_is_named(shard_set: Path, tmp_path: Path, text: str) -> None:
+    staged, _ = stage_quietly(shard_set, tmp_path)
+    (staged / "staged.json").write_text(text)
+    with pytest.raises(DatasetError, match=rf"staged\.json is damaged: delete {staged}, and run the command"):
+        SplitReader(staged, read_dataset(staged), "train")
 
 
 def test_a_full_disk_is_foreseen(shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
