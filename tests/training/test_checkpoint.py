@@ -15,6 +15,7 @@ from jobs.training.checkpoint import MODEL_FILE, OPTIMIZER_FILE
 from jobs.training.resume import resume
 from jobs.training.run_state import STATE_FILE, CheckpointError, DamagedError, State
 from jobs.training.run_storage import local_checkpoint
+from model.progress import Progress
 from model.training import Trainer, Worker
 from pipeline.loading.graph import GpuDecoder, decoder_name
 from tests.damage import flip_bit
@@ -38,6 +39,8 @@ def test_a_checkpoint_holds_no_code_and_its_state_survives_json(saved: Path) -> 
     state = checkpoint.read_state(saved)
     assert (state.progress.epoch, state.progress.step, len(state.progress.history)) == (1, 0, 1)
     assert state.identity == IDENTITY
+    # With a field that older checkpoints have.
+    assert Progress.from_json(state.progress.to_json() | {"best_error": 0.5}) == state.progress
 
 
 @pytest.mark.parametrize(
