@@ -64,7 +64,9 @@ class Owner:
             silent_s: seconds since its last renewal, by the storage's clock.
         """
         if self.machine == here.machine:
-            return str(_started(self.pid)) == self.started
+            # Of a process that /proc hides, only its silence tells.
+            with contextlib.suppress(PermissionError):
+                return str(_started(self.pid)) == self.started
         return silent_s < DEAD_SECONDS
 
     def refusal(self, run: str, here: Owner, silent_s: float) -> str:
@@ -82,10 +84,17 @@ class Owner:
 
 
 def _started(pid: int) -> int | None:
-    """When a process of this machine began, in clock ticks since its boot; None if it has ended."""
+    """When a process of this machine began, in clock ticks since its boot; None if it has ended.
+
+    Raises:
+        PermissionError: if it is another user's and /proc, mounted with hidepid, does not show it.
+    """
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
+        # What is hidden looks as if it were not there.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, 0)
         return None
     return None if state in "ZX" else int(fields[18])
 

@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import boto3
 import pytest
@@ -105,6 +106,21 @@ def test_a_pid_that_is_used_again_is_another_process() -> None:
     other = dataclasses.replace(NEAR, started="1", machine="other")
     assert other.lives(NEAR, DEAD_SECONDS - 1)
     assert not other.lives(NEAR, DEAD_SECONDS)
+
+
+@pytest.mark.parametrize("shown", [FileNotFoundError, PermissionError])
+def test_another_users_process_that_proc_hides_lives_until_it_is_silent(
+    shown: type[OSError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with hidepid=2 and hidepid=1."""
+
+    def fail(error: type[OSError]) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(Path, "read_text", lambda *_: fail(shown))
+    monkeypatch.setattr(os, "kill", lambda *_: fail(PermissionError))
+    assert NEAR.lives(NEAR, DEAD_SECONDS - 1)
+    assert not NEAR.lives(NEAR, DEAD_SECONDS)
 
 
 def test_a_silent_command_is_followed_after_the_stated_time_and_leaves_if_it_comes_back(tmp_path: Path) -> None:
