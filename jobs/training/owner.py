@@ -157,13 +157,17 @@ class Claim:
             self._filesystem.delete_file(file)
 
     def _read(self, file: str) -> Owner | None:
-        """A claim; None where it has been taken back, or is none of ours."""
+        """A claim; None where it has been taken back."""
+        name = os.path.basename(file)
         try:
             # Again where it fails: another host may be renewing it, and its length then differs from what was asked.
-            return Owner(**json.loads(read(join(self._run, os.path.basename(file)))))
-        # Taken back, even if it is there again by now: who writes one later looks for this process's own.
-        except (ValueError, TypeError, FileNotFoundError):
+            return Owner(**json.loads(read(join(self._run, name))))
+        # Even if it is there again by now: who writes one later looks for this process's own.
+        except FileNotFoundError:
             return None
+        # Another version's, say: of that, too, silence tells.
+        except (ValueError, TypeError):
+            return Owner(f"an unknown host ({name} is not of this version)", 0, "", "", settled=True)
 
     def _living(self, claims: dict[str, tuple[Owner, float]]) -> list[tuple[Owner, float]]:
         return [(owner, silent) for owner, silent in claims.values() if owner.lives(self._here, silent)]

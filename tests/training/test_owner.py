@@ -46,6 +46,19 @@ def test_a_second_command_is_refused_by_name_and_the_next_one_is_not(run: str) -
         pass
 
 
+@pytest.mark.parametrize("text", [json.dumps(dataclasses.asdict(FAR) | {"new": 1}), "{"])
+def test_a_claim_that_cannot_be_read_refuses_until_it_is_silent(text: str, tmp_path: Path) -> None:
+    """A later version's, or half a one."""
+    file = tmp_path / f"{PREFIX}x.json"
+    file.write_text(text)
+    with pytest.raises(OwnedError, match=r"on an unknown host \(owner-x\.json .*the run over after 1[78]\d s more$"):
+        Claim(str(tmp_path), NEAR).take()
+    assert list(tmp_path.iterdir()) == [file]
+    os.utime(file, (time.time() - DEAD_SECONDS - 1,) * 2)
+    Claim(str(tmp_path), NEAR).take()
+    assert not file.exists()
+
+
 def test_train_is_refused_before_it_starts_anything(shard_set: Path, tmp_path: Path) -> None:
     with owned(str(tmp_path), str(tmp_path / "run")):
         done = run_here("train", "--data", shard_set, "--storage", tmp_path, "--name", "run", "--batch-size", 9)
