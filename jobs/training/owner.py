@@ -108,6 +108,8 @@ class Claim:
         self._filesystem, self._path = open_location(run)
         name = f"{PREFIX}{uuid.uuid4().hex}.json"
         self._file, self._location = f"{self._path}/{name}", join(run, name)
+        self._followed: list[str] = []
+        """Files of those that it took the run over from."""
 
     def take(self) -> None:
         """Becomes the run's owner.
@@ -126,8 +128,8 @@ class Claim:
                 # Once more: a store may not yet have listed a claim that was written a moment before.
                 living = [one for one in self._living(self._others()) if one[0].settled]
             if not living:
-                for file in rivals:
-                    self._remove(file)
+                self._followed = list(rivals)
+                self._remove_followed()
                 return
             self.release()
             owner, silent = max(living, key=lambda one: one[0].settled)
@@ -142,6 +144,8 @@ class Claim:
         if not mine and any(owner.settled for owner, _ in self._others().values()):
             return False
         self._write(settled=True)
+        # A renewal that hung while the run was taken over writes its file anew: without it, the next one knows.
+        self._remove_followed()
         return True
 
     def release(self) -> None:
@@ -151,6 +155,10 @@ class Claim:
     def _write(self, settled: bool) -> None:
         claim = dataclasses.asdict(dataclasses.replace(self._here, settled=settled))
         write(self._location, json.dumps(claim).encode())
+
+    def _remove_followed(self) -> None:
+        for file in self._followed:
+            self._remove(file)
 
     def _remove(self, file: str) -> None:
         with contextlib.suppress(FileNotFoundError):
