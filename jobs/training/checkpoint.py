@@ -16,7 +16,6 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from pyarrow import fs as arrow_fs
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import nn
@@ -26,8 +25,8 @@ from jobs.training.run_state import STATE_FILE, CheckpointError, DamagedError, R
 from model.recipe import Recipe
 from model.training import Trainer
 from pipeline.dataset.info import DatasetInfo
-from pipeline.storage.locations import join, open_location, shown
-from pipeline.storage.remote import write_atomically
+from pipeline.storage import remote
+from pipeline.storage.locations import join, shown
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -62,7 +61,7 @@ def save_network(folder: Path, network: nn.Module, state: State) -> None:
 
 
 def _save_state(folder: Path, state: State) -> None:
-    write_atomically(folder / STATE_FILE, state.to_json(digests(folder)))
+    remote.write(folder / STATE_FILE, state.to_json(digests(folder)))
 
 
 def _save_network(folder: Path, network: nn.Module) -> None:
@@ -187,20 +186,25 @@ def scan(run: str) -> tuple[dict[str, State], list[DamagedError]]:
     Returns:
         the states by folder name, in the order of training; an error for each state that is damaged.
     """
-    filesystem, path = open_location(run)
     states, damaged = {}, []
-    for info in filesystem.get_file_info(arrow_fs.FileSelector(path, allow_not_found=True)):
-        folder = info.path.rpartition("/")[2]
-        if info.type != arrow_fs.FileType.Directory or not folder.startswith(CHECKPOINT_PREFIX):
-            continue
+    for folder in _folders(run):
+        where = join(run, folder, STATE_FILE)
         try:
-            with filesystem.open_input_stream(f"{info.path}/{STATE_FILE}") as file:
-                states[folder] = State.from_json(file.read(), shown(join(run, folder, STATE_FILE)))
+            states[folder] = State.from_json(remote.read(where), shown(where))
         except FileNotFoundError:
             continue  # Unfinished, or just being removed.
         except DamagedError as error:
             damaged.append(error)
     return dict(sorted(states.items(), key=lambda item: (item[1].progress.epoch, item[1].progress.step))), damaged
+
+
+def _folders(run: str) -> list[str]:
+    """What is named as a run's checkpoints are."""
+    return [
+        item.name
+        for item in remote.scan(run, missing_ok=True)
+        if item.folder and item.name.startswith(CHECKPOINT_PREFIX)
+    ]
 
 
 def committed(run: str) -> dict[str, State]:

@@ -18,6 +18,8 @@ from jobs.training.run_storage import local_checkpoint
 from model.progress import Progress
 from model.training import Trainer, Worker
 from pipeline.loading.graph import GpuDecoder, decoder_name
+from pipeline.storage import remote
+from pipeline.storage.locations import join
 from tests.damage import flip_bit
 from tests.model.test_training import IDENTITY, RECIPE, Recorder, SmallData, Stopped, make_trainer
 from tests.ranks import run_ranks
@@ -142,6 +144,16 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(run: Path) ->
         path.write_text("{")
     with pytest.raises(CheckpointError, match=r"no checkpoint of .* is whole: .*Use another --name"):
         checkpoint.committed(str(run))
+
+
+def test_a_run_that_another_tool_copied_to_googles_store_is_found(run: Path, gcs: str) -> None:
+    """No object stands for its folders."""
+    url = f"gs://anonymous@bucket/run?scheme=http&endpoint_override={gcs}"
+    for name in FILES:
+        remote.write(join(url, NEWEST, name), (run / NEWEST / name).read_bytes())
+    trainer = make_trainer()
+    assert resume(url, None, trainer, IDENTITY)
+    assert trainer.progress.epoch == 3
 
 
 def test_a_new_run_begins_at_a_chosen_checkpoint_and_goes_on_with_its_own(run: Path, tmp_path: Path) -> None:
