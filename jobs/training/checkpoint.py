@@ -10,6 +10,7 @@ unfinished, and is never used.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 from collections.abc import Collection
@@ -26,7 +27,7 @@ from model.recipe import Recipe
 from model.training import Trainer
 from pipeline.dataset.info import DatasetInfo
 from pipeline.storage import remote
-from pipeline.storage.locations import join, shown
+from pipeline.storage.locations import is_url, join, shown
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -180,22 +181,41 @@ def load_tensors(folder: Path, name: str, state: State) -> dict[str, torch.Tenso
         raise DamagedError(f"{folder / name} is damaged or missing ({error})") from error
 
 
-def scan(run: str) -> tuple[dict[str, State], list[DamagedError]]:
+def scan(run: str) -> tuple[dict[str, State], list[Exception]]:
     """The checkpoints of the run at a path or URL, as far as their states tell.
 
     Returns:
         the states by folder name, in the order of training; an error for each state that is damaged.
     """
-    states, damaged = {}, []
+    states: dict[str, State] = {}
+    damaged: list[Exception] = []
     for folder in _folders(run):
         where = join(run, folder, STATE_FILE)
         try:
             states[folder] = State.from_json(remote.read(where), shown(where))
         except FileNotFoundError:
             continue  # Unfinished, or just being removed.
-        except DamagedError as error:
+        except (DamagedError, OSError) as error:
+            if not is_damage(error, run):
+                raise
             damaged.append(error)
     return dict(sorted(states.items(), key=lambda item: (item[1].progress.epoch, item[1].progress.step))), damaged
+
+
+def is_damage(error: Exception, run: str) -> bool:
+    """Whether one file of a run is damaged, or on a disk cannot be read; any other OSError may be all the storage's."""
+    return isinstance(error, DamagedError) or (_unreadable(error) and not is_url(run))
+
+
+def _unreadable(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.EIO
+
+
+def none_whole(run: str, errors: list[Exception]) -> Exception:
+    """The error for a run with no whole checkpoint, of those of its checkpoints."""
+    if all(_unreadable(error) for error in errors):
+        return errors[0]  # All the disk fails.
+    return CheckpointError(f"no checkpoint of {shown(run)} is whole: {errors[-1]}. Use another --name")
 
 
 def _folders(run: str) -> list[str]:
@@ -212,10 +232,11 @@ def committed(run: str) -> dict[str, State]:
 
     Raises:
         CheckpointError: if all are damaged.
+        OSError: if none can be read.
     """
     states, damaged = scan(run)
     if damaged and not states:
-        raise CheckpointError(f"no checkpoint of {shown(run)} is whole: {damaged[-1]}. Use another --name")
+        raise none_whole(run, damaged)
     for error in damaged:
         log(f"warning: left out: {error}")
     return states

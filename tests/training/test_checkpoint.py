@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,27 @@ def test_damage_of_any_file_is_found_and_the_checkpoint_before_is_taken(
     # A folder without a state is one that was not finished.
     told = "".join(capsys.readouterr())
     assert (str(path) in told) == ((name, damage) != (STATE_FILE, "gone"))
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(("code", "folder"), [(errno.EIO, NEWEST), (errno.EIO, ""), (errno.ESTALE, NEWEST)])
+def test_one_unreadable_file_is_damage_and_a_storage_that_is_away_is_not(
+    run: Path, name: str, code: int, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        if folder in str(path) and path.name == name:
+            raise OSError(code, os.strerror(code), str(path))
+        return whole(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    if (code, folder) == (errno.EIO, NEWEST):
+        assert place(run) == (2, 4)
+        assert list(checkpoint.committed(str(run)))[-1] == "checkpoint_0002_000004"
+    else:
+        with pytest.raises(OSError, match=os.strerror(code)):
+            place(run)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(run: Path) -> None:
