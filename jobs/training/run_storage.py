@@ -129,12 +129,14 @@ class CheckpointUploader:
         try:
             if not is_url(self._run) and not os.path.isdir(self._path):
                 raise FileNotFoundError("the run's folder has vanished")
-            # What a killed worker began, or what was found damaged.
-            self._filesystem.delete_dir_contents(target, missing_dir_ok=True)
-            self._filesystem.create_dir(target)
-            arrow_fs.copy_files(str(folder), target, destination_filesystem=self._filesystem)
-            # Last, because it makes the folder a checkpoint.
-            write(join(self._run, folder.name, STATE_FILE), state.to_json(files))
+            # A whole one of this place, as of two stops in a validation, stays: a kill here would leave neither.
+            if folder.name not in scan(self._run)[0]:
+                # What a killed worker began, or what was found damaged.
+                self._filesystem.delete_dir_contents(target, missing_dir_ok=True)
+                self._filesystem.create_dir(target)
+                arrow_fs.copy_files(str(folder), target, destination_filesystem=self._filesystem)
+                # Last, because it makes the folder a checkpoint.
+                write(join(self._run, folder.name, STATE_FILE), state.to_json(files))
         except OSError as error:
             raise storage_error(self._run, error) from error
         shutil.rmtree(folder, ignore_errors=True)

@@ -12,7 +12,7 @@ import pytest
 
 from jobs.training import checkpoint, run_storage
 from jobs.training.run_storage import CheckpointUploader, LocalDiskError, StorageError, check_run_folder
-from tests.damage import small_disk
+from tests.damage import flip_bit, small_disk
 from tests.model.test_training import IDENTITY, make_trainer
 
 
@@ -100,6 +100,24 @@ def test_a_half_sent_checkpoint_is_none_and_is_sent_anew(tmp_path: Path, monkeyp
     assert not (folder / "half").exists()
     checkpoint.restore(folder, make_trainer(), IDENTITY)
     assert list(checkpoint.committed(str(tmp_path))) == [folder.name]
+
+
+@pytest.mark.parametrize("state", ["whole", "set aside", "damaged"])
+def test_a_whole_checkpoint_of_the_same_place_is_not_touched_and_a_damaged_one_is_replaced(
+    tmp_path: Path, state: str
+) -> None:
+    send(CheckpointUploader(str(tmp_path), 2))
+    (folder,) = tmp_path.iterdir()
+    flip_bit(folder / "model.safetensors", 1000)
+    if state == "set aside":
+        run_storage.set_aside(str(tmp_path), folder.name)
+    elif state == "damaged":
+        (folder / "state.json").write_text("{")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    send(CheckpointUploader(str(tmp_path), 2))
+    assert (before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}) == (state == "whole")
+    if state != "whole":
+        checkpoint.restore(folder, make_trainer(), IDENTITY)
 
 
 def test_old_checkpoints_go_and_one_that_cannot_be_removed_harms_nothing(
