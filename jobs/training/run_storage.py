@@ -22,7 +22,7 @@ from jobs.training.checkpoint import best, committed, scan, superfluous
 from jobs.training.run_state import STATE_FILE, CheckpointError, DamagedError, RunFingerprint, State
 from model.training import Trainer
 from pipeline.storage.locations import is_url, join, open_location, shown
-from pipeline.storage.remote import write
+from pipeline.storage.remote import empty, write
 
 
 class StorageError(ValueError):
@@ -125,18 +125,20 @@ class CheckpointUploader:
     def _send(self, folder: Path, state: State) -> None:
         with local_disk():
             files = checkpoint.digests(folder)
-        target = f"{self._path}/{folder.name}"
+        target = join(self._run, folder.name)
         try:
             if not is_url(self._run) and not os.path.isdir(self._path):
                 raise FileNotFoundError("the run's folder has vanished")
             # A whole one of this place, as of two stops in a validation, stays: a kill here would leave neither.
             if folder.name not in scan(self._run)[0]:
                 # What a killed worker began, or what was found damaged.
-                self._filesystem.delete_dir_contents(target, missing_dir_ok=True)
-                self._filesystem.create_dir(target)
-                arrow_fs.copy_files(str(folder), target, destination_filesystem=self._filesystem)
+                empty(target)
+                for name in files:
+                    with local_disk():
+                        data = (folder / name).read_bytes()
+                    write(join(target, name), data)
                 # Last, because it makes the folder a checkpoint.
-                write(join(self._run, folder.name, STATE_FILE), state.to_json(files))
+                write(join(target, STATE_FILE), state.to_json(files))
         except OSError as error:
             raise storage_error(self._run, error) from error
         shutil.rmtree(folder, ignore_errors=True)

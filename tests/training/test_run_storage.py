@@ -8,10 +8,14 @@ import tempfile
 from pathlib import Path
 
 import boto3
+import fsspec
 import pytest
+from pyarrow import fs
 
 from jobs.training import checkpoint, run_storage
 from jobs.training.run_storage import CheckpointUploader, LocalDiskError, StorageError, check_run_folder
+from pipeline.storage import remote, retry
+from pipeline.storage.remote import write
 from tests.damage import flip_bit, small_disk
 from tests.model.test_training import IDENTITY, make_trainer
 
@@ -82,11 +86,45 @@ def test_what_is_on_its_way_is_for_nobody_else_and_goes(tmp_path: Path, monkeypa
     assert [path.name for path in (tmp_path / "tmp").iterdir()] == ["another"]
 
 
+def test_a_store_that_fails_for_a_moment_gets_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = set()
+
+    class Store(fs.FSSpecHandler):
+        """Fails the first time that a folder is made, and emptied, and that each file is written."""
+
+        def fail_once(self, what: str) -> None:
+            if what not in failed:
+                failed.add(what)
+                raise ConnectionError(what)
+
+        def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
+            self.fail_once("empty")
+            super().delete_dir_contents(path, missing_dir_ok)
+
+        def create_dir(self, path: str, recursive: bool) -> None:
+            self.fail_once("make")
+            super().create_dir(path, recursive)
+
+        def open_output_stream(self, path: str, metadata: object) -> fs.PythonFile:
+            self.fail_once(path)
+            return super().open_output_stream(path, metadata)
+
+    store = fs.PyFileSystem(Store(fsspec.filesystem("file")))
+    for module in (remote, run_storage):
+        monkeypatch.setattr(module, "open_location", lambda url: (store, str(tmp_path / url.removeprefix("s3://"))))
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.0)
+    send(CheckpointUploader("s3://runs", 2))
+    assert len(failed) == 5
+    checkpoint.restore(tmp_path / "runs" / "checkpoint_0000_000000", make_trainer(), IDENTITY)
+
+
 def test_a_half_sent_checkpoint_is_none_and_is_sent_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that dies at the last moment, before the state is there."""
 
-    def die(*_: object) -> None:
-        raise OSError("killed")
+    def die(location: str, data: bytes) -> None:
+        if location.endswith("state.json"):
+            raise OSError("killed")
+        write(location, data)
 
     with monkeypatch.context() as patch:
         patch.setattr(run_storage, "write", die)
