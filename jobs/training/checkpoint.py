@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import math
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from pipeline.storage.locations import is_url, join, shown
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 CHECKPOINT_PREFIX = "checkpoint_"
+_PLACE = re.compile(rf"{CHECKPOINT_PREFIX}(\d+)_(\d+)")
 
 
 def save(folder: Path, trainer: Trainer, identity: RunFingerprint) -> None:
@@ -254,6 +256,13 @@ def superfluous(states: dict[str, State], keep: int) -> list[str]:
     # Equals stay in their order, so that the best one is among them.
     ranked = sorted((name for name in names if _error(states[name]) < math.inf), key=lambda name: _error(states[name]))
     return [name for name in names if name not in {*names[-2:], *ranked[:keep]}]
+
+
+def half(run: str, states: dict[str, State]) -> list[str]:
+    """Folders before the newest of a run's checkpoints that are none: half sent, set aside, or of a damaged state."""
+    newest = max(((state.progress.epoch, state.progress.step) for state in states.values()), default=(0, 0))
+    places = {name: _PLACE.fullmatch(name) for name in _folders(run) if name not in states}
+    return [name for name, place in places.items() if place and (int(place[1]), int(place[2])) < newest]
 
 
 def _error(state: State) -> float:

@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 
 from jobs.cli.command import one_line
 from jobs.training import checkpoint
-from jobs.training.checkpoint import best, committed, scan, superfluous
+from jobs.training.checkpoint import best, committed, half, scan, superfluous
 from jobs.training.run_state import STATE_FILE, CheckpointError, DamagedError, RunFingerprint, State
 from model.training import Trainer
 from pipeline.storage.locations import is_url, join, open_location, shown
-from pipeline.storage.remote import empty, write
+from pipeline.storage.remote import delete, empty, write
 
 
 class StorageError(ValueError):
@@ -146,9 +146,10 @@ class CheckpointUploader:
 
     def _remove_old(self) -> None:
         try:
-            for name in superfluous(scan(self._run)[0], self._keep):
+            states, _ = scan(self._run)
+            for name in [*superfluous(states, self._keep), *half(self._run, states)]:
                 # First what makes it a checkpoint, so that half of one is never found.
-                self._filesystem.delete_file(f"{self._path}/{name}/{STATE_FILE}")
+                delete(join(self._run, name, STATE_FILE))
                 self._filesystem.delete_dir(f"{self._path}/{name}")
         # The new one is safe already.
         except OSError as error:
@@ -156,7 +157,7 @@ class CheckpointUploader:
 
 
 def set_aside(run: str, name: str) -> None:
-    """Makes a damaged checkpoint no checkpoint any more; its files stay, until training comes to this step again."""
+    """Makes a damaged checkpoint no checkpoint any more; its files stay until training has a later one."""
     filesystem, path = open_location(run)
     filesystem.move(f"{path}/{name}/{STATE_FILE}", f"{path}/{name}/{STATE_FILE}.damaged")
 

@@ -158,6 +158,19 @@ def test_a_whole_checkpoint_of_the_same_place_is_not_touched_and_a_damaged_one_i
         checkpoint.restore(folder, make_trainer(), IDENTITY)
 
 
+def test_what_was_half_sent_or_is_damaged_goes_once_a_later_checkpoint_is_there(tmp_path: Path) -> None:
+    for name in ("checkpoint_0000_000001", "checkpoint_0000_000002", "checkpoint_0000_000009", "checkpoint_mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    (tmp_path / "checkpoint_0000_000002" / "state.json").write_text("{")
+    trainer, uploader = make_trainer(), CheckpointUploader(str(tmp_path), 2)
+    trainer.progress.step = 5
+    uploader.save(trainer, IDENTITY)
+    uploader.wait()
+    left = ["checkpoint_0000_000005", "checkpoint_0000_000009", "checkpoint_mine"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
 def test_old_checkpoints_go_and_one_that_cannot_be_removed_harms_nothing(
     s3: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
