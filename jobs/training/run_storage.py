@@ -71,7 +71,7 @@ class CheckpointUploader:
 
     Args:
         run: the run's folder, a path or URL.
-        keep: how many of the best checkpoints stay, besides the newest two.
+        keep: how many of the best checkpoints stay; the newest two do in any case.
 
     Raises:
         LocalDiskError: if this node's temporary folder cannot be written.

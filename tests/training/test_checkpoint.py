@@ -200,6 +200,9 @@ def test_the_newest_two_and_the_best_stay(run: Path) -> None:
     assert checkpoint.best(states) == "2-0"
     assert set(states) - set(checkpoint.superfluous(states, 2)) == {"2-0", "3-0", "4-0", "4-2"}
     assert set(states) - set(checkpoint.superfluous(states, 1)) == {"2-0", "4-0", "4-2"}
+    # The newest count among the best, so no more than two stay where the newest are the best.
+    first = dict(list(states.items())[:3])
+    assert set(first) - set(checkpoint.superfluous(first, 1)) == {"1-2", "2-0"}
 
 
 def begin(rank: int, world: int, run: str, folder: Path) -> None:
