@@ -23,8 +23,6 @@ class Progress:
     """Images, loss, top-1 and top-5 errors of the epoch under way, summed over all workers."""
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """One row an epoch."""
-    best_error: float | None = None
-    """The lowest validation top-1 error so far."""
     rate: float | None = None
     """The learning rate of the last step; None before the first."""
     flat_steps: int = 0
@@ -51,8 +49,6 @@ class Progress:
         }
         self.history.append(row)
         self.epoch, self.step, self.sums = epoch, 0, [0.0] * 4
-        if self.best_error is None or validation.top1_error < self.best_error:
-            self.best_error = validation.top1_error
         self.finished = self.schedule.stopped or epoch >= recipe.epochs
         return row
 
@@ -67,6 +63,7 @@ class Progress:
             TypeError, ValueError, KeyError: for anything else.
         """
         fields = dict(value)
+        fields.pop("best_error", None)  # Of older checkpoints
         progress = cls(schedule=Plateau(**fields.pop("schedule")), **fields)
         if not all(type(number) is int and number >= 0 for number in (progress.epoch, progress.step)):
             raise ValueError(f"training cannot be after epoch {progress.epoch!r}, step {progress.step!r}")

@@ -10,13 +10,14 @@ unfinished, and is never used.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
+import re
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from pyarrow import fs as arrow_fs
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import nn
@@ -26,12 +27,13 @@ from jobs.training.run_state import STATE_FILE, CheckpointError, DamagedError, R
 from model.recipe import Recipe
 from model.training import Trainer
 from pipeline.dataset.info import DatasetInfo
-from pipeline.storage.locations import join, open_location, shown
-from pipeline.storage.remote import write_atomically
+from pipeline.storage import remote
+from pipeline.storage.locations import is_url, join, shown
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 CHECKPOINT_PREFIX = "checkpoint_"
+_PLACE = re.compile(rf"{CHECKPOINT_PREFIX}(\d+)_(\d+)")
 
 
 def save(folder: Path, trainer: Trainer, identity: RunFingerprint) -> None:
@@ -62,7 +64,7 @@ def save_network(folder: Path, network: nn.Module, state: State) -> None:
 
 
 def _save_state(folder: Path, state: State) -> None:
-    write_atomically(folder / STATE_FILE, state.to_json(digests(folder)))
+    remote.write(folder / STATE_FILE, state.to_json(digests(folder)))
 
 
 def _save_network(folder: Path, network: nn.Module) -> None:
@@ -181,26 +183,50 @@ def load_tensors(folder: Path, name: str, state: State) -> dict[str, torch.Tenso
         raise DamagedError(f"{folder / name} is damaged or missing ({error})") from error
 
 
-def scan(run: str) -> tuple[dict[str, State], list[DamagedError]]:
+def scan(run: str) -> tuple[dict[str, State], list[Exception]]:
     """The checkpoints of the run at a path or URL, as far as their states tell.
 
     Returns:
         the states by folder name, in the order of training; an error for each state that is damaged.
     """
-    filesystem, path = open_location(run)
-    states, damaged = {}, []
-    for info in filesystem.get_file_info(arrow_fs.FileSelector(path, allow_not_found=True)):
-        folder = info.path.rpartition("/")[2]
-        if info.type != arrow_fs.FileType.Directory or not folder.startswith(CHECKPOINT_PREFIX):
-            continue
+    states: dict[str, State] = {}
+    damaged: list[Exception] = []
+    for folder in _folders(run):
+        where = join(run, folder, STATE_FILE)
         try:
-            with filesystem.open_input_stream(f"{info.path}/{STATE_FILE}") as file:
-                states[folder] = State.from_json(file.read(), shown(join(run, folder, STATE_FILE)))
+            states[folder] = State.from_json(remote.read(where), shown(where))
         except FileNotFoundError:
             continue  # Unfinished, or just being removed.
-        except DamagedError as error:
+        except (DamagedError, OSError) as error:
+            if not is_damage(error, run):
+                raise
             damaged.append(error)
     return dict(sorted(states.items(), key=lambda item: (item[1].progress.epoch, item[1].progress.step))), damaged
+
+
+def is_damage(error: Exception, run: str) -> bool:
+    """Whether one file of a run is damaged, or on a disk cannot be read; any other OSError may be all the storage's."""
+    return isinstance(error, DamagedError) or (_unreadable(error) and not is_url(run))
+
+
+def _unreadable(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.EIO
+
+
+def none_whole(run: str, errors: list[Exception]) -> Exception:
+    """The error for a run with no whole checkpoint, of those of its checkpoints."""
+    if all(_unreadable(error) for error in errors):
+        return errors[0]  # All the disk fails.
+    return CheckpointError(f"no checkpoint of {shown(run)} is whole: {errors[-1]}. Use another --name")
+
+
+def _folders(run: str) -> list[str]:
+    """What is named as a run's checkpoints are."""
+    return [
+        item.name
+        for item in remote.scan(run, missing_ok=True)
+        if item.folder and item.name.startswith(CHECKPOINT_PREFIX)
+    ]
 
 
 def committed(run: str) -> dict[str, State]:
@@ -208,10 +234,11 @@ def committed(run: str) -> dict[str, State]:
 
     Raises:
         CheckpointError: if all are damaged.
+        OSError: if none can be read.
     """
     states, damaged = scan(run)
     if damaged and not states:
-        raise CheckpointError(f"no checkpoint of {shown(run)} is whole: {damaged[-1]}. Use another --name")
+        raise none_whole(run, damaged)
     for error in damaged:
         log(f"warning: left out: {error}")
     return states
@@ -229,6 +256,13 @@ def superfluous(states: dict[str, State], keep: int) -> list[str]:
     # Equals stay in their order, so that the best one is among them.
     ranked = sorted((name for name in names if _error(states[name]) < math.inf), key=lambda name: _error(states[name]))
     return [name for name in names if name not in {*names[-2:], *ranked[:keep]}]
+
+
+def half(run: str, states: dict[str, State]) -> list[str]:
+    """Folders before the newest of a run's checkpoints that are none: half sent, set aside, or of a damaged state."""
+    newest = max(((state.progress.epoch, state.progress.step) for state in states.values()), default=(0, 0))
+    places = {name: _PLACE.fullmatch(name) for name in _folders(run) if name not in states}
+    return [name for name, place in places.items() if place and (int(place[1]), int(place[2])) < newest]
 
 
 def _error(state: State) -> float:

@@ -116,7 +116,7 @@ class CheckpointOptions:
     checkpoint_minutes: float | None = None
     """Minutes between checkpoints within an epoch, besides the others."""
     keep: int = 2
-    """How many checkpoints to keep besides the newest two: those with the lowest validation error."""
+    """How many checkpoints to keep: those with the lowest validation error. The newest two always stay."""
     from_checkpoint: str | None = None
     """Where a run that has no checkpoint yet begins: a checkpoint_* folder of another run with the same settings and
     data; a path or URL."""

@@ -64,7 +64,9 @@ class Owner:
             silent_s: seconds since its last renewal, by the storage's clock.
         """
         if self.machine == here.machine:
-            return str(_started(self.pid)) == self.started
+            # Of a process that /proc hides, only its silence tells.
+            with contextlib.suppress(PermissionError):
+                return str(_started(self.pid)) == self.started
         return silent_s < DEAD_SECONDS
 
     def refusal(self, run: str, here: Owner, silent_s: float) -> str:
@@ -82,10 +84,17 @@ class Owner:
 
 
 def _started(pid: int) -> int | None:
-    """When a process of this machine began, in clock ticks since its boot; None if it has ended."""
+    """When a process of this machine began, in clock ticks since its boot; None if it has ended.
+
+    Raises:
+        PermissionError: if it is another user's and /proc, mounted with hidepid, does not show it.
+    """
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
+        # What is hidden looks as if it were not there.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, 0)
         return None
     return None if state in "ZX" else int(fields[18])
 
@@ -99,6 +108,8 @@ class Claim:
         self._filesystem, self._path = open_location(run)
         name = f"{PREFIX}{uuid.uuid4().hex}.json"
         self._file, self._location = f"{self._path}/{name}", join(run, name)
+        self._followed: list[str] = []
+        """Files of those that it took the run over from."""
 
     def take(self) -> None:
         """Becomes the run's owner.
@@ -117,8 +128,8 @@ class Claim:
                 # Once more: a store may not yet have listed a claim that was written a moment before.
                 living = [one for one in self._living(self._others()) if one[0].settled]
             if not living:
-                for file in rivals:
-                    self._remove(file)
+                self._followed = list(rivals)
+                self._remove_followed()
                 return
             self.release()
             owner, silent = max(living, key=lambda one: one[0].settled)
@@ -133,6 +144,8 @@ class Claim:
         if not mine and any(owner.settled for owner, _ in self._others().values()):
             return False
         self._write(settled=True)
+        # A renewal that hung while the run was taken over writes its file anew: without it, the next one knows.
+        self._remove_followed()
         return True
 
     def release(self) -> None:
@@ -143,18 +156,26 @@ class Claim:
         claim = dataclasses.asdict(dataclasses.replace(self._here, settled=settled))
         write(self._location, json.dumps(claim).encode())
 
+    def _remove_followed(self) -> None:
+        for file in self._followed:
+            self._remove(file)
+
     def _remove(self, file: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self._filesystem.delete_file(file)
 
     def _read(self, file: str) -> Owner | None:
-        """A claim; None where it has been taken back, or is none of ours."""
+        """A claim; None where it has been taken back."""
+        name = os.path.basename(file)
         try:
             # Again where it fails: another host may be renewing it, and its length then differs from what was asked.
-            return Owner(**json.loads(read(join(self._run, os.path.basename(file)))))
-        # Taken back, even if it is there again by now: who writes one later looks for this process's own.
-        except (ValueError, TypeError, FileNotFoundError):
+            return Owner(**json.loads(read(join(self._run, name))))
+        # Even if it is there again by now: who writes one later looks for this process's own.
+        except FileNotFoundError:
             return None
+        # Another version's, say: of that, too, silence tells.
+        except (ValueError, TypeError):
+            return Owner(f"an unknown host ({name} is not of this version)", 0, "", "", settled=True)
 
     def _living(self, claims: dict[str, tuple[Owner, float]]) -> list[tuple[Owner, float]]:
         return [(owner, silent) for owner, silent in claims.values() if owner.lives(self._here, silent)]

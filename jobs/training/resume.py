@@ -15,7 +15,7 @@ from torch import distributed, nn
 
 from jobs.cli.command import one_line
 from jobs.training import checkpoint
-from jobs.training.checkpoint import scan
+from jobs.training.checkpoint import is_damage, none_whole, scan
 from jobs.training.run_state import CheckpointError, DamagedError, RunFingerprint
 from jobs.training.run_storage import local_checkpoint, local_copy, set_aside
 from model.alexnet import LAST_LAYER
@@ -116,7 +116,9 @@ def _restore_newest(run: str, start: str | None, trainer: Trainer, identity: Run
         try:
             with local_copy(join(run, name)) as folder:
                 checkpoint.restore(folder, trainer, identity)
-        except DamagedError as error:
+        except (DamagedError, OSError) as error:
+            if not is_damage(error, run):
+                raise
             print(f"warning: {error}; taking the checkpoint before it", flush=True)
             damaged.append(error)
             broken.append(name)
@@ -126,7 +128,7 @@ def _restore_newest(run: str, start: str | None, trainer: Trainer, identity: Run
             set_aside(run, other)
         return True
     if damaged:
-        raise CheckpointError(f"no checkpoint of {shown(run)} is whole: {damaged[0]}. Use another --name")
+        raise none_whole(run, damaged)
     if start is not None:
         with local_checkpoint(start) as (_, folder):
             checkpoint.restore(folder, trainer, identity)

@@ -44,7 +44,7 @@ class RunFingerprint:
     rgb: RgbStatistics
     """Of the training set: evaluation must subtract the same mean."""
     decoder: str = "libjpeg-turbo"
-    """What decided the images' pixels (`pipeline.loading.loader.decoder_name`)."""
+    """What decided the images' pixels (`pipeline.loading.graph.decoder_name`)."""
     precision: str = "float32"
     """float32, or bfloat16 for autocast."""
     init_from: str = ""

@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 
 from jobs.cli.command import one_line
 from jobs.training import checkpoint
-from jobs.training.checkpoint import best, committed, scan, superfluous
+from jobs.training.checkpoint import best, committed, half, scan, superfluous
 from jobs.training.run_state import STATE_FILE, CheckpointError, DamagedError, RunFingerprint, State
 from model.training import Trainer
 from pipeline.storage.locations import is_url, join, open_location, shown
-from pipeline.storage.remote import write
+from pipeline.storage.remote import delete, empty, write
 
 
 class StorageError(ValueError):
@@ -71,7 +71,7 @@ class CheckpointUploader:
 
     Args:
         run: the run's folder, a path or URL.
-        keep: how many of the best checkpoints stay, besides the newest two.
+        keep: how many of the best checkpoints stay; the newest two do in any case.
 
     Raises:
         LocalDiskError: if this node's temporary folder cannot be written.
@@ -125,16 +125,20 @@ class CheckpointUploader:
     def _send(self, folder: Path, state: State) -> None:
         with local_disk():
             files = checkpoint.digests(folder)
-        target = f"{self._path}/{folder.name}"
+        target = join(self._run, folder.name)
         try:
             if not is_url(self._run) and not os.path.isdir(self._path):
                 raise FileNotFoundError("the run's folder has vanished")
-            # What a killed worker began, or what was found damaged.
-            self._filesystem.delete_dir_contents(target, missing_dir_ok=True)
-            self._filesystem.create_dir(target)
-            arrow_fs.copy_files(str(folder), target, destination_filesystem=self._filesystem)
-            # Last, because it makes the folder a checkpoint.
-            write(join(self._run, folder.name, STATE_FILE), state.to_json(files))
+            # A whole one of this place, as of two stops in a validation, stays: a kill here would leave neither.
+            if folder.name not in scan(self._run)[0]:
+                # What a killed worker began, or what was found damaged.
+                empty(target)
+                for name in files:
+                    with local_disk():
+                        data = (folder / name).read_bytes()
+                    write(join(target, name), data)
+                # Last, because it makes the folder a checkpoint.
+                write(join(target, STATE_FILE), state.to_json(files))
         except OSError as error:
             raise storage_error(self._run, error) from error
         shutil.rmtree(folder, ignore_errors=True)
@@ -142,9 +146,10 @@ class CheckpointUploader:
 
     def _remove_old(self) -> None:
         try:
-            for name in superfluous(scan(self._run)[0], self._keep):
+            states, _ = scan(self._run)
+            for name in [*superfluous(states, self._keep), *half(self._run, states)]:
                 # First what makes it a checkpoint, so that half of one is never found.
-                self._filesystem.delete_file(f"{self._path}/{name}/{STATE_FILE}")
+                delete(join(self._run, name, STATE_FILE))
                 self._filesystem.delete_dir(f"{self._path}/{name}")
         # The new one is safe already.
         except OSError as error:
@@ -152,7 +157,7 @@ class CheckpointUploader:
 
 
 def set_aside(run: str, name: str) -> None:
-    """Makes a damaged checkpoint no checkpoint any more; its files stay, until training comes to this step again."""
+    """Makes a damaged checkpoint no checkpoint any more; its files stay until training has a later one."""
     filesystem, path = open_location(run)
     filesystem.move(f"{path}/{name}/{STATE_FILE}", f"{path}/{name}/{STATE_FILE}.damaged")
 

@@ -146,6 +146,13 @@ def delete(location: Location) -> None:
         _try(location, lambda: filesystem.delete_file(path), "deleted")
 
 
+def empty(folder: Location) -> None:
+    """Makes a folder, and deletes what is in it if it is there."""
+    filesystem, path = open_location(folder)
+    _try(folder, lambda: filesystem.delete_dir_contents(path, missing_dir_ok=True), "emptied")
+    _try(folder, lambda: filesystem.create_dir(path), "made")
+
+
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Writes a file aside, flushes it to the disk and renames it: a reader or a kill never meets half a file."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")

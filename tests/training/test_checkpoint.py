@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,11 @@ from jobs.training.checkpoint import MODEL_FILE, OPTIMIZER_FILE
 from jobs.training.resume import resume
 from jobs.training.run_state import STATE_FILE, CheckpointError, DamagedError, State
 from jobs.training.run_storage import local_checkpoint
+from model.progress import Progress
 from model.training import Trainer, Worker
 from pipeline.loading.graph import GpuDecoder, decoder_name
+from pipeline.storage import remote
+from pipeline.storage.locations import join
 from tests.damage import flip_bit, resealed
 from tests.model.test_training import IDENTITY, RECIPE, Recorder, SmallData, Stopped, make_trainer
 from tests.ranks import run_ranks
@@ -39,6 +44,8 @@ def test_a_checkpoint_holds_no_code_and_its_state_survives_json(saved: Path) -> 
     state = checkpoint.read_state(saved)
     assert (state.progress.epoch, state.progress.step, len(state.progress.history)) == (1, 0, 1)
     assert state.identity == IDENTITY
+    # With a field that older checkpoints have.
+    assert Progress.from_json(state.progress.to_json() | {"best_error": 0.5}) == state.progress
 
 
 @pytest.mark.parametrize(
@@ -145,6 +152,27 @@ def test_damage_of_any_file_is_found_and_the_checkpoint_before_is_taken(
     assert (str(path) in told) == ((name, damage) != (STATE_FILE, "gone"))
 
 
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(("code", "folder"), [(errno.EIO, NEWEST), (errno.EIO, ""), (errno.ESTALE, NEWEST)])
+def test_one_unreadable_file_is_damage_and_a_storage_that_is_away_is_not(
+    run: Path, name: str, code: int, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        if folder in str(path) and path.name == name:
+            raise OSError(code, os.strerror(code), str(path))
+        return whole(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    if (code, folder) == (errno.EIO, NEWEST):
+        assert place(run) == (2, 4)
+        assert list(checkpoint.committed(str(run)))[-1] == "checkpoint_0002_000004"
+    else:
+        with pytest.raises(OSError, match=os.strerror(code)):
+            place(run)
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(run: Path) -> None:
     for path in run.glob(f"*/{MODEL_FILE}"):
         flip_bit(path, path.stat().st_size // 2)
@@ -155,6 +183,16 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(run: Path) ->
         path.write_text("{")
     with pytest.raises(CheckpointError, match=r"no checkpoint of .* is whole: .*Use another --name"):
         checkpoint.committed(str(run))
+
+
+def test_a_run_that_another_tool_copied_to_googles_store_is_found(run: Path, gcs: str) -> None:
+    """No object stands for its folders."""
+    url = f"gs://anonymous@bucket/run?scheme=http&endpoint_override={gcs}"
+    for name in FILES:
+        remote.write(join(url, NEWEST, name), (run / NEWEST / name).read_bytes())
+    trainer = make_trainer()
+    assert resume(url, None, trainer, IDENTITY)
+    assert trainer.progress.epoch == 3
 
 
 def test_a_new_run_begins_at_a_chosen_checkpoint_and_goes_on_with_its_own(run: Path, tmp_path: Path) -> None:
@@ -178,6 +216,9 @@ def test_the_newest_two_and_the_best_stay(run: Path) -> None:
     assert checkpoint.best(states) == "2-0"
     assert set(states) - set(checkpoint.superfluous(states, 2)) == {"2-0", "3-0", "4-0", "4-2"}
     assert set(states) - set(checkpoint.superfluous(states, 1)) == {"2-0", "4-0", "4-2"}
+    # The newest count among the best, so no more than two stay where the newest are the best.
+    first = dict(list(states.items())[:3])
+    assert set(first) - set(checkpoint.superfluous(first, 1)) == {"1-2", "2-0"}
 
 
 def begin(rank: int, world: int, run: str, folder: Path) -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import boto3
 import pytest
@@ -43,6 +44,19 @@ def test_a_second_command_is_refused_by_name_and_the_next_one_is_not(run: str) -
         assert "endpoint" not in text
     with owned("runs", run):
         pass
+
+
+@pytest.mark.parametrize("text", [json.dumps(dataclasses.asdict(FAR) | {"new": 1}), "{"])
+def test_a_claim_that_cannot_be_read_refuses_until_it_is_silent(text: str, tmp_path: Path) -> None:
+    """A later version's, or half a one."""
+    file = tmp_path / f"{PREFIX}x.json"
+    file.write_text(text)
+    with pytest.raises(OwnedError, match=r"on an unknown host \(owner-x\.json .*the run over after 1[78]\d s more$"):
+        Claim(str(tmp_path), NEAR).take()
+    assert list(tmp_path.iterdir()) == [file]
+    os.utime(file, (time.time() - DEAD_SECONDS - 1,) * 2)
+    Claim(str(tmp_path), NEAR).take()
+    assert not file.exists()
 
 
 def test_train_is_refused_before_it_starts_anything(shard_set: Path, tmp_path: Path) -> None:
@@ -107,6 +121,21 @@ def test_a_pid_that_is_used_again_is_another_process() -> None:
     assert not other.lives(NEAR, DEAD_SECONDS)
 
 
+@pytest.mark.parametrize("shown", [FileNotFoundError, PermissionError])
+def test_another_users_process_that_proc_hides_lives_until_it_is_silent(
+    shown: type[OSError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with hidepid=2 and hidepid=1."""
+
+    def fail(error: type[OSError]) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(Path, "read_text", lambda *_: fail(shown))
+    monkeypatch.setattr(os, "kill", lambda *_: fail(PermissionError))
+    assert NEAR.lives(NEAR, DEAD_SECONDS - 1)
+    assert not NEAR.lives(NEAR, DEAD_SECONDS)
+
+
 def test_a_silent_command_is_followed_after_the_stated_time_and_leaves_if_it_comes_back(tmp_path: Path) -> None:
     claim = Claim(str(tmp_path), FAR)
     claim.take()
@@ -123,7 +152,10 @@ def test_a_silent_command_is_followed_after_the_stated_time_and_leaves_if_it_com
             with pytest.raises(OwnedError, match="it was there 0 s ago"):
                 second.take()
     assert not file.exists()
+    # A renewal that began before the take-over may end after it.
+    claim._write(settled=True)
     assert second.renew()
+    assert not file.exists()
     assert not claim.renew()
     over = threading.Event()
     owner._beat(claim, over, lost=over.set, seconds=0.0)

@@ -8,11 +8,15 @@ import tempfile
 from pathlib import Path
 
 import boto3
+import fsspec
 import pytest
+from pyarrow import fs
 
 from jobs.training import checkpoint, run_storage
 from jobs.training.run_storage import CheckpointUploader, LocalDiskError, StorageError, check_run_folder
-from tests.damage import small_disk
+from pipeline.storage import remote, retry
+from pipeline.storage.remote import write
+from tests.damage import flip_bit, small_disk
 from tests.model.test_training import IDENTITY, make_trainer
 
 
@@ -82,11 +86,45 @@ def test_what_is_on_its_way_is_for_nobody_else_and_goes(tmp_path: Path, monkeypa
     assert [path.name for path in (tmp_path / "tmp").iterdir()] == ["another"]
 
 
+def test_a_store_that_fails_for_a_moment_gets_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = set()
+
+    class Store(fs.FSSpecHandler):
+        """Fails the first time that a folder is made, and emptied, and that each file is written."""
+
+        def fail_once(self, what: str) -> None:
+            if what not in failed:
+                failed.add(what)
+                raise ConnectionError(what)
+
+        def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
+            self.fail_once("empty")
+            super().delete_dir_contents(path, missing_dir_ok)
+
+        def create_dir(self, path: str, recursive: bool) -> None:
+            self.fail_once("make")
+            super().create_dir(path, recursive)
+
+        def open_output_stream(self, path: str, metadata: object) -> fs.PythonFile:
+            self.fail_once(path)
+            return super().open_output_stream(path, metadata)
+
+    store = fs.PyFileSystem(Store(fsspec.filesystem("file")))
+    for module in (remote, run_storage):
+        monkeypatch.setattr(module, "open_location", lambda url: (store, str(tmp_path / url.removeprefix("s3://"))))
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.0)
+    send(CheckpointUploader("s3://runs", 2))
+    assert len(failed) == 5
+    checkpoint.restore(tmp_path / "runs" / "checkpoint_0000_000000", make_trainer(), IDENTITY)
+
+
 def test_a_half_sent_checkpoint_is_none_and_is_sent_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that dies at the last moment, before the state is there."""
 
-    def die(*_: object) -> None:
-        raise OSError("killed")
+    def die(location: str, data: bytes) -> None:
+        if location.endswith("state.json"):
+            raise OSError("killed")
+        write(location, data)
 
     with monkeypatch.context() as patch:
         patch.setattr(run_storage, "write", die)
@@ -100,6 +138,37 @@ def test_a_half_sent_checkpoint_is_none_and_is_sent_anew(tmp_path: Path, monkeyp
     assert not (folder / "half").exists()
     checkpoint.restore(folder, make_trainer(), IDENTITY)
     assert list(checkpoint.committed(str(tmp_path))) == [folder.name]
+
+
+@pytest.mark.parametrize("state", ["whole", "set aside", "damaged"])
+def test_a_whole_checkpoint_of_the_same_place_is_not_touched_and_a_damaged_one_is_replaced(
+    tmp_path: Path, state: str
+) -> None:
+    send(CheckpointUploader(str(tmp_path), 2))
+    (folder,) = tmp_path.iterdir()
+    flip_bit(folder / "model.safetensors", 1000)
+    if state == "set aside":
+        run_storage.set_aside(str(tmp_path), folder.name)
+    elif state == "damaged":
+        (folder / "state.json").write_text("{")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    send(CheckpointUploader(str(tmp_path), 2))
+    assert (before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}) == (state == "whole")
+    if state != "whole":
+        checkpoint.restore(folder, make_trainer(), IDENTITY)
+
+
+def test_what_was_half_sent_or_is_damaged_goes_once_a_later_checkpoint_is_there(tmp_path: Path) -> None:
+    for name in ("checkpoint_0000_000001", "checkpoint_0000_000002", "checkpoint_0000_000009", "checkpoint_mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    (tmp_path / "checkpoint_0000_000002" / "state.json").write_text("{")
+    trainer, uploader = make_trainer(), CheckpointUploader(str(tmp_path), 2)
+    trainer.progress.step = 5
+    uploader.save(trainer, IDENTITY)
+    uploader.wait()
+    left = ["checkpoint_0000_000005", "checkpoint_0000_000009", "checkpoint_mine"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
 def test_old_checkpoints_go_and_one_that_cannot_be_removed_harms_nothing(
