@@ -33,6 +33,7 @@ RAY = str(Path(sys.executable).with_name("ray"))
 HOST = "127.0.0.1"
 START_SECONDS, STOP_SECONDS = 90, 20
 CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS = 6, 150, 30  # Of the generated images.
+LR = "0.005"  # The paper's 0.01 is for 128 images a step; with 32, it ended 5 % higher.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class DemoConfig:
     """Where everything goes: images, shards, runs and report."""
     source: Path | None = None
     """Your own images, a folder a class (or train/ and val/ of such); by default some are generated."""
-    epochs: int = 4
+    epochs: int = 6
     """How long to train."""
     batch_size: int = 32
     """Images per step; small, so that minutes on two cores hold enough steps."""
@@ -151,7 +152,7 @@ def main(config: DemoConfig) -> None:
     with ray_cluster(environment, max(cores(), config.workers)) as address:
         train = ["python", "jobs/train.py", "--data", str(shards), "--storage", str(runs), "--name", "demo"]
         train += ["--workers", str(config.workers), "--batch-size", str(config.batch_size)]
-        train += ["--epochs", str(config.epochs), "--seed", "0", "--log-every", "5"]
+        train += ["--lr", LR, "--epochs", str(config.epochs), "--seed", "0", "--log-every", "5"]
         call([RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", *train], environment)
 
     evaluate = [python, "jobs/evaluate.py", "--data", str(shards), "--checkpoint", str(runs / "demo")]
