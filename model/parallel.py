@@ -45,6 +45,27 @@ def no_sync(network: nn.Module) -> contextlib.AbstractContextManager[None]:
     return network.no_sync() if isinstance(network, DistributedDataParallel) else contextlib.nullcontext()
 
 
+class SharedStatistics:
+    """Gives all workers the mean of their running statistics of batch normalization.
+
+    After each step, not only where they are saved: their last bits would depend on when that was.
+    """
+
+    def __init__(self, network: nn.Module, world: int) -> None:
+        saved = network.state_dict().keys()
+        self._world = world
+        self._buffers = [one for name, one in network.named_buffers() if name in saved and one.is_floating_point()]
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        if self._world > 1 and self._buffers:
+            all_of_them = torch.cat(self._buffers)
+            distributed.all_reduce(all_of_them)
+            all_of_them /= self._world
+            for buffer, mean in zip(self._buffers, all_of_them.split([len(one) for one in self._buffers]), strict=True):
+                buffer.copy_(mean)
+
+
 class InFlightStepLimit:
     """Keeps the host from queueing steps on a GPU without end; on a CPU, where nothing is queued, it does nothing."""
 

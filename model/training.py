@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from model.guards import DivergedError, Window, dead_network, diverged, divergence, flat_steps
 from model.metrics import LabeledImages, Score, batch_metrics, evaluate
 from model.optimizer import make_optimizer, resume_rate, set_rate
-from model.parallel import InFlightStepLimit, data_parallel, no_sync
+from model.parallel import InFlightStepLimit, SharedStatistics, data_parallel, no_sync
 from model.progress import Progress
 from model.recipe import Recipe
 from model.schedule import Plateau
@@ -128,6 +128,7 @@ class Trainer:
         self._forward_ended = 0.0
         self._in_flight = InFlightStepLimit(worker.device)
         self._parallel = data_parallel(network, worker.world, recipe.gradient_compression)
+        self._statistics = SharedStatistics(network, worker.world)
 
     def fit(self, data: TrainingData, observer: Observer) -> None:
         """Trains from where `progress` stands until the schedule stops or the epochs are used up.
@@ -178,6 +179,7 @@ class Trainer:
             sums += batch_metrics(log_probabilities.detach(), batch.labels)
             self._classes = log_probabilities.shape[1]
         self.optimizer.step()
+        self._statistics.after_step()
         return sums
 
     def gradient_norm(self) -> Tensor:
@@ -226,8 +228,6 @@ class Trainer:
                 recent.zero_()
                 norm, weights = torch.zeros_like(norm), self._weight_norm()
                 since, first, waited, highest = now, progress.step, 0.0, 0.0
-                if at_end or due:
-                    self._share_buffers()
                 self._do(action, observer)
 
     def _watched(self, batches: Iterator[LabeledImages], observer: Observer) -> Iterator[LabeledImages]:
@@ -277,16 +277,6 @@ class Trainer:
 
     def _diverged(self, cause: str, first: int, last: int) -> DivergedError:
         return diverged(cause, self.progress.epoch + 1, first, last, self.progress.rate or 0.0)
-
-    @torch.no_grad()
-    def _share_buffers(self) -> None:
-        """Averages running statistics over the workers: evaluation and checkpoints hold those of all images."""
-        if self.worker.world > 1:
-            saved = self.network.state_dict().keys()
-            for name, buffer in self.network.named_buffers():
-                if name in saved and buffer.is_floating_point():
-                    distributed.all_reduce(buffer)
-                    buffer /= self.worker.world
 
     def _all_reduce(self, sums: Tensor) -> Tensor:
         total = sums.clone()

@@ -35,8 +35,11 @@ def interruptible() -> Iterator[None]:
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_two_signals_at_once_ask_once_and_a_later_one_leaves(
-    signum: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    signum: signal.Signals, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
+    # Under nohup, this process ignores a hangup.
+    before = signal.signal(signum, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signum, before))
     asked: queue.Queue[str] = queue.Queue()
     said: list[str] = []
 
