@@ -20,20 +20,23 @@ from tests.photographs import build_shard_set, write_source
 from tests.shard_sets import make, planned
 
 
-class OneRayAtATime(LoadFileScheduling):
+class OneTrainingAtATime(LoadFileScheduling):
     """A file's tests share fixtures, so they stay in one process of `pytest -n N --dist loadfile`.
 
     The files with slow tests all stay in one, while the others run the rest: who trains takes up to 6 GB and all cores.
+    Those that only convert images stay in another.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file: str = super()._split_scope(nodeid)
-        return "slow" if "pytest.mark.slow" in (self.config.rootpath / file).read_text() else file
+        if "pytest.mark.slow" not in (self.config.rootpath / file).read_text():
+            return file
+        return "slow, converting" if file.startswith(("tests/images/", "tests/sharding/")) else "slow"
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
-    return OneRayAtATime(config, log) if config.getoption("dist") == "loadfile" else None
+    return OneTrainingAtATime(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")
