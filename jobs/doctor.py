@@ -55,7 +55,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from jobs.cluster.connection import check_gpus_or_cluster, connected
 from jobs.cluster.nodes import NoAnswer, alive_nodes, collect, on_each
-from jobs.cluster.paths import whole_path
+from jobs.cluster.paths import with_whole_paths
 from jobs.diagnostics.checks import (
     NODE_CHECKS,
     STEP_SECONDS,
@@ -106,10 +106,10 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
     cure = "look at /tmp/ray/session_latest/logs on that node; end its Ray and start it again"
     yield judge("nodes answer", answers, cure)
     nodes = [node for node, answer in answers.items() if not isinstance(answer, NoAnswer)]
-    storage = config.storage and whole_path("--storage", config.storage)
-    data = config.data and whole_path("--data", config.data)
+    config = with_whole_paths(config, "storage", "data")
+    storage = config.storage
     marker = f".doctor-{secrets.token_hex(8)}"
-    given = {"data": data, "storage": storage, "stage": config.stage, "marker": marker}
+    given = {"data": config.data, "storage": storage, "stage": config.stage, "marker": marker}
     # What the first node writes, each node must read. If it cannot write, its own row says why.
     writer = nodes[:1] if storage else []
     on_each(writer, write_file, storage, marker, seconds=STEP_SECONDS)

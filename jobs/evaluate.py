@@ -19,7 +19,6 @@ import tyro
 
 from jobs.cli.command import GpuChoice, run
 from jobs.cli.cores import cores
-from jobs.cluster.paths import whole_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +54,6 @@ class EvaluateConfig:
         """Of each image."""
         return 10 if self.ten_crop else 1
 
-    def with_whole_paths(self) -> EvaluateConfig:
-        """The same with absolute paths; ValueError for a relative one in a submitted job's working directory."""
-        given = {name: getattr(self, name) for name in ("data", "checkpoint", "stage", "json")}
-        whole = {name: type(path)(whole_path(f"--{name}", str(path))) for name, path in given.items() if path}
-        return dataclasses.replace(self, **whole)
-
 
 if __name__ == "__main__":
     run(EvaluateConfig, "jobs.evaluate")  # Before the imports below, which take seconds.
@@ -71,10 +64,12 @@ import torch
 from torch import Tensor
 
 from jobs.cli.device import choose_device
+from jobs.cli.locations import check_parent
 from jobs.cli.progress import counted
 from jobs.cli.workers import Workers
 from jobs.cluster.connection import connected, in_parallel
 from jobs.cluster.nodes import alive_nodes
+from jobs.cluster.paths import with_whole_paths
 from jobs.training import checkpoint
 from jobs.training.config import HardwareOptions
 from jobs.training.data import local_set
@@ -93,11 +88,11 @@ from pipeline.storage.locations import is_url, shown
 
 
 def main(config: EvaluateConfig) -> None:
-    config = config.with_whole_paths()
+    config = with_whole_paths(config, "data", "checkpoint", "stage", "json")
     if is_url(config.data) and config.stage is None:
         raise ValueError("--data is a URL: add --stage FOLDER, on each node's own disk, to copy its images to")
-    if config.json and not config.json.parent.is_dir():
-        raise ValueError(f"--json {config.json} cannot be written: there is no folder {config.json.parent}")
+    if config.json:
+        check_parent("--json", config.json)
     with local_checkpoint(config.checkpoint) as (location, folder):
         state = checkpoint.read_state(folder)
         checkpoint.check_other_classes(state.identity, read_dataset(config.data), location, config.data)

@@ -52,6 +52,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
+from jobs.cli.locations import check_parent
 from pipeline.dataset.info import DatasetInfo, read_dataset
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.images.decode import IMAGE_SIZE
@@ -137,8 +138,7 @@ def show(axes: Axes, image: NDArray[np.uint8], caption: str) -> None:
 
 
 def main(config: LookConfig) -> None:
-    if not config.output.parent.is_dir():
-        raise ValueError(f"--output {config.output} cannot be written: there is no folder {config.output.parent}")
+    check_parent("--output", config.output)
     info = read_dataset(config.data)
     reader = SplitReader(config.data, info, "train")
     seen = look(config, info, reader)

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jobs.cli.command import log, run
-from jobs.cluster.paths import whole_path
 from pipeline.storage.locations import is_http, is_url, join, shown
 
 MAX_SAMPLES_PER_SHARD = 20_000  # A worker holds its shard in memory: 20.7 KB an image, in 3,000 of ImageNet's.
@@ -89,14 +88,6 @@ class ShardConfig:
         if not self.output or is_http(self.output) or re.match(r"file:|\w+:/(?!/)", self.output):
             raise ValueError(f"--output {shown(self.output)} cannot be written: give a folder, s3://... or gs://...")
 
-    def with_whole_paths(self) -> ShardConfig:
-        """The same with absolute paths; ValueError for a relative one in a submitted job's working directory."""
-        given = {name: getattr(self, name) for name in ("output", "source", "source_val")}
-        whole: dict[str, Any] = {
-            name: whole_path(f"--{name.replace('_', '-')}", path) for name, path in given.items() if path
-        }
-        return dataclasses.replace(self, **whole)
-
 
 if __name__ == "__main__":
     run(ShardConfig, "jobs.shard_imagenet")  # Before the imports below, which take seconds.
@@ -106,6 +97,7 @@ import pyarrow as pa
 from jobs.cli.progress import Progress
 from jobs.cluster.build import build_all
 from jobs.cluster.connection import connected
+from jobs.cluster.paths import with_whole_paths
 from pipeline.dataset.info import REJECTS_FILE, DatasetInfo
 from pipeline.dataset.sample_index import SCHEMA
 from pipeline.images.equal_images import equal_images
@@ -126,7 +118,7 @@ def main(config: ShardConfig) -> None:
     Raises:
         SourceError, ShardSetError, ShardError, DatasetError, OSError: with one line for the user.
     """
-    config = config.with_whole_paths()
+    config = with_whole_paths(config, "output", "source", "source_val")
     output = join(config.output)
     check_output(output, config.source, config.source_val)
     check_folder(output)
@@ -177,7 +169,7 @@ def _make(output: str, plan: SetPlan, config: ShardConfig, lock: JobLock | None)
 
 
 def check_set_aside(output: str, info: DatasetInfo, images: int, config: ShardConfig) -> None:
-    """Raises ShardSetError if more images were set aside when a set was finished than the command line allows now."""
+    """Raises ShardSetError if a finished set left out more images than this command line allows."""
     fail = config.on_bad_image == "fail"
     if info.set_aside / images > (0 if fail else config.max_bad_fraction):
         flag = "--on-bad-image fail" if fail else f"--max-bad-fraction {config.max_bad_fraction}"

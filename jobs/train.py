@@ -28,7 +28,7 @@ from ray.train import ControllerError, FailureConfig, LoggingConfig, RunConfig, 
 
 from jobs.cluster.connection import connected, on_cluster
 from jobs.cluster.nodes import NoAnswer, alive_nodes, on_each
-from jobs.cluster.paths import in_job_copy
+from jobs.cluster.paths import in_job_copy, with_whole_paths
 from jobs.training import checkpoint
 from jobs.training.backend import NodeTorchConfig, NodeTrainer
 from jobs.training.failures import PERMANENT, FailureReporter
@@ -48,7 +48,7 @@ ROOM_SECONDS = "20"
 
 
 def main(config: TrainConfig) -> None:
-    config = config.with_whole_paths()
+    config = with_whole_paths(config, "data", "storage", "stage", "from_checkpoint", "init_from")
     recipe = config.make_recipe()
     info = open_dataset(config)
     plan = Plan(info.splits["train"].samples, recipe.batch_size, recipe.seed, color_matrix(info.rgb, recipe.color))

@@ -1,4 +1,4 @@
-"""Whether a location on the command line is of the kind that its flag takes: a shard set, a checkpoint, a folder."""
+"""Whether a location on the command line is what its flag takes: a shard set, a checkpoint, or where to write."""
 
 from __future__ import annotations
 
@@ -18,11 +18,17 @@ DEPTH = 3  # Images of a class lie in ROOT/train/CLASS.
 LOOKED_AT = 20  # Items of a folder: a class may have a million.
 
 
+def check_parent(option: str, path: Path) -> None:
+    """Raises ValueError for a file to be written after the work where there is no folder for it."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} {path} cannot be written: there is no folder {path.parent}")
+
+
 def check_locations(config: object) -> None:
     """Looks at a command's --stage, and at its --data and --checkpoint as far as they are on this machine's disk.
 
     Raises:
-        ValueError: if the first is a URL, the second a source of images or a run, or the third a shard set.
+        ValueError: if --stage is a URL, --data a source of images or a run, or --checkpoint a shard set.
     """
     data, checkpoint, stage = (str(getattr(config, name, None) or "") for name in ("data", "checkpoint", "stage"))
     if is_url(stage):

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.storage.locations import is_url
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 PACKAGE_FOLDER = "/working_dir_files/_ray_pkg_"  # Where Ray unpacks a job's working directory.
 
@@ -12,6 +19,21 @@ PACKAGE_FOLDER = "/working_dir_files/_ray_pkg_"  # Where Ray unpacks a job's wor
 def in_job_copy() -> bool:
     """Whether this process runs in the temporary copy of the code that `ray job submit --working-dir` makes."""
     return PACKAGE_FOLDER in os.getcwd()
+
+
+def with_whole_paths(config: Config, *names: str) -> Config:
+    """A command's configuration with these of its locations as every node can use them, where they are given.
+
+    Raises:
+        ValueError: see `whole_path`.
+    """
+    given = {name: getattr(config, name) for name in names}
+    whole = {
+        name: type(location)(whole_path(f"--{name.replace('_', '-')}", str(location)))
+        for name, location in given.items()
+        if location is not None
+    }
+    return dataclasses.replace(config, **whole)
 
 
 def whole_path(option: str, location: str) -> str:
@@ -28,4 +50,5 @@ def whole_path(option: str, location: str) -> str:
             f"{option} is the relative path {location}, and a submitted job runs in a temporary copy of the code: give "
             "an absolute path or a URL"
         )
-    return os.path.abspath(location)
+    # An empty one is no folder, and what opens it says so.
+    return location and os.path.abspath(location)

@@ -259,7 +259,7 @@ def superfluous(states: dict[str, State], keep: int) -> list[str]:
 
 
 def half(run: str, states: dict[str, State]) -> list[str]:
-    """Folders before the newest of a run's checkpoints that are none: half sent, set aside, or of a damaged state."""
+    """Folders of places before the newest checkpoint's that hold none: half sent, or damaged."""
     newest = max(((state.progress.epoch, state.progress.step) for state in states.values()), default=(0, 0))
     places = {name: _PLACE.fullmatch(name) for name in _folders(run) if name not in states}
     return [name for name, place in places.items() if place and (int(place[1]), int(place[2])) < newest]

@@ -10,7 +10,6 @@ import tyro
 
 from jobs.cli.command import GpuChoice
 from jobs.cli.workers import WorkersChoice
-from jobs.cluster.paths import whole_path
 from model.recipe import RECIPES, Recipe
 from pipeline.storage.locations import is_http, join, shown
 
@@ -188,21 +187,6 @@ class TrainConfig(LoggingOptions, FaultOptions, CheckpointOptions, RecipeOptions
     def run(self) -> str:
         """The run's folder, a path or URL."""
         return join(self.storage, self.name)
-
-    def with_whole_paths(self) -> TrainConfig:
-        """The same with absolute paths.
-
-        Raises:
-            ValueError: for a relative path in the working directory of a submitted job.
-        """
-        return dataclasses.replace(
-            self,
-            data=whole_path("--data", self.data),
-            storage=whole_path("--storage", self.storage),
-            stage=self.stage and whole_path("--stage", self.stage),
-            from_checkpoint=self.from_checkpoint and whole_path("--from-checkpoint", self.from_checkpoint),
-            init_from=self.init_from and whole_path("--init-from", self.init_from),
-        )
 
     def make_recipe(self) -> Recipe:
         """The named recipe with what the command line changes.

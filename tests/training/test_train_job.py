@@ -11,6 +11,7 @@ from typing import Literal
 import pytest
 
 from jobs import train
+from jobs.cluster.paths import with_whole_paths
 from jobs.training import checkpoint
 from jobs.training.config import TrainConfig
 from jobs.training.run_state import STATE_FILE, RunFingerprint, State
@@ -133,7 +134,8 @@ def test_a_setting_that_cannot_be_is_refused(wrong: dict[str, object], told: str
 
 def test_a_path_is_made_absolute_and_a_url_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    config = TrainConfig("set", "runs", "a", stage="/stage", from_checkpoint="gs://runs/b").with_whole_paths()
+    given = TrainConfig("set", "runs", "a", stage="/stage", from_checkpoint="gs://runs/b")
+    config = with_whole_paths(given, "data", "storage", "stage", "from_checkpoint", "init_from")
     assert (config.data, config.storage) == (f"{tmp_path}/set", f"{tmp_path}/runs")
     assert (config.stage, config.from_checkpoint) == ("/stage", "gs://runs/b")
 
