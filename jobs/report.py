@@ -12,7 +12,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jobs.cli.command import GpuChoice, log, run
+from jobs.cli.command import GpuChoice, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,27 +40,23 @@ from jobs.cli.device import choose_device
 from jobs.reporting.page import gallery, page, read_rates
 from jobs.reporting.predictions import predict
 from jobs.training import checkpoint
-from jobs.training.run_state import CheckpointError, DamagedError, State
-from jobs.training.run_storage import local_copy
+from jobs.training.run_storage import local_checkpoint
 from jobs.training.trackers import EVENTS, read_events
 from jobs.training.worker import make_network
-from model.alexnet import AlexNet
 from pipeline.dataset.info import read_dataset
-from pipeline.storage.locations import join, shown
+from pipeline.storage.locations import join
 from pipeline.storage.remote import write_atomically
 
 
 def main(config: ReportConfig) -> None:
     location = join(config.storage, config.name)
-    states = checkpoint.committed(location)
-    if checkpoint.best(states) is None:
-        raise CheckpointError(
-            f"the run {location} has no finished epoch: train first, or give its --storage and --name"
-        )
-    state = list(states.values())[-1]
     device = choose_device(config.gpu)
     rates = read_rates(config.benchmark) if config.benchmark else {}
-    network = best_network(location, states).to(memory_format=torch.channels_last).to(device).eval()
+    with local_checkpoint(location) as (_, folder):
+        network = make_network(checkpoint.read_state(folder).identity)
+        checkpoint.load_network(folder, network)
+    network = network.to(memory_format=torch.channels_last).to(device).eval()
+    *_, state = checkpoint.scan(location)[0].values()
     images: dict[str, Any] = {}
     if config.data is not None:
         info = read_dataset(config.data)
@@ -69,23 +65,3 @@ def main(config: ReportConfig) -> None:
     events = read_events(join(location, EVENTS))
     write_atomically(config.output, page(config.name, state, network, events, rates, images).encode())
     print(f"report: {config.output}")
-
-
-def best_network(run: str, states: dict[str, State]) -> AlexNet:
-    """The network of a run's best checkpoint, of those whose files are whole.
-
-    Raises:
-        CheckpointError: if none is.
-    """
-    left = dict(states)
-    while (name := checkpoint.best(left)) is not None:
-        try:
-            with local_copy(join(run, name)) as folder:
-                network = make_network(left.pop(name).identity)
-                checkpoint.load_network(folder, network)
-                return network
-        except DamagedError as error:
-            log(f"warning: {name} is left out, the next best is taken: {error}")
-    raise CheckpointError(
-        f"no checkpoint at an epoch's end of {shown(run)} is whole: train to the next epoch's end first"
-    )

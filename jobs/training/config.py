@@ -11,7 +11,7 @@ import tyro
 from jobs.cli.command import GpuChoice
 from jobs.cli.workers import WorkersChoice
 from model.recipe import RECIPES, Recipe
-from pipeline.storage.locations import is_http, join, shown
+from pipeline.storage.locations import check_writable, join
 
 
 def recipe_value(name: str) -> Any:
@@ -163,10 +163,7 @@ class TrainConfig(LoggingOptions, FaultOptions, CheckpointOptions, RecipeOptions
         for field in ("checkpoint_every", "max_failures"):
             if getattr(self, field) < 0:
                 raise ValueError(f"--{field.replace('_', '-')} is {getattr(self, field)}; it must not be below 0")
-        if is_http(self.storage):
-            raise ValueError(
-                f"--storage {shown(self.storage)} cannot be written: give a folder, s3://, gs:// or abfs://"
-            )
+        check_writable("--storage", self.storage)
         if self.stage_as == "pixels" and self.stage is None:
             raise ValueError("--stage-as pixels needs --stage, a folder on each node's own disk")
         for field in ("checkpoint_minutes", "resize_seconds"):

@@ -16,9 +16,18 @@ from pathlib import Path
 from pyarrow import fs as arrow_fs
 from safetensors import SafetensorError
 
-from jobs.cli.command import one_line
+from jobs.cli.command import log, one_line
 from jobs.training import checkpoint
-from jobs.training.checkpoint import best, committed, half, scan, superfluous
+from jobs.training.checkpoint import (
+    MODEL_FILE,
+    best,
+    committed,
+    half,
+    is_damage,
+    load_tensors,
+    scan,
+    superfluous,
+)
 from jobs.training.run_state import STATE_FILE, CheckpointError, DamagedError, RunFingerprint, State
 from model.training import Trainer
 from pipeline.storage.locations import is_url, join, open_location, shown
@@ -129,8 +138,9 @@ class CheckpointUploader:
         try:
             if not is_url(self._run) and not os.path.isdir(self._path):
                 raise FileNotFoundError("the run's folder has vanished")
+            states, _ = scan(self._run)
             # A whole one of this place, as of two stops in a validation, stays: a kill here would leave neither.
-            if folder.name not in scan(self._run)[0]:
+            if folder.name not in states:
                 # What a killed worker began, or what was found damaged.
                 empty(target)
                 for name in files:
@@ -139,14 +149,14 @@ class CheckpointUploader:
                     write(join(target, name), data)
                 # Last, because it makes the folder a checkpoint.
                 write(join(target, STATE_FILE), state.to_json(files))
+                states[folder.name] = state
         except OSError as error:
             raise storage_error(self._run, error) from error
         shutil.rmtree(folder, ignore_errors=True)
-        self._remove_old()
+        self._remove_old(states)
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, states: dict[str, State]) -> None:
         try:
-            states, _ = scan(self._run)
             for name in [*superfluous(states, self._keep), *half(self._run, states)]:
                 # First what makes it a checkpoint, so that half of one is never found.
                 delete(join(self._run, name, STATE_FILE))
@@ -178,6 +188,8 @@ def local_copy(location: str) -> Iterator[Path]:
 def local_checkpoint(location: str) -> Iterator[tuple[str, Path]]:
     """The checkpoint at a path or URL, or the best one of the run there: its location, and a local folder of its files.
 
+    Of a run, it is the best one whose network is whole; those before it are logged.
+
     Raises:
         CheckpointError: if there is neither a checkpoint nor a run with one.
     """
@@ -187,14 +199,33 @@ def local_checkpoint(location: str) -> Iterator[tuple[str, Path]]:
             f"{shown(location)} does not exist or is no folder: give a checkpoint_* folder or a run's folder"
         )
     if filesystem.get_file_info(f"{path}/{STATE_FILE}").type != arrow_fs.FileType.File:
-        chosen = best(committed(location))
-        if chosen is None:
-            raise CheckpointError(
-                f"{shown(location)} holds no finished epoch's checkpoint: train first, or give a checkpoint_* folder"
-            )
-        location = join(location, chosen)
+        with contextlib.ExitStack() as copies:
+            yield _best(location, copies)
+        return
     with local_copy(location) as folder:
         try:
             yield location, folder
         except DamagedError as error:
             raise DamagedError(f"{error}: give another checkpoint_* folder of its run") from error
+
+
+def _best(run: str, copies: contextlib.ExitStack) -> tuple[str, Path]:
+    states = committed(run)
+    if best(states) is None:
+        raise CheckpointError(
+            f"{shown(run)} holds no finished epoch's checkpoint: train first, or give a checkpoint_* folder"
+        )
+    while (name := best(states)) is not None:
+        location, state = join(run, name), states.pop(name)
+        try:
+            folder = copies.enter_context(local_copy(location))
+            load_tensors(folder, MODEL_FILE, state)
+        except (DamagedError, OSError) as error:
+            if not is_damage(error, run):
+                raise
+            log(f"warning: {name} is left out, the next best is taken: {error}")
+        else:
+            return location, folder
+    raise CheckpointError(
+        f"no checkpoint at an epoch's end of {shown(run)} is whole: train to the next epoch's end first"
+    )

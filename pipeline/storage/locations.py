@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -30,6 +31,15 @@ def is_url(location: Location) -> bool:
 
 def is_http(location: Location) -> bool:
     return is_url(location) and os.fspath(location).partition("://")[0] in HTTP
+
+
+def check_writable(option: str, location: str) -> None:
+    """Raises ValueError for a location of the command line that nothing can be written to.
+
+    A URL with one slash is one, as it would be a folder here.
+    """
+    if not location or is_http(location) or re.match(r"file:|\w+:/(?!/)", location):
+        raise ValueError(f"{option} {shown(location)} cannot be written: give a folder, s3://, gs:// or abfs://")
 
 
 def join(location: Location, *names: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -28,7 +29,7 @@ from tests.model.test_training import IDENTITY, RECIPE, Recorder, SmallData, Sto
 from tests.ranks import run_ranks
 
 FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
-NEWEST, BEST = "checkpoint_0003_000000", "checkpoint_0002_000000"
+NEWEST, BEFORE = "checkpoint_0003_000000", "checkpoint_0002_000000"
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ def test_damage_of_any_file_is_found_and_the_checkpoint_before_is_taken(
     # From now on it is none: what is written next is the newest, and the best is one of the others.
     assert list(checkpoint.committed(str(run)))[-1] == "checkpoint_0002_000004"
     with local_checkpoint(str(run)) as (location, _):
-        assert location == str(run / BEST)
+        assert location == str(run / BEFORE)
     # A folder without a state is one that was not finished.
     told = "".join(capsys.readouterr())
     assert (str(path) in told) == ((name, damage) != (STATE_FILE, "gone"))
@@ -171,6 +172,33 @@ def test_one_unreadable_file_is_damage_and_a_storage_that_is_away_is_not(
     else:
         with pytest.raises(OSError, match=os.strerror(code)):
             place(run)
+
+
+@pytest.mark.parametrize("name", [MODEL_FILE, STATE_FILE])
+@pytest.mark.parametrize("unreadable", [False, True])
+def test_where_the_best_checkpoint_is_damaged_the_next_best_is_taken(
+    run: Path, name: str, unreadable: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By all that take a run's best: evaluation, the export, the report, --init-from."""
+    whole, damaged = Path.read_bytes, set()
+
+    def read_bytes(path: Path) -> bytes:
+        if unreadable and path in damaged:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return whole(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    for place in (NEWEST, BEFORE):  # The better of the two first.
+        with local_checkpoint(str(run)) as (location, folder):
+            assert location == str(folder) == str(run / place)
+        damaged.add(run / place / name)
+        flip_bit(run / place / name, 1000)
+        capsys.readouterr()
+        with contextlib.suppress(CheckpointError), local_checkpoint(str(run)):
+            pass
+        assert str(run / place) in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=r"finished epoch|epoch's end"), local_checkpoint(str(run)):
+        pass
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(run: Path) -> None:
@@ -209,7 +237,7 @@ def test_the_newest_two_and_the_best_stay(run: Path) -> None:
     states = {}
     for epoch, error in enumerate((0.5, 0.25, 0.25, 0.75), 1):
         for step in (0, 2):
-            progress = checkpoint.read_state(run / BEST).progress
+            progress = checkpoint.read_state(run / BEFORE).progress
             progress.epoch, progress.step = epoch, step
             progress.history[-1]["top1_error"] = error
             states[f"{epoch}-{step}"] = State(IDENTITY, progress)
@@ -228,7 +256,7 @@ def begin(rank: int, world: int, run: str, folder: Path) -> None:
         with torch.no_grad():
             for parameter in trainer.network.parameters():
                 parameter.fill_(rank)
-        place, source = (place, f"{run}/{BEST}") if rank == 0 else (str(folder / "nowhere"), "nothing")
+        place, source = (place, f"{run}/{BEFORE}") if rank == 0 else (str(folder / "nowhere"), "nothing")
         assert resume(place, None, trainer, IDENTITY, source) == (kind == "old")
         (folder / f"{kind}{rank}").mkdir()
         checkpoint.save(folder / f"{kind}{rank}", trainer, IDENTITY)
@@ -241,7 +269,7 @@ def test_all_ranks_have_what_rank_0_read_and_a_runs_own_checkpoint_comes_before_
     for rank in range(2):
         old, new = tmp_path / f"old{rank}", tmp_path / f"new{rank}"
         assert [(old / name).read_bytes() == (run / NEWEST / name).read_bytes() for name in FILES] == [True] * 3
-        assert (new / MODEL_FILE).read_bytes() == (run / BEST / MODEL_FILE).read_bytes()
+        assert (new / MODEL_FILE).read_bytes() == (run / BEFORE / MODEL_FILE).read_bytes()
         begun = checkpoint.read_state(new)
         assert (begun.progress.epoch, begun.progress.rate) == (0, None)
         assert checkpoint.load_tensors(new, OPTIMIZER_FILE, begun) == {}

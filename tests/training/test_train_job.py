@@ -124,6 +124,7 @@ def test_more_epochs_are_told_of_only_where_they_extend_a_run(
         ({"resize_seconds": float("nan")}, "--resize-seconds is nan; it must be above 0"),
         ({"hang_seconds": float("inf")}, "--hang-seconds is inf; it must be above 0"),
         ({"storage": "https://h/runs?sig=SECRET"}, "^--storage https://h/runs cannot be written: give a folder, s3://"),
+        ({"storage": "s3:/bucket/runs"}, "^--storage s3:/bucket/runs cannot be written: give a folder, s3://"),
         ({"init_from": "a", "from_checkpoint": "b"}, "--init-from and --from-checkpoint exclude each other"),
     ],
 )
