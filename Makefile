@@ -53,7 +53,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 test: .venv/.test-installed ## everything but test-long
 	$(PYTEST) --dist loadfile
 
-test-fast: .venv/.test-installed ## the tests that start no Ray and train nothing, for while one works
+test-fast: .venv/.test-installed ## the tests without Ray and without whole networks, for while one works
 	$(PYTEST) --dist worksteal -m "not long and not slow"
 
 test-long: .venv/.test-installed ## faults and resizes in the midst of whole training runs, 16 minutes

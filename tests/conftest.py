@@ -19,19 +19,28 @@ from xdist.scheduler import LoadFileScheduling
 from tests.photographs import build_shard_set, write_source
 from tests.shard_sets import make, planned
 
+TRAIN = (
+    "tests/cluster/",
+    "tests/training/",
+    "tests/diagnostics/test_doctor.py",
+    "tests/diagnostics/test_benchmark.py",
+    "tests/test_demo.py",
+)
+CONVERT = ("tests/images/", "tests/sharding/")
+
 
 class OneTrainingAtATime(LoadFileScheduling):
     """A file's tests share fixtures, so they stay in one process of `pytest -n N --dist loadfile`.
 
-    The files with slow tests all stay in one, while the others run the rest: who trains takes up to 6 GB and all cores.
-    Those that only convert images stay in another.
+    The files whose slow tests train whole runs all stay in one, while the others run the rest: who trains takes up to
+    6 GB and all cores. Those that convert images as Ray jobs stay in another.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file: str = super()._split_scope(nodeid)
         if "pytest.mark.slow" not in (self.config.rootpath / file).read_text():
             return file
-        return "slow, converting" if file.startswith(("tests/images/", "tests/sharding/")) else "slow"
+        return "training" if file.startswith(TRAIN) else "converting" if file.startswith(CONVERT) else file
 
 
 @pytest.hookimpl(optionalhook=True)

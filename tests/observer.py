@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import sys
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -35,7 +36,7 @@ def observed(notes: str) -> Callable[[TrainConfig], dict[str, Any]]:
 
     def train_observed(config: TrainConfig) -> dict[str, Any]:
         trained, write = Reporter.on_step_end, Reporter.checkpoint
-        first = True
+        first, worker = True, uuid.uuid4().hex
 
         def note(trainer: Trainer, **more: object) -> None:
             place = {"epoch": trainer.progress.epoch, "step": trainer.progress.step}
@@ -47,7 +48,8 @@ def observed(notes: str) -> Callable[[TrainConfig], dict[str, Any]]:
         ) -> StepAction:
             nonlocal first
             samples = [sample for batch in batches for sample in cast(Batch, batch).samples.tolist()]
-            note(trainer, first=first, rank=trainer.worker.rank, world=trainer.worker.world, samples=samples)
+            rank, world = trainer.worker.rank, trainer.worker.world
+            note(trainer, worker=worker, first=first, rank=rank, world=world, samples=samples)
             first = False
             return trained(self, trainer, batches, own_seconds)
 
@@ -73,19 +75,28 @@ def observed(notes: str) -> Callable[[TrainConfig], dict[str, Any]]:
 
 
 def assert_trained_once(notes: Path, plan: Plan, steps: int) -> list[int]:
-    """Each of a run's steps was trained on the plan's samples in the plan's order, once; those that a fault undid do
-    not count.
+    """Each of a run's steps was trained on the plan's samples in the plan's order, once.
+
+    Those that a fault undid do not count, nor what a worker on a host that was cut off notes after others took over.
 
     Returns:
         the number of workers, and each to which it changed.
     """
     trained: dict[int, dict[tuple[int, int], list[int]]] = {}
     checkpoints = {0}
+    workers: dict[int, str] = {}
+    began = 0, 0
     for line in notes.read_text().splitlines():
         note = json.loads(line)
         done = note["epoch"] * plan.steps + note["step"]
         if "samples" not in note:
             checkpoints.add(done)
+            continue
+        if note["first"] and (began != (done, note["world"]) or note["rank"] in workers):
+            workers, began = {}, (done, note["world"])
+        if note["first"]:
+            workers[note["rank"]] = note["worker"]
+        elif note["worker"] not in workers.values():
             continue
         assert not note["first"] or done - 1 in checkpoints, f"a worker began after step {done - 1}, no checkpoint"
         # A worker that begins again undoes all that came after its checkpoint.

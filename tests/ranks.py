@@ -25,7 +25,10 @@ def run_ranks(
     Raises:
         torch.multiprocessing.ProcessRaisedException: with the traceback of one that fails.
     """
-    multiprocessing.spawn(_rank, (world, str(folder / "rendezvous"), timeout, function, arguments), nprocs=world)
+    # Forked from a process that has imported torch once, for all tests.
+    multiprocessing.set_forkserver_preload([__name__, "tests.model.test_training"])
+    given = (world, str(folder / "rendezvous"), timeout, function, arguments)
+    multiprocessing.start_processes(_rank, given, nprocs=world, start_method="forkserver")
 
 
 def _rank(

@@ -23,7 +23,8 @@ def notes(world: int, first: int, last: int, checkpoint: int) -> list[dict[str, 
         place = {"epoch": epoch, "step": step + 1}
         for rank, (planned, *_) in enumerate(PLAN.epoch(epoch, step, rank, world) for rank in range(world)):
             samples = planned.samples.tolist()
-            lines.append({**place, "first": done == first, "rank": rank, "world": world, "samples": samples})
+            who = {"worker": f"{rank} from {first}", "first": done == first, "rank": rank, "world": world}
+            lines.append({**place, **who, "samples": samples})
         lines += [place] * (done == checkpoint)
     return lines
 
@@ -37,6 +38,15 @@ def test_a_run_that_was_resumed_by_fewer_workers_is_proved(tmp_path: Path) -> No
     # Of the last step, a fault left one worker's note.
     lines = [*notes(3, 1, 7, 5)[:-2], *notes(2, 6, 9, 9)]
     assert prove(tmp_path / "notes", lines, 9) == [3, 2]
+
+
+def test_a_worker_that_was_given_up_and_wakes_later_undoes_nothing(tmp_path: Path) -> None:
+    late = notes(3, 1, 7, 5)[-1]
+    for world in (2, 3):
+        taken_over = notes(world, 6, 9, 9)
+        assert prove(tmp_path / "notes", [*notes(3, 1, 7, 5)[:-1], *taken_over, late], 9) == list(
+            dict.fromkeys((3, world))
+        )
 
 
 def test_what_is_not_the_plan_is_refused(tmp_path: Path) -> None:

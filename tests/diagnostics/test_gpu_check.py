@@ -54,6 +54,7 @@ def test_two_trainings_are_compared_to_the_last_bit(batches: list[Batch]) -> Non
     assert found.startswith("after 5 steps, 4 of 4 tensors differ: 2.weight, 2.bias, ")
 
 
+@pytest.mark.slow
 def test_a_loader_agrees_with_another(shard_set: Path) -> None:
     found = check(shard_set, CPU, make_trainer, 20, 2, 1, memory_batches=20)
     *exact, decoded = found.agreements
@@ -127,6 +128,7 @@ def test_an_image_that_is_off_is_found(
     assert all(f"batch 2, sample {batches[2].samples[4]}: " in text for text in found.problems)
 
 
+@pytest.mark.slow
 def test_a_check_that_fails_says_where(shard_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Loader.run
     calls = iter((0, 0, 1, 0, 0, 1, 0, 1, 1))  # Memory; JPEGs; two sizes' first; pixels; ten crops; two sizes' second.

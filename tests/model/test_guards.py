@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from model import guards
 from model.guards import DivergedError, Window, diverged, divergence
 from tests.model.test_training import RECIPE, Recorder, SmallData, make_trainer, places
 
@@ -47,13 +48,14 @@ def test_a_bad_gradient_stops_the_run_before_its_checkpoint(tmp_path: Path, fact
     assert places(record)[-1] == (1, 2)
 
 
-def test_a_dead_network_is_said_once() -> None:
-    trainer = make_trainer(dataclasses.replace(RECIPE, epochs=110, patience=110))
+def test_a_dead_network_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "FLAT_STEPS", 20)
+    trainer = make_trainer(dataclasses.replace(RECIPE, epochs=6, patience=6))
     for parameter in trainer.network.parameters():
         nn.init.zeros_(parameter)
         parameter.register_hook(torch.zeros_like)
     record = Recorder(None)
     trainer.fit(SmallData(), record)
     (warning,) = record.warnings
-    assert "for 500 steps" in warning
+    assert "for 20 steps" in warning
     assert "ln(3) = 1.099" in warning

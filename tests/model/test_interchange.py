@@ -122,6 +122,7 @@ def jiecaoyus(blobs: Blobs) -> bytes:
     return saved({"epoch": 90, "arch": "alexnet", "state_dict": tensors, "best_prec1": 57.5}, zipped=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "origin", "pool_first"),
     [
@@ -173,6 +174,7 @@ def test_a_network_that_does_not_fit_is_refused(blobs: Blobs, shard_set: Path) -
         import_weights.describe(nine, read_dataset(shard_set), shard_set)
 
 
+@pytest.mark.slow
 def test_imported_weights_are_evaluated_and_exported(
     blobs: Blobs, shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

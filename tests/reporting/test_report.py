@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -48,6 +49,7 @@ def test_confusions_start_with_the_worst_class() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_page_shows_a_runs_decisions_its_network_and_its_set(tmp_path: Path) -> None:
     source = write_source(tmp_path / "images", images=8, classes=2)
     data = make(tmp_path / "shards", planned(source, per_shard=8, val_fraction=0.5))

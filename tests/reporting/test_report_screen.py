@@ -23,7 +23,10 @@ from model.schedule import Plateau
 from pipeline.dataset.info import read_dataset
 from tests.benchmarks.figures import CHROMIUM, chromium, screenshot
 
-pytestmark = pytest.mark.skipif(shutil.which(CHROMIUM) is None, reason=f"no {CHROMIUM}: apt-get install {CHROMIUM}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which(CHROMIUM) is None, reason=f"no {CHROMIUM}: apt-get install {CHROMIUM}"),
+]
 
 PAPER = {"light": 255, "dark": 22}
 """The page's background, of each color."""

@@ -10,6 +10,7 @@ import boto3
 import pytest
 
 from pipeline.dataset.info import read_dataset
+from pipeline.sharding import shards
 from pipeline.sharding.set_folder import claim_folder, is_left_over
 from pipeline.sharding.shard_set import ShardSetError, find_finished, finish, tidy
 from pipeline.sharding.shards import build_in_steps, build_shard
@@ -80,11 +81,14 @@ def test_failures_of_the_store_are_outlived_or_leave_nothing_that_vouches(
         assert stored_in(client) == contents(whole)
 
 
-def test_two_jobs_that_make_the_same_set_do_no_harm(images: Path, whole: Path, s3: str, client: Any) -> None:
+def test_two_jobs_that_make_the_same_set_do_no_harm(
+    images: Path, whole: Path, s3: str, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "STEP_EVERY_S", 0.0)
     output, plan = in_bucket(s3), planned(images)
     claim_folder(output, plan)
     # The second is at work on a shard while the first writes all and finishes.
-    slow = build_in_steps(output, plan.shards[0], plan.image, True, careful=True, claim=plan.claim)
+    slow = build_in_steps(output, plan.shards[0], plan.image, True, claim=plan.claim)
     next(slow)
     make(output, plan)
     list(slow)

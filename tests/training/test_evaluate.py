@@ -61,6 +61,7 @@ def evaluated(data: object, saved: Path, *more: object) -> tuple[dict[str, Any],
     return found, done.stdout
 
 
+@pytest.mark.slow
 def test_a_set_at_a_url_is_judged_by_a_copy_of_its_validation_images(
     shard_set: Path, saved: Path, here: dict[str, Any], s3: str, tmp_path: Path
 ) -> None:
@@ -72,6 +73,7 @@ def test_a_set_at_a_url_is_judged_by_a_copy_of_its_validation_images(
     assert {path.name for path in tmp_path.rglob("*.tar")} == {"val-000000.tar", "val-000001.tar"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jpeg", "pixels"])
 def test_what_training_has_staged_is_not_copied_again(
     shard_set: Path, saved: Path, here: dict[str, Any], tmp_path: Path, kind: str
