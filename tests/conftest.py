@@ -26,21 +26,27 @@ TRAIN = (
     "tests/diagnostics/test_benchmark.py",
     "tests/test_demo.py",
 )
-CONVERT = ("tests/images/", "tests/sharding/")
+BESIDE = (
+    "tests/images/",
+    "tests/sharding/",
+    "tests/training/test_hang.py",
+    "tests/training/test_init_from.py",
+    "tests/training/test_loss_curve.py",
+)
 
 
 class OneTrainingAtATime(LoadFileScheduling):
     """A file's tests share fixtures, so they stay in one process of `pytest -n N --dist loadfile`.
 
-    The files whose slow tests train whole runs all stay in one, while the others run the rest: who trains takes up to
-    6 GB and all cores. Those that convert images as Ray jobs stay in another.
+    The files whose slow tests train whole runs with Ray all stay in one, while the others run the rest: who trains
+    takes up to 6 GB and all cores. The other slow ones of Ray or of whole networks stay in another.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file: str = super()._split_scope(nodeid)
         if "pytest.mark.slow" not in (self.config.rootpath / file).read_text():
             return file
-        return "training" if file.startswith(TRAIN) else "converting" if file.startswith(CONVERT) else file
+        return "beside" if file.startswith(BESIDE) else "training" if file.startswith(TRAIN) else file
 
 
 @pytest.hookimpl(optionalhook=True)

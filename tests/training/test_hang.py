@@ -56,6 +56,7 @@ with limited(1.0):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "place"),
     [(HANGING_READ, r'pipeline/loading/reader_process\.py", line \d+ in result'), (HELD_LOCK, "in hold_the_lock")],
@@ -111,6 +112,7 @@ def miss_an_exchange(rank: int, world: int, folder: Path) -> None:
             raise RuntimeError("out of memory")
 
 
+@pytest.mark.slow
 def test_an_exchange_that_does_not_end_is_one_line_with_its_cure(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     run_ranks(2, tmp_path, miss_an_exchange, tmp_path, timeout=timedelta(seconds=2))

@@ -41,6 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "classes"), [(".", 5), ("checkpoint_0001_000000", 3), ("../exported.safetensors", 3)]
 )
