@@ -26,7 +26,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jobs.cli.command import log, run
 from pipeline.storage.locations import check_writable, is_url, join, shown
@@ -63,10 +63,9 @@ class ShardConfig:
     """Decides the order of the images, and which ones validate where there is no validation folder."""
     samples_per_shard: int = 1250
     """Images in one shard, 1 to 20,000."""
-    on_bad_image: Literal["set-aside", "fail"] = "set-aside"
-    """What to do with an image that does not decode: leave it out and list it in rejects.jsonl, or stop."""
     max_bad_fraction: float = 0.001
-    """Fail if more than this part of all images was set aside."""
+    """An image that does not decode is left out and listed in rejects.jsonl. Stop once these are more than this part of
+    all images; 0 allows none."""
     val_fraction: float = 0.1
     """Part of each class to validate on where there is no validation folder."""
 
@@ -147,7 +146,7 @@ def main(config: ShardConfig) -> None:
             else:
                 tidy(output, info, log)
     if rate is None:
-        check_set_aside(output, info, plan.listing.images, config)
+        check_set_aside(output, info, plan.listing.images, config.max_bad_fraction)
         print("This set was finished before; nothing to do.")
     _print_summary(output, info, rate)
 
@@ -157,23 +156,21 @@ def _make(output: str, plan: SetPlan, config: ShardConfig, lock: JobLock | None)
     claim_folder(output, plan)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     with connected(config.workers, **quiet), Progress(plan.listing.images, "images") as progress:
-        built = build_all(output, plan, config.on_bad_image == "set-aside", config.workers, progress)
+        built = build_all(output, plan, config.max_bad_fraction, config.workers, progress)
         rate = progress.rate
     if lock is not None:
         lock.shut_out_workers()
     print_equal_images(built)
-    return finish(output, plan, built, config.max_bad_fraction, log), rate
+    return finish(output, plan, built, log), rate
 
 
-def check_set_aside(output: str, info: DatasetInfo, images: int, config: ShardConfig) -> None:
+def check_set_aside(output: str, info: DatasetInfo, images: int, max_bad_fraction: float) -> None:
     """Raises ShardSetError if a finished set left out more images than this command line allows."""
-    fail = config.on_bad_image == "fail"
-    if info.set_aside / images > (0 if fail else config.max_bad_fraction):
-        flag = "--on-bad-image fail" if fail else f"--max-bad-fraction {config.max_bad_fraction}"
+    if info.set_aside / images > max_bad_fraction:
         raise ShardSetError(
-            f"{shown(output)} is finished, with {info.set_aside} of {images} images set aside, more than {flag} "
-            f"allows; {shown(join(output, REJECTS_FILE))} lists them: repair or remove them and give another --output, "
-            "or allow as many"
+            f"{shown(output)} is finished, with {info.set_aside} of {images} images set aside, more than "
+            f"--max-bad-fraction {max_bad_fraction} allows; {shown(join(output, REJECTS_FILE))} lists them: "
+            "repair or remove them and give another --output, or allow as many"
         )
 
 

@@ -27,11 +27,11 @@ def planned(
 
 def build_all(output: Path | str, plan: SetPlan) -> list[BuiltShard]:
     claim_folder(output, plan)
-    return [build_shard(output, shard, plan.image, set_aside=True) for shard in plan.shards]
+    return [build_shard(output, shard, plan.image) for shard in plan.shards]
 
 
-def make(output: SomePath, plan: SetPlan, max_bad_fraction: float = 0.0) -> SomePath:
-    finish(output, plan, build_all(output, plan), max_bad_fraction)
+def make(output: SomePath, plan: SetPlan) -> SomePath:
+    finish(output, plan, build_all(output, plan))
     return output
 
 

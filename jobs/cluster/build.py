@@ -15,6 +15,7 @@ from pipeline.dataset.annotation import ShardError
 from pipeline.sharding.claim import Claim
 from pipeline.sharding.set_lock import at_work
 from pipeline.sharding.shard_plan import SetPlan, ShardPlan
+from pipeline.sharding.shard_set import check_rejected
 from pipeline.sharding.shards import BuiltShard, Step, build_in_steps
 from pipeline.storage.locations import shown
 from pipeline.storage.retry import SourceReadError
@@ -23,12 +24,15 @@ ATTEMPTS = 4
 CAREFUL_FROM = 2  # A node may be lost at any shard; a worker that dies twice at the same one may have cause.
 
 
-def build_all(output: str, plan: SetPlan, set_aside: bool, workers: int | None, progress: Progress) -> list[BuiltShard]:
+def build_all(
+    output: str, plan: SetPlan, max_bad_fraction: float, workers: int | None, progress: Progress
+) -> list[BuiltShard]:
     """Builds every shard, no more at a time than there are workers; in the plan's order.
 
     Raises:
-        BadImageError, ShardError, SourceReadError: see `build_in_steps`; also if a shard's workers died again and
-            again, or it could not be written.
+        ShardError, SourceReadError: see `build_in_steps`; also if a shard's workers died again and again, or it could
+            not be written.
+        ShardSetError: as soon as more images are set aside than `max_bad_fraction` of the whole set.
     """
     # Attempts are counted here and not by Ray, which would not tell a task which one it is.
     task = ray.remote(_build).options(num_cpus=1, max_retries=0, num_returns="streaming", name="build_shard")
@@ -43,7 +47,7 @@ def build_all(output: str, plan: SetPlan, set_aside: bool, workers: int | None, 
         rejected[number] = aside
         progress.advance(more, worked, note=f"{sum(rejected):,} set aside")
 
-    calls = ((output, shard, plan.image, set_aside, plan.claim) for shard in plan.shards)
+    calls = ((output, shard, plan.image, plan.claim) for shard in plan.shards)
     try:
         for number, item in stream(task, calls, workers, ATTEMPTS, again=(SourceReadError,)):
             if isinstance(item, str):
@@ -54,6 +58,7 @@ def build_all(output: str, plan: SetPlan, set_aside: bool, workers: int | None, 
             else:
                 done[number] = item
                 tell(number, len(plan.shards[number].entries), len(item.annotation.rejected), worked=not item.kept)
+                check_rejected(output, plan, done.values(), max_bad_fraction)
     except LostError as error:
         last = reached.get(error.number)
         raise ShardError(
@@ -72,7 +77,7 @@ def build_all(output: str, plan: SetPlan, set_aside: bool, workers: int | None, 
 
 
 def _build(
-    output: str, shard: ShardPlan, image: dict[str, Any], set_aside: bool, claim: Claim, attempt: int
+    output: str, shard: ShardPlan, image: dict[str, Any], claim: Claim, attempt: int
 ) -> Iterator[str | Step | BuiltShard]:
     """The task: says how far the shard is, what the storage client logs, and in the end what it came to."""
     lines: list[str] = []
@@ -82,7 +87,7 @@ def _build(
     storage.addHandler(handler)
     try:
         with at_work(output):
-            for item in build_in_steps(output, shard, image, set_aside, attempt >= CAREFUL_FROM, claim):
+            for item in build_in_steps(output, shard, image, attempt >= CAREFUL_FROM, claim):
                 yield from _taken(lines)
                 if isinstance(item, Step):
                     yield item

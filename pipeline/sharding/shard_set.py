@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.dataset.annotation import Reject, ShardAnnotation, ShardError, read_annotation
@@ -99,27 +98,20 @@ def finish(
     root: Location,
     plan: SetPlan,
     built: Sequence[BuiltShard],
-    max_bad_fraction: float,
     report: Callable[[str], None] = print,
 ) -> DatasetInfo:
     """Merges the shards' moments and rows and writes the set's own files: `dataset.json` last, but for the pictures.
 
     Args:
         built: one for each of `plan.shards`, in the same order.
-        max_bad_fraction: how much of the whole set may be set aside.
         report: told if the pictures could not be drawn.
 
     Raises:
-        ShardSetError: if too many images were set aside or a split has none left; `rejects.jsonl` is written then, and
-            `dataset.json` is not.
+        ShardSetError: if a split has no image left; `rejects.jsonl` is written then, and `dataset.json` is not.
     """
     annotations = [shard.annotation for shard in built]
     assert [annotation.name for annotation in annotations] == [shard.name for shard in plan.shards]
-    rejected = sorted((r for annotation in annotations for r in annotation.rejected), key=lambda r: (r.split, r.path))
-    lines = "".join(json.dumps(reject.to_json()) + "\n" for reject in rejected)
-    plan.claim.check(root)
-    write(join(root, REJECTS_FILE), lines.encode())
-    _check_rejected(root, rejected, plan.listing.images, max_bad_fraction)
+    rejected = _write_rejects(root, plan, built)
 
     splits = {}
     for name in plan.listing.splits:
@@ -165,14 +157,28 @@ def finish(
     return info
 
 
-def _check_rejected(root: Location, rejected: Sequence[Reject], images: int, max_bad_fraction: float) -> None:
-    if len(rejected) / images > max_bad_fraction:
+def check_rejected(root: Location, plan: SetPlan, built: Collection[BuiltShard], max_bad_fraction: float) -> None:
+    """Makes sure that the shards built so far leave out no more images than `max_bad_fraction` of the whole set.
+
+    Raises:
+        ShardSetError: if they do; `rejects.jsonl` lists them then.
+    """
+    count, images = sum(len(shard.annotation.rejected) for shard in built), plan.listing.images
+    if count / images > max_bad_fraction:
+        first = _write_rejects(root, plan, built)[0]
         raise ShardSetError(
-            f"{len(rejected)} of {images} images are bad, more than --max-bad-fraction {max_bad_fraction} allows; "
-            f"the first is {rejected[0].path}: {rejected[0].reason}. {shown(join(root, REJECTS_FILE))} lists them: "
-            f"repair or remove them, or give --max-bad-fraction {math.ceil(len(rejected) / images * 100) / 100}, "
-            "and run again"
+            f"{count} of {images} images are bad, more than --max-bad-fraction {max_bad_fraction} allows; "
+            f"the first is {first.path}: {first.reason}. {shown(join(root, REJECTS_FILE))} lists those found so far: "
+            "repair or remove them, or give a larger --max-bad-fraction, and run again"
         )
+
+
+def _write_rejects(root: Location, plan: SetPlan, built: Iterable[BuiltShard]) -> list[Reject]:
+    rejected = sorted((r for shard in built for r in shard.annotation.rejected), key=lambda r: (r.split, r.path))
+    lines = "".join(json.dumps(reject.to_json()) + "\n" for reject in rejected)
+    plan.claim.check(root)
+    write(join(root, REJECTS_FILE), lines.encode())
+    return rejected
 
 
 def _read_or_none(root: Location, shard: ShardPlan) -> ShardAnnotation | None:

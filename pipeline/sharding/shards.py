@@ -48,10 +48,6 @@ Convert = Callable[[bytes, int], Converted]
 """An image's bytes and a JPEG quality -> the image as it is stored."""
 
 
-class BadImageError(ShardError):
-    """An image that does not convert, where none may be set aside."""
-
-
 @dataclasses.dataclass(frozen=True)
 class BuiltShard:
     """What building a shard came to."""
@@ -74,9 +70,9 @@ class Step(NamedTuple):
     """Which one comes next."""
 
 
-def build_shard(root: Location, plan: ShardPlan, image: dict[str, Any], set_aside: bool) -> BuiltShard:
+def build_shard(root: Location, plan: ShardPlan, image: dict[str, Any]) -> BuiltShard:
     """Writes one shard into ROOT/SPLIT/, or keeps the one that is there: see `build_in_steps`."""
-    *_, built = build_in_steps(root, plan, image, set_aside)
+    *_, built = build_in_steps(root, plan, image)
     assert isinstance(built, BuiltShard)
     return built
 
@@ -85,7 +81,6 @@ def build_in_steps(
     root: Location,
     plan: ShardPlan,
     image: dict[str, Any],
-    set_aside: bool,
     careful: bool = False,
     claim: Claim | None = None,
 ) -> Iterator[Step | BuiltShard]:
@@ -96,13 +91,11 @@ def build_in_steps(
 
     Args:
         image: `encoder_settings` of the whole set.
-        set_aside: whether a bad image may be left out; otherwise the first one ends it.
         careful: convert in a child process, so that an image at which the decoder crashes is no more than bad, and name
             each image before it is touched. Slower: for a shard at which a worker has died.
         claim: the job's on ROOT, looked at again before anything is written.
 
     Raises:
-        BadImageError: for a bad image, unless it may be set aside.
         ShardSetError: if another job has claimed ROOT.
         ShardError: if an image must be encoded and this machine would not encode as `image` says, an image or a tar of
             the source has changed since it was listed, or, being careful, decoding an image was ended from outside.
@@ -115,9 +108,7 @@ def build_in_steps(
         found = _find_shard(root, plan, inputs, image["quality"], converter)
         if found is None:
             every_s = 0.0 if careful else STEP_EVERY_S
-            found = yield from _write_shard(root, plan, inputs, image, set_aside, converter, every_s, claim)
-    if found.annotation.rejected and not set_aside:
-        raise _bad_image(found.annotation.rejected[0])
+            found = yield from _write_shard(root, plan, inputs, image, converter, every_s, claim)
     yield found
 
 
@@ -126,7 +117,6 @@ def _write_shard(
     plan: ShardPlan,
     inputs: str,
     image: dict[str, Any],
-    set_aside: bool,
     converter: Convert,
     every_s: float,
     claim: Claim | None,
@@ -146,8 +136,6 @@ def _write_shard(
             converted = _convert(entry, data, image["quality"], converter)
         except ImageError as error:
             rejected.append(Reject(entry.where, plan.split, entry.wnid, str(error)))
-            if not set_aside:
-                raise _bad_image(rejected[-1]) from error
             continue
         # An image that is stored as it came needs no encoder.
         if here != image and converted.jpeg != data:
@@ -260,10 +248,3 @@ def _convert(entry: Entry, data: bytes, quality: int, converter: Convert) -> Con
 
 def _versions(image: dict[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in image["encoder"].items())
-
-
-def _bad_image(reject: Reject) -> BadImageError:
-    return BadImageError(
-        f"{reject.path}: {reject.reason}; replace or remove the image, "
-        "or give --on-bad-image set-aside to go on without such images"
-    )

@@ -110,11 +110,11 @@ def ours(source: Path, output: Path, cores: int) -> None:
     plan = SetPlan(listing, encoder_settings(QUALITY), 0, SAMPLES_PER_SHARD, tuple(shards))
     claim_folder(output, plan)
     build = functools.partial(_build, output, plan)
-    finish(output, plan, in_processes(build, shards, cores), 0.0)
+    finish(output, plan, in_processes(build, shards, cores))
 
 
 def _build(output: Path, plan: SetPlan, shard: ShardPlan) -> BuiltShard:
-    return build_shard(output, shard, plan.image, True)
+    return build_shard(output, shard, plan.image)
 
 
 def by_pillow(path: str) -> bytes:

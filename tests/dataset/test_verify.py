@@ -109,13 +109,13 @@ def test_a_set_with_a_shard_of_bad_images_alone_is_whole_without_its_tar(images:
     for entry in [*planned(source).shards[1].entries, planned(source).shards[2].entries[0]]:
         Path(entry.path).write_bytes(b"")
     plan = planned(source)
-    output = make(tmp_path / "out", plan, max_bad_fraction=1.0)
+    output = make(tmp_path / "out", plan)
     assert not file(output, "tar").exists()
     assert read_annotation(file(output, "json")).samples == 0
     info = read_dataset(output)
     assert (info.set_aside, len(SplitReader(output, info, "train"))) == (5, 10)
     assert find_finished(output, plan) == info
-    assert build_shard(output, plan.shards[1], plan.image, set_aside=True).kept
+    assert build_shard(output, plan.shards[1], plan.image).kept
     assert faults(output, decode=True) == []
 
 

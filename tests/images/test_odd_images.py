@@ -249,7 +249,7 @@ def test_a_folder_of_odd_images_becomes_a_set_and_says_what_it_left_out(tmp_path
     reasons["broken-link"] = "it cannot be read: No such file or directory"
     reasons["loop"] = "it cannot be read: Too many levels of symbolic links"
 
-    output = make(tmp_path / "out", planned(tmp_path / "images", per_shard=1000), max_bad_fraction=1.0)
+    output = make(tmp_path / "out", planned(tmp_path / "images", per_shard=1000))
     info = read_dataset(output)
     reader = SplitReader(output, info, "train")
     assert {reader.key(i) for i in range(len(reader))} == {"n1_plain", *(f"n0_{name}" for name in good)}

@@ -115,7 +115,7 @@ def test_pictures_that_cannot_be_drawn_cost_a_warning(
     built = build_all(output, plan)
     with monkeypatch.context() as patched:
         patched.setattr("pipeline.sharding.pictures.pca_figure", fail)
-        info = finish(output, plan, built, 0.0, lines.append)
+        info = finish(output, plan, built, lines.append)
     (line,) = lines
     assert line.startswith("warning: the set is finished, without contact_sheet.jpg and rgb_pca.png")
     assert line.endswith("(RuntimeError: no font at all)")
@@ -203,7 +203,7 @@ def test_a_finished_set_outlives_an_upgrade_and_what_is_missing_wants_the_old_ve
     then, output = upgraded(planned(images)), tmp_path / "now"
     # Made by the encoder of today, and said to be of another.
     for shard in then.shards:
-        built = build_shard(output, shard, planned(images).image, set_aside=True)
+        built = build_shard(output, shard, planned(images).image)
         made = dataclasses.replace(built.annotation, inputs=inputs_digest(shard, then.image))
         write_json(output / shard.split / f"{shard.name}.json", made.to_json())
     then.claim.write(output)
@@ -215,12 +215,12 @@ def test_a_finished_set_outlives_an_upgrade_and_what_is_missing_wants_the_old_ve
     tars(output, "train")[2].unlink()
     assert find_finished(output, plan) is None
     with pytest.raises(ShardError, match=r"^train-000002 must be encoded by .*pillow 0\.1, .* can be kept") as found:
-        build_shard(output, plan.shards[2], plan.image, set_aside=True)
+        build_shard(output, plan.shards[2], plan.image)
     assert "\n" not in str(found.value)
-    assert build_shard(output, plan.shards[1], plan.image, set_aside=True).kept
+    assert build_shard(output, plan.shards[1], plan.image).kept
 
 
 def test_images_that_are_stored_as_they_are_need_no_encoder(shard_set: Path, tmp_path: Path) -> None:
     plan = planned(shard_set)
-    built = build_shard(tmp_path, plan.shards[0], upgraded(plan).image, set_aside=True)
+    built = build_shard(tmp_path, plan.shards[0], upgraded(plan).image)
     assert built.annotation.samples == len(plan.shards[0].entries)

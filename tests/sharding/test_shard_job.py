@@ -25,12 +25,11 @@ from jobs.verify_shards import VerifyConfig, VerifyError
 from jobs.verify_shards import main as verify
 from pipeline.sharding.claim import ShardSetError
 from pipeline.sharding.set_lock import JobLock
-from pipeline.sharding.shards import BadImageError
 from tests.damage import flip_bit
 from tests.faulty_proxy import faulty_proxy
 from tests.processes import JOBS, run_here
 from tests.raylets import raylets
-from tests.shard_sets import PER_SHARD, SET_IN_BUCKET, contents, in_bucket, stored_in
+from tests.shard_sets import PER_SHARD, SET_IN_BUCKET, contents, in_bucket, planned, stored_in, tars
 
 
 def failure(done: subprocess.CompletedProcess[str]) -> str:
@@ -111,10 +110,15 @@ def test_the_jobs_make_and_verify_a_set_at_a_url(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("joined")
-def test_a_bad_image_ends_the_job_where_that_is_asked(source: Path, tmp_path: Path) -> None:
-    (source / "n1" / "n1_0.JPEG").write_bytes(b"no image")
-    with pytest.raises(BadImageError, match=r"n1_0.JPEG: it is no image in a known format; replace or remove"):
-        main(ShardConfig(str(tmp_path / "out"), str(source), workers=1, on_bad_image="fail"))
+def test_the_job_stops_at_the_shard_with_more_bad_images_than_it_allows(source: Path, tmp_path: Path) -> None:
+    bad = planned(source).shards[0].entries[0].path
+    Path(bad).write_bytes(b"no image")
+    config = ShardConfig(str(tmp_path / "out"), str(source), workers=1, samples_per_shard=PER_SHARD, max_bad_fraction=0)
+    # The second time, the shard is there.
+    for _ in range(2):
+        with pytest.raises(ShardSetError, match=f"^1 of 18 images are bad, .*; the first is {bad}: it is no image"):
+            main(config)
+        assert [tar.name for tar in tars(tmp_path / "out", "train")] == ["train-000000.tar"]
 
 
 def test_a_second_run_does_nothing_and_other_settings_are_refused(images: Path, whole: Path) -> None:

@@ -70,14 +70,14 @@ def test_failures_of_the_store_are_outlived_or_leave_nothing_that_vouches(
         client.put_object(Bucket="bucket", Key=f"{SET_IN_BUCKET}/train/train-000009.tar", Body=b"of a larger source")
         proxy.write_plan["train-000002.idx"] = collections.deque(["403"] * 2)
         with pytest.raises(SourceReadError, match=r"train-000002\.idx cannot be written in 2 attempts") as found:
-            build_shard(output, plan.shards[2], plan.image, set_aside=True)
+            build_shard(output, plan.shards[2], plan.image)
         assert "SECRET" not in str(found.value)
         assert "train/train-000002.json" not in stored_in(client)
         # The same command goes on from there.
         assert find_finished(output, plan) is None
         built = build_all(output, plan)
         assert [one.annotation.name for one in built if not one.kept] == ["train-000002"]
-        finish(output, plan, built, 0.0)
+        finish(output, plan, built)
         assert stored_in(client) == contents(whole)
 
 
@@ -88,7 +88,7 @@ def test_two_jobs_that_make_the_same_set_do_no_harm(
     output, plan = in_bucket(s3), planned(images)
     claim_folder(output, plan)
     # The second is at work on a shard while the first writes all and finishes.
-    slow = build_in_steps(output, plan.shards[0], plan.image, True, claim=plan.claim)
+    slow = build_in_steps(output, plan.shards[0], plan.image, claim=plan.claim)
     next(slow)
     make(output, plan)
     list(slow)
@@ -105,15 +105,15 @@ def test_two_jobs_that_make_different_sets_meet_and_one_is_refused_by_name(image
     # Both looked before either had written.
     other.claim.write(output)
     for steps in (
-        lambda: list(build_in_steps(output, plan.shards[0], plan.image, True, claim=plan.claim)),
-        lambda: finish(output, plan, [build_shard(output, s, plan.image, True) for s in plan.shards], 0.0),
+        lambda: list(build_in_steps(output, plan.shards[0], plan.image, claim=plan.claim)),
+        lambda: finish(output, plan, [build_shard(output, s, plan.image) for s in plan.shards]),
     ):
         with pytest.raises(
             ShardSetError, match=rf"^another job has begun a set of another quality .* in s3://bucket/{SET_IN_BUCKET}:"
         ):
             steps()
         assert "dataset.json" not in stored_in(client)
-    assert not build_shard(output, other.shards[0], other.image, set_aside=True).kept
+    assert not build_shard(output, other.shards[0], other.image).kept
 
 
 def test_anything_else_in_the_place_is_left_alone(images: Path, s3: str, client: Any) -> None:

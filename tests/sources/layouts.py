@@ -91,6 +91,6 @@ def set_plan(listing: Listing) -> SetPlan:
     return SetPlan(listing, encoder_settings(90), 0, 5, tuple(plan_shards(listing, 0, 5)))
 
 
-def made(listing: Listing, output: Path, max_bad_fraction: float = 0.0) -> dict[str, bytes]:
+def made(listing: Listing, output: Path) -> dict[str, bytes]:
     """Every file of the set that a listing gives."""
-    return contents(make(output, set_plan(listing), max_bad_fraction))
+    return contents(make(output, set_plan(listing)))

@@ -63,7 +63,7 @@ def test_names_in_latin_1_are_read_as_a_folder_of_them_is(tmp_path: Path) -> Non
     assert images(tars) == images(listed(tmp_path / "folders"))
     keys = {entry.key for entries in tars.splits.values() for entry in entries}
     assert keys == {"a_caf_xE9_x200", "a_caf_xE9_x201", "a_na_xEFve", "b_caf_xE9_x200", "b_caf_xE9_x201"}
-    (reject,) = made(tars, tmp_path / "out", max_bad_fraction=0.5)["rejects.jsonl"].splitlines()
+    (reject,) = made(tars, tmp_path / "out")["rejects.jsonl"].splitlines()
     assert json.loads(reject)["path"].endswith("a/na\udcefve.JPEG")
 
 
@@ -162,9 +162,9 @@ def test_a_tar_that_is_replaced_after_it_was_listed_is_noticed(
         replace()
     # Nothing but the time tells.
     with pytest.raises(ShardError, match=r"images\.tar is not the file that was listed.*run the same command again"):
-        build_shard(tmp_path / "out", shard, encoder_settings(90), set_aside=True)
+        build_shard(tmp_path / "out", shard, encoder_settings(90))
     assert len(converted) == (len(shard.entries) if converted_before else 0)
     tar.unlink()
     with pytest.raises(SourceReadError, match=r"images\.tar cannot be reached: No such file"):
-        build_shard(tmp_path / "out", shard, encoder_settings(90), set_aside=True)
+        build_shard(tmp_path / "out", shard, encoder_settings(90))
     assert not (tmp_path / "out").exists()

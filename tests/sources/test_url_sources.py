@@ -144,10 +144,10 @@ def test_a_failing_network_is_tried_again_and_never_the_images_fault(forms: Path
         with pytest.raises(
             SourceReadError, match=r"img_train.tar/n\d.tar/.* failed: .*503.*run the same command again"
         ):
-            build_shard(tmp_path / "out", shard, encoder_settings(90), set_aside=True)
+            build_shard(tmp_path / "out", shard, encoder_settings(90))
     # The server is gone altogether; so would be the tar, which is no fault of each image in it either.
     with pytest.raises(SourceReadError):
-        build_shard(tmp_path / "out", shard, encoder_settings(90), set_aside=True)
+        build_shard(tmp_path / "out", shard, encoder_settings(90))
     with serving(tmp_path) as server, pytest.raises(FileNotFoundError) as missing:
         read_bytes(f"{server.url}/nothing.tar", 0, 10)
     assert missing.value.errno == errno.ENOENT
@@ -157,7 +157,7 @@ def test_a_failing_network_is_tried_again_and_never_the_images_fault(forms: Path
 def test_a_missing_object_is_the_files_fault(bucket: str, s3: str, tmp_path: Path) -> None:
     listing = listed(f"s3://bucket/folders{bucket}")
     boto3.client("s3", endpoint_url=f"http://{s3}").delete_object(Bucket="bucket", Key="folders/train/n1/n1_2.JPEG")
-    (line,) = made(listing, tmp_path / "out", max_bad_fraction=0.1)["rejects.jsonl"].splitlines()
+    (line,) = made(listing, tmp_path / "out")["rejects.jsonl"].splitlines()
     reject = json.loads(line)
     assert reject["path"] == "s3://bucket/folders/train/n1/n1_2.JPEG"
     assert "No such file" in reject["reason"]
