@@ -21,7 +21,7 @@ from pipeline.dataset.info import (
 from pipeline.dataset.sample_index import describe_index, index_file, index_is_whole, pack_index
 from pipeline.images.rgb_stats import RgbMoments, RgbStatistics
 from pipeline.sharding.claim import UNFINISHED_FILE, ShardSetError, differences
-from pipeline.sharding.pictures import PCA_FILE, SHEET_FILE, write_pictures
+from pipeline.sharding.contact_sheet import SHEET_FILE, write_contact_sheet
 from pipeline.sharding.set_folder import is_left_over, names_in, remove_passing
 from pipeline.sharding.shard_plan import SetPlan, ShardPlan, shard_file
 from pipeline.sharding.shards import BuiltShard
@@ -77,17 +77,17 @@ def find_finished(root: Location, plan: SetPlan) -> DatasetInfo | None:
 
 
 def tidy(root: Location, info: DatasetInfo, report: Callable[[str], None]) -> None:
-    """Draws the pictures of a set that has its `dataset.json`, and removes what only the making of it needed.
+    """Draws the contact sheet of a set that has its `dataset.json`, and removes what only the making of it needed.
 
     Args:
-        report: told if there are no pictures, and why.
+        report: told if there is no contact sheet, and why.
     """
     try:
-        write_pictures(root, info)
-    # matplotlib and Pillow raise whatever a font or a user's settings lead them to, and a picture only informs.
+        write_contact_sheet(root, info)
+    # Pillow raises whatever a font leads it to, and a picture only informs.
     except Exception as error:
         report(
-            f"warning: the set is finished, without {SHEET_FILE} and {PCA_FILE}, which could not be drawn "
+            f"warning: the set is finished, without {SHEET_FILE}, which could not be drawn "
             f"({type(error).__name__}: {' '.join(str(error).split())})"
         )
     remove_passing(root)
@@ -100,11 +100,11 @@ def finish(
     built: Sequence[BuiltShard],
     report: Callable[[str], None] = print,
 ) -> DatasetInfo:
-    """Merges the shards' moments and rows and writes the set's own files: `dataset.json` last, but for the pictures.
+    """Merges the shards' moments and rows and writes the set's own files: `dataset.json` last, then the contact sheet.
 
     Args:
         built: one for each of `plan.shards`, in the same order.
-        report: told if the pictures could not be drawn.
+        report: told if the contact sheet could not be drawn.
 
     Raises:
         ShardSetError: if a split has no image left; `rejects.jsonl` is written then, and `dataset.json` is not.

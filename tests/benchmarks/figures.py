@@ -36,7 +36,6 @@ from PIL import Image
 from jobs import look
 from jobs.cli.command import run
 from pipeline.images.synthetic import write_folder
-from pipeline.sharding.pictures import IMAGENET_EIGENVALUES
 from pipeline.storage.remote import write_atomically
 from tests.photographs import build_shard_set
 
@@ -51,6 +50,7 @@ NO_LOADERS = ("no more", "bare copy")  # Of decoding or copying alone, which giv
 CHROMIUM = "chromium"
 REPORT_SIZE = (1000, 2200)
 DEVIATIONS = 3  # Shown of each color component, to both sides.
+IMAGENET_EIGENVALUES = (0.2175, 0.0188, 0.0045)  # As most programs have them, from fb.resnet.torch; RGB in [0, 1].
 
 
 @dataclasses.dataclass(frozen=True)

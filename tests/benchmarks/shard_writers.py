@@ -246,8 +246,8 @@ WRITERS: dict[str, tuple[Callable[[Path, Path, int], None], str | None]] = {
 }
 """Each contender and the package it needs beyond this project's."""
 
-IMPORTED_LATE = ("matplotlib.figure", "matplotlib.backends.backend_agg", "torchvision.models")
-"""By this project, for a set's pictures and ImageNet's names; others import what they use at once."""
+IMPORTED_LATE = ("torchvision.models",)
+"""By this project, for ImageNet's names; others import what they use at once."""
 
 
 def installed(name: str) -> bool:

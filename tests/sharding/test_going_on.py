@@ -70,7 +70,7 @@ def test_only_a_damaged_shard_is_built_again(images: Path, unfinished: Path, tmp
     assert contents(output) == contents(unfinished)
 
 
-@pytest.mark.parametrize("last", ["write_json", "write_pictures"])
+@pytest.mark.parametrize("last", ["write_json", "write_contact_sheet"])
 def test_a_job_that_is_killed_while_it_finishes_goes_on(
     images: Path, whole: Path, unfinished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
 ) -> None:
@@ -105,7 +105,7 @@ def test_a_damaged_index_is_written_again(images: Path, output: Path, whole: Pat
     assert contents(make(output, planned(images))) == contents(whole)
 
 
-def test_pictures_that_cannot_be_drawn_cost_a_warning(
+def test_a_contact_sheet_that_cannot_be_drawn_costs_a_warning(
     images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -114,10 +114,10 @@ def test_pictures_that_cannot_be_drawn_cost_a_warning(
     plan, output, lines = planned(images), tmp_path / "out", list[str]()
     built = build_all(output, plan)
     with monkeypatch.context() as patched:
-        patched.setattr("pipeline.sharding.pictures.pca_figure", fail)
+        patched.setattr("pipeline.sharding.contact_sheet.contact_sheet", fail)
         info = finish(output, plan, built, lines.append)
     (line,) = lines
-    assert line.startswith("warning: the set is finished, without contact_sheet.jpg and rgb_pca.png")
+    assert line.startswith("warning: the set is finished, without contact_sheet.jpg, which")
     assert line.endswith("(RuntimeError: no font at all)")
     assert find_finished(output, plan) == info
     assert not is_left_over(output)

@@ -36,7 +36,7 @@ def test_every_image_is_stored_once_under_its_own_label(images: Path, whole: Pat
         assert len(reader) == len(entries) == info.splits[split].samples
     assert [shard.samples for shard in info.splits["train"].shards] == [4, 4, 4, 3]
     assert sorted(path.name for path in whole.iterdir()) == [
-        *("contact_sheet.jpg", "dataset.json", "rejects.jsonl", "rgb_pca.png"),
+        *("contact_sheet.jpg", "dataset.json", "rejects.jsonl"),
         *("train", "train.arrow", "val", "val.arrow"),
     ]
 

@@ -28,7 +28,7 @@ def client(s3: str) -> Any:
     return client
 
 
-def test_a_store_gets_the_bytes_of_a_disk_and_dataset_json_before_the_pictures_alone(
+def test_a_store_gets_the_bytes_of_a_disk_and_dataset_json_before_the_contact_sheet_alone(
     images: Path, whole: Path, s3: str, client: Any
 ) -> None:
     plan = planned(images)
@@ -38,7 +38,7 @@ def test_a_store_gets_the_bytes_of_a_disk_and_dataset_json_before_the_pictures_a
         make(output, plan)
         assert stored_in(client) == contents(whole)
         names = [path.partition(f"{SET_IN_BUCKET}/")[2] for path in proxy.writes]
-        assert set(names[names.index("dataset.json") :]) == {"dataset.json", "contact_sheet.jpg", "rgb_pca.png", ""}
+        assert set(names[names.index("dataset.json") :]) == {"dataset.json", "contact_sheet.jpg", ""}
         proxy.writes.clear()
         assert find_finished(output, plan) == read_dataset(output)
         assert not is_left_over(output)

@@ -1,19 +1,17 @@
-"""A set's pictures: what they show is what is stored, and equal sets have equal ones whatever a user's settings."""
+"""A set's contact sheet shows what is stored."""
 
 from __future__ import annotations
 
-import dataclasses
 import io
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.dataset.info import read_dataset
 from pipeline.dataset.split_reader import SplitReader
-from pipeline.sharding.pictures import PCA_FILE, SHEET_FILE, choose, pca_figure
+from pipeline.sharding.contact_sheet import SHEET_FILE, choose
 from tests.foreign_shards import sample, stored, write_shards
 from tests.shard_sets import make, planned
 
@@ -64,24 +62,3 @@ def test_the_sheet_has_room_for_ten_classes_and_any_number_of_images(tmp_path: P
     for row in rows:
         assert len(row.images) == 8
         np.testing.assert_array_equal(row.images[0], decoded(stored(row.label)))
-
-
-def test_a_users_settings_change_no_byte_and_are_left_alone(shard_set: Path) -> None:
-    info = read_dataset(shard_set)
-    images = [image for row in choose(shard_set, info) for image in row.images]
-    with mpl.rc_context({"font.size": 30, "axes.facecolor": "red", "savefig.bbox": "tight", "savefig.dpi": 40}):
-        assert pca_figure(info.rgb, images) == (shard_set / PCA_FILE).read_bytes()
-        assert mpl.rcParams["font.size"] == 30
-
-
-def test_the_components_picture_shows_the_sets_values_and_no_version(shard_set: Path) -> None:
-    """Another eigenvalue moves the bars, the cube's axes and the strip of shifts, and not the eigenvectors."""
-    info = read_dataset(shard_set)
-    images = [image for row in choose(shard_set, info) for image in row.images]
-    values = (info.rgb.eigenvalues[0] / 4, *info.rgb.eigenvalues[1:])
-    drawn = (shard_set / PCA_FILE).read_bytes()
-    changed = decoded(drawn) != decoded(pca_figure(dataclasses.replace(info.rgb, eigenvalues=values), images))
-    cube, bars, shifts = changed[40:540, :630], changed[40:260, 690:], changed[600:]
-    assert all(part.any() for part in (cube, bars, shifts))
-    assert not changed[320:520, 690:].any()
-    assert b"atplotlib" not in drawn
