@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 from pipeline.images.resize import encoder_settings
 from pipeline.sharding.set_folder import claim_folder
-from pipeline.sharding.shard_plan import SetPlan, plan_shards
+from pipeline.sharding.shard_plan import SetPlan, ShardPlan, plan_shards
 from pipeline.sharding.shard_set import finish
-from pipeline.sharding.shards import BuiltShard, build_shard
+from pipeline.sharding.shards import BuiltShard, build_in_steps
 from pipeline.sources.sources import read_source
 
 PER_SHARD = 4
@@ -23,6 +23,12 @@ def planned(
     listing = read_source(source, None, val_fraction, seed)
     shards = tuple(plan_shards(listing, seed, per_shard))
     return SetPlan(listing, encoder_settings(quality), seed, per_shard, shards)
+
+
+def build_shard(root: Path | str, plan: ShardPlan, image: dict[str, Any]) -> BuiltShard:
+    *_, built = build_in_steps(root, plan, image)
+    assert isinstance(built, BuiltShard)
+    return built
 
 
 def build_all(output: Path | str, plan: SetPlan) -> list[BuiltShard]:

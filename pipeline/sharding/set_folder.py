@@ -66,7 +66,7 @@ def check_folder(root: Location) -> None:
 def claim_folder(root: Location, plan: SetPlan) -> None:
     """Makes ROOT ready for the set's shards: a new or empty folder, or one where the same set was begun.
 
-    Shards of an earlier state of the source are built again by `build_shard`; those beyond the plan are removed here.
+    Shards of an earlier state of the source are built again later; those beyond the plan are removed here.
 
     Raises:
         ShardSetError: if ROOT holds anything else.

@@ -15,7 +15,7 @@ import io
 import os
 import socket
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -70,13 +70,6 @@ class Step(NamedTuple):
     """Which one comes next."""
 
 
-def build_shard(root: Location, plan: ShardPlan, image: dict[str, Any]) -> BuiltShard:
-    """Writes one shard into ROOT/SPLIT/, or keeps the one that is there: see `build_in_steps`."""
-    *_, built = build_in_steps(root, plan, image)
-    assert isinstance(built, BuiltShard)
-    return built
-
-
 def build_in_steps(
     root: Location,
     plan: ShardPlan,
@@ -103,56 +96,44 @@ def build_in_steps(
         OSError: if the shard cannot be written.
     """
     inputs = inputs_digest(plan, image)
-    with contextlib.ExitStack() as stack:
-        converter = stack.enter_context(IsolatedConverter()).convert if careful else convert_or_exit
-        found = _find_shard(root, plan, inputs, image["quality"], converter)
-        if found is None:
-            every_s = 0.0 if careful else STEP_EVERY_S
-            found = yield from _write_shard(root, plan, inputs, image, converter, every_s, claim)
-    yield found
-
-
-def _write_shard(
-    root: Location,
-    plan: ShardPlan,
-    inputs: str,
-    image: dict[str, Any],
-    converter: Convert,
-    every_s: float,
-    claim: Claim | None,
-) -> Generator[Step, None, BuiltShard]:
     here = encoder_settings(image["quality"])
     samples: list[tuple[str, int, bytes]] = []
     rejected: list[Reject] = []
-    _check_tars(plan.entries)
     moments = RgbMoments()
-    told = time.monotonic()
-    for entry, get in readings(plan.entries, _read):
-        if time.monotonic() - told >= every_s:
-            yield Step(len(samples) + len(rejected), len(rejected), entry.where)
-            told = time.monotonic()
-        try:
-            data = get()
-            converted = _convert(entry, data, image["quality"], converter)
-        except ImageError as error:
-            rejected.append(Reject(entry.where, plan.split, entry.wnid, str(error)))
-            continue
-        # An image that is stored as it came needs no encoder.
-        if here != image and converted.jpeg != data:
-            raise ShardError(
-                f"{plan.name} must be encoded by {_versions(image)}, as the rest of the set, and "
-                f"{socket.gethostname()} has {_versions(here)}: install the set's versions on all nodes and run the "
-                "same command again; the shards that are there can be kept"
-            )
-        samples.append((entry.key, entry.label, converted.jpeg))
-        moments += converted.moments
-    _check_tars(plan.entries)
-    tar, index = pack(samples) if samples else (b"", "")
-    digest = hashlib.sha256(tar).hexdigest()
-    annotation = ShardAnnotation(plan.name, len(samples), len(tar), digest, inputs, moments, tuple(rejected))
-    # While this shard was packed a second job, for the same set, may have written it to a store.
-    if is_url(root) and (found := _find_shard(root, plan, inputs, image["quality"], converter)):
-        return found
+    with contextlib.ExitStack() as stack:
+        converter = stack.enter_context(IsolatedConverter()).convert if careful else convert_or_exit
+        if found := _find_shard(root, plan, inputs, image["quality"], converter):
+            yield found
+            return
+        _check_tars(plan.entries)
+        told = time.monotonic()
+        for entry, get in readings(plan.entries, _read):
+            if careful or time.monotonic() - told >= STEP_EVERY_S:
+                yield Step(len(samples) + len(rejected), len(rejected), entry.where)
+                told = time.monotonic()
+            try:
+                data = get()
+                converted = _convert(entry, data, image["quality"], converter)
+            except ImageError as error:
+                rejected.append(Reject(entry.where, plan.split, entry.wnid, str(error)))
+                continue
+            # An image that is stored as it came needs no encoder.
+            if here != image and converted.jpeg != data:
+                raise ShardError(
+                    f"{plan.name} must be encoded by {_versions(image)}, as the rest of the set, and "
+                    f"{socket.gethostname()} has {_versions(here)}: install the set's versions on all nodes and run "
+                    "the same command again; the shards that are there can be kept"
+                )
+            samples.append((entry.key, entry.label, converted.jpeg))
+            moments += converted.moments
+        _check_tars(plan.entries)
+        tar, index = pack(samples) if samples else (b"", "")
+        digest = hashlib.sha256(tar).hexdigest()
+        annotation = ShardAnnotation(plan.name, len(samples), len(tar), digest, inputs, moments, tuple(rejected))
+        # While this shard was packed a second job, for the same set, may have written it to a store.
+        if is_url(root) and (found := _find_shard(root, plan, inputs, image["quality"], converter)):
+            yield found
+            return
     if claim is not None:
         claim.check(root)
     if not is_url(root):
@@ -165,7 +146,7 @@ def _write_shard(
         else:
             delete(shard_file(root, plan, suffix))
     write_json(shard_file(root, plan, "json"), annotation.to_json())
-    return BuiltShard(annotation, kept=False, rows=shard_rows(tar, index))
+    yield BuiltShard(annotation, kept=False, rows=shard_rows(tar, index))
 
 
 def _find_shard(root: Location, plan: ShardPlan, inputs: str, quality: int, converter: Convert) -> BuiltShard | None:

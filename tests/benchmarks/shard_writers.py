@@ -35,8 +35,9 @@ from pipeline.images.resize import encoder_settings, resize
 from pipeline.sharding.set_folder import claim_folder
 from pipeline.sharding.shard_plan import SetPlan, ShardPlan, plan_shards
 from pipeline.sharding.shard_set import finish
-from pipeline.sharding.shards import BuiltShard, build_shard
+from pipeline.sharding.shards import BuiltShard
 from pipeline.sources.sources import read_source
+from tests.shard_sets import build_shard
 
 QUALITY = 90
 SAMPLES_PER_SHARD = 200  # Small, so that two workers end together on a few thousand photographs.

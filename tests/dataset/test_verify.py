@@ -27,11 +27,10 @@ from pipeline.dataset.verify import ShardReport, check_set, check_shard, index_t
 from pipeline.images.rgb_stats import RgbMoments
 from pipeline.sharding.pack import pack
 from pipeline.sharding.shard_set import find_finished
-from pipeline.sharding.shards import build_shard
 from pipeline.staging.staging import stage
 from tests.damage import Place, edit_dataset, flip_in_the_middle, overwrite, places, rewrite_index, write_index
 from tests.photographs import encoded, photograph
-from tests.shard_sets import make, planned
+from tests.shard_sets import build_shard, make, planned
 
 NAME = "train-000001"  # The shard that is damaged.
 SAMPLE = 5  # Of the training split: the second of that shard's four.

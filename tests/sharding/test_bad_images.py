@@ -12,9 +12,8 @@ from jobs.shard_imagenet import ShardConfig, main
 from pipeline.dataset.annotation import ShardError
 from pipeline.dataset.info import read_dataset
 from pipeline.sharding.shard_set import ShardSetError, check_rejected, find_finished
-from pipeline.sharding.shards import build_shard
 from pipeline.storage.retry import SourceReadError
-from tests.shard_sets import PER_SHARD, build_all, contents, make, planned
+from tests.shard_sets import PER_SHARD, build_all, build_shard, contents, make, planned
 
 
 def test_bad_images_are_set_aside_with_a_reason(source: Path, tmp_path: Path) -> None:

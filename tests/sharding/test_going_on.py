@@ -16,10 +16,9 @@ from pipeline.dataset.info import read_dataset, write_json
 from pipeline.sharding.set_folder import claim_folder, is_left_over, remove_passing, with_encoder_of
 from pipeline.sharding.shard_plan import SetPlan, inputs_digest
 from pipeline.sharding.shard_set import ShardSetError, find_finished, finish, tidy
-from pipeline.sharding.shards import build_shard
 from tests.damage import flip_bit
 from tests.photographs import encoded, photograph
-from tests.shard_sets import build_all, contents, make, planned, tars
+from tests.shard_sets import build_all, build_shard, contents, make, planned, tars
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from pipeline.dataset.info import read_dataset
 from pipeline.sharding import shards
 from pipeline.sharding.set_folder import claim_folder, is_left_over
 from pipeline.sharding.shard_set import ShardSetError, find_finished, finish, tidy
-from pipeline.sharding.shards import build_in_steps, build_shard
+from pipeline.sharding.shards import build_in_steps
 from pipeline.storage.locations import join
 from pipeline.storage.remote import read
 from pipeline.storage.retry import SourceReadError
 from tests.faulty_proxy import faulty_proxy
-from tests.shard_sets import SET_IN_BUCKET, build_all, contents, in_bucket, make, planned, stored_in
+from tests.shard_sets import SET_IN_BUCKET, build_all, build_shard, contents, in_bucket, make, planned, stored_in
 
 
 @pytest.fixture

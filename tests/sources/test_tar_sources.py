@@ -14,10 +14,10 @@ import pytest
 
 from pipeline.dataset.annotation import ShardError
 from pipeline.images.resize import Converted, convert, encoder_settings
-from pipeline.sharding.shards import build_shard
 from pipeline.sources.files import SourceError, read_bytes
 from pipeline.storage.retry import SourceReadError
 from tests.photographs import encoded, photograph
+from tests.shard_sets import build_shard
 from tests.sources.layouts import images, listed, made, set_plan, tar_of, write
 
 

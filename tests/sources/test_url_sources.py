@@ -17,13 +17,12 @@ from pyarrow import fs
 
 from pipeline.images.resize import encoder_settings
 from pipeline.sharding.shard_plan import plan_shards
-from pipeline.sharding.shards import build_shard
 from pipeline.sources import tree
 from pipeline.sources.files import SourceError, read_bytes
 from pipeline.storage.locations import NoRangesError
 from pipeline.storage.retry import SourceReadError
 from tests.range_server import serving
-from tests.shard_sets import contents, make
+from tests.shard_sets import build_shard, contents, make
 from tests.sources.layouts import images, listed, made, set_plan, write
 
 # SOURCE, SOURCE_VAL and the labels of each form.
