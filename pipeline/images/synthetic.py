@@ -8,9 +8,8 @@ the minutes of a demonstration. Place, size, turn, colors, blur and grain are dr
 from __future__ import annotations
 
 import io
-import json
 import math
-import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ Field = NDArray[np.floating[Any]]
 """[h, w]: a value for each pixel."""
 
 SPLITS = ("train", "val")
-MARKER = ".generated.json"
-"""In a folder made here: the settings it was made with. A folder without one is never written in."""
 SHORTER_SIDE = (180, 520)
 ASPECT = (0.6, 1.8)
 """Width over height."""
@@ -125,38 +122,25 @@ def _pink_noise(rng: np.random.Generator, height: int, width: int) -> Field:
 def write_folder(
     output: Path, classes: int, train_per_class: int, val_per_class: int, seed: int, log: Callable[[str], None]
 ) -> None:
-    """Writes OUTPUT/train/WNID/*.JPEG and OUTPUT/val/WNID/*.JPEG; does nothing where they are already there.
+    """Writes OUTPUT/train/WNID/*.JPEG and OUTPUT/val/WNID/*.JPEG; does nothing where OUTPUT already holds something.
 
-    The images are written to OUTPUT.partial, which is renamed at the end: a folder of the final name is complete.
+    The images are written beside OUTPUT and renamed at the end: a folder of the final name is complete.
 
     Raises:
-        ValueError: if `output` holds something else, or images of other settings.
         OSError: if the folder cannot be written.
     """
-    settings = {"classes": classes, "train_per_class": train_per_class, "val_per_class": val_per_class, "seed": seed}
-    partial = output.with_name(output.name + ".partial")
-    for folder in (output, partial):
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is a file: name a folder")
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).exists():
-            raise ValueError(f"{folder} is not empty and was not made by this command: name a new folder")
-    if (output / MARKER).exists():
-        made = json.loads((output / MARKER).read_text())
-        if made != settings:
-            raise ValueError(f"{output} holds images of other settings ({made}): remove it, or name another folder")
-        log(f"{output} is already there, complete, with these settings")
+    if output.is_dir() and any(output.iterdir()):
+        log(f"{output} is already there")
         return
-
-    if partial.exists():  # Of a run that was killed, perhaps one of other settings. It has the marker: it is ours.
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    (partial / MARKER).write_text(json.dumps(settings))
-    for split, count in (("train", train_per_class), ("val", val_per_class)):
-        for index, (wnid, _, _) in enumerate(CLASSES[:classes]):
-            folder = partial / split / wnid
-            folder.mkdir(parents=True)
-            for number in range(count):
-                stem = f"{wnid}_{number}" if split == "train" else f"val_{index * count + number + 1:08d}"
-                (folder / f"{stem}.JPEG").write_bytes(encode(seed, index, number, split))
-            log(f"{split} {wnid}: {count} images")
-    partial.rename(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{output.name}.", dir=output.parent) as temporary:
+        partial = Path(temporary) / output.name
+        for split, count in (("train", train_per_class), ("val", val_per_class)):
+            for index, (wnid, _, _) in enumerate(CLASSES[:classes]):
+                folder = partial / split / wnid
+                folder.mkdir(parents=True)
+                for number in range(count):
+                    stem = f"{wnid}_{number}" if split == "train" else f"val_{index * count + number + 1:08d}"
+                    (folder / f"{stem}.JPEG").write_bytes(encode(seed, index, number, split))
+                log(f"{split} {wnid}: {count} images")
+        partial.rename(output)
