@@ -57,11 +57,6 @@ class IsolatedConverter:
         """
         try:
             self._pipe.send((data, quality))
-            if not self._pipe.poll(LIMIT_S):
-                self._child.kill()
-                self._stop()
-                self._start()
-                raise ImageError(f"the decoder hangs (no result within {LIMIT_S:g} s)")
             result = self._pipe.recv()
         # The child has ended.
         except (EOFError, ConnectionError) as error:
@@ -71,6 +66,8 @@ class IsolatedConverter:
             self._start()
             if code == -signal.SIGKILL:
                 raise KilledError("the process that decoded it was killed (signal 9)") from error
+            if code == -signal.SIGALRM:
+                raise ImageError(f"the decoder hangs (no result within {LIMIT_S:g} s)") from error
             how = f"signal {-code}" if code < 0 else f"status {code}"
             raise ImageError(f"the decoder crashed ({how})") from error
         if isinstance(result, Exception):
@@ -110,7 +107,7 @@ def _serve(pipe: Connection) -> None:
         except EOFError:
             return
         try:
-            result: Converted | Exception = convert(data, quality)
+            result: Converted | Exception = convert_or_exit(data, quality)
         # Anything but a bad image, such as a lack of memory, is the job's business, as it is without a child.
         except Exception as error:
             result = error
