@@ -1,29 +1,24 @@
-"""The whole way as the demo goes it: shards, a Ray cluster with token authentication, `ray job submit`, evaluation; and
-what a submitted job takes along.
-"""
+"""The whole way as the demo goes it: shards, training, evaluation; and what a submitted job takes along."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
+import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ray._private.runtime_env.packaging import create_package
 
-from jobs import demo
 from tests.photographs import write_source
-from tests.processes import run_here
+from tests.processes import below, run_here
+from tests.runs import ROOT, Followed
 
-ROOT = Path(__file__).resolve().parent.parent
-AGENT_PORT = 52365  # Ray's default
+ENDED_S = 60.0  # For what Ray ends without waiting for it, on a busy machine.
 BESIDE = (
     "shards/train/train-000000.tar",
     "runs/first/run.json",
@@ -33,27 +28,30 @@ BESIDE = (
 )
 
 
+def start(folder: Path, epochs: int) -> Followed:
+    """The demo on three classes of twelve images, with one worker."""
+    source = write_source(folder / "images", images=12)
+    arguments = ["--source", source, "--output", folder / "demo", "--epochs", epochs, "--batch-size", 10]
+    # In a shell that points at some cluster, the demo still uses this machine.
+    process = subprocess.Popen(
+        [sys.executable, "jobs/demo.py", *map(str, arguments), "--workers", "1"],
+        cwd=ROOT,
+        env={**os.environ, "RAY_ADDRESS": "http://127.0.0.1:9"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    return Followed(process)
+
+
 @pytest.mark.slow
 def test_the_demo_on_ones_own_images(tmp_path: Path) -> None:
-    source = write_source(tmp_path / "images", images=12)
-    arguments = ["--source", str(source), "--output", str(tmp_path / "demo"), "--epochs", "1", "--batch-size", "10"]
-    arguments += ["--workers", "1"]
-    # In a shell that points at some other cluster, the demo still uses its own.
-    environment = {**os.environ, "RAY_ADDRESS": "http://127.0.0.1:9"}
-    command = [sys.executable, "jobs/demo.py", *arguments]
-    with socket.socket() as taken:
-        # As by the agent of another Ray, which may be there.
-        with contextlib.suppress(OSError):
-            taken.bind(("", AGENT_PORT))
-            taken.listen()
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600
-        )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "$ ray job submit" in done.stdout
-    assert "Guessing among 3 classes would have 66.7%" in done.stdout
+    done = start(tmp_path, epochs=1)
+    assert done.end() == 0, done.text
+    assert "Guessing among 3 classes would have 66.7%" in done.text
     for crops in ("center crop", "ten crops"):
-        assert f"{crops}, 3 images" in done.stdout
+        assert f"{crops}, 3 images" in done.text
     assert "<svg" in (tmp_path / "demo" / "report.html").read_text()
 
 
@@ -65,31 +63,19 @@ def test_a_source_that_is_not_there_ends_the_demo_at_once(tmp_path: Path, capfd:
     assert f"error: {tmp_path / 'none'} does not exist" in capfd.readouterr().err
 
 
-def test_a_sigterm_to_the_demo_ends_the_ray_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[bool] = []
-
-    @contextlib.contextmanager
-    def cluster(*_: object) -> Iterator[str]:
-        try:
-            yield "http://127.0.0.1:9"
-        finally:
-            ended.append(True)
-
-    def call(arguments: list[str], environment: dict[str, str]) -> None:
-        if "submit" in arguments:
-            signal.raise_signal(signal.SIGTERM)
-
-    # Where the demo leaves it as it is, the test fails and lives.
-    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("it would end at once"))
-    monkeypatch.setattr(demo, "ray_cluster", cluster)
-    monkeypatch.setattr(demo, "call", call)
-    try:
-        with pytest.raises(SystemExit) as found:
-            demo.main(demo.DemoConfig(tmp_path / "demo", source=tmp_path))
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert found.value.code == 128 + signal.SIGTERM
-    assert ended
+@pytest.mark.slow
+def test_a_sigterm_to_the_demo_ends_all_that_it_started(tmp_path: Path) -> None:
+    run = start(tmp_path, epochs=100)
+    run.wait_for("epoch 1/100")
+    started = below(run.process.pid)
+    assert any(line.startswith("ray::RayTrainWorker") for line in started.values())
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == 128 + signal.SIGTERM, run.text
+    deadline = time.monotonic() + ENDED_S
+    # Whoever has lost its parent is below another one.
+    while left := {line for pid, line in below(0).items() if pid in started}:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
 
 
 def test_a_job_takes_the_code_and_nothing_else_along(tmp_path: Path) -> None:
