@@ -132,7 +132,7 @@ class FaultOptions:
     max_failures: int = 3
     """How often to start again from the last checkpoint after losing a worker or a node."""
     hang_seconds: float = 120.0
-    """A worker that is longer about one step's images, or does not answer for so long, hangs: it is ended,
+    """A worker that is longer about one batch's images, or does not answer for so long, hangs: it is ended,
     which counts among --max-failures. Give more if the disk may be away for longer and come back."""
     collective_seconds: int = 600
     """A worker that waits longer for the others in one exchange, as on a wedged network, fails, which counts among

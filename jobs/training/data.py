@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jobs.training.watchdog import each_limited
 from model.recipe import Recipe
 from model.training import Worker
 from pipeline.dataset.info import SPLITS, read_dataset
@@ -42,6 +43,7 @@ class WorkerData:
         data: the shard set, or a staged copy of it, on a disk.
         micro_batch: at most this many images a batch.
         threads: decoder threads.
+        hang_seconds: in which each batch must come (see `jobs.training.watchdog`).
 
     Raises:
         DatasetError: if the set cannot be opened.
@@ -55,6 +57,7 @@ class WorkerData:
         micro_batch: int,
         threads: int,
         gpu_decoder: GpuDecoder = "cuda",
+        hang_seconds: float = 120.0,
     ) -> None:
         self.info = read_dataset(data)
         train, self._val = (SplitReader(data, self.info, split) for split in ("train", "val"))
@@ -63,6 +66,7 @@ class WorkerData:
         self._epochs = recipe.epochs
         self._worker = worker
         self._micro_batch = micro_batch
+        self._hang_seconds = hang_seconds
         self._train_loader, self._val_loader = (
             Loader(reader, self.info.rgb, micro_batch, worker.device, threads, gpu_decoder=gpu_decoder)
             for reader in (train, self._val)
@@ -78,20 +82,22 @@ class WorkerData:
     def training(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
         """For each step to the epoch's end, this worker's part of the global batch in micro-batches."""
         if self._position != (epoch, first_step):
-            self._batches = self._train_loader.run(self._planned(epoch, first_step))
+            batches = self._train_loader.run(self._planned(epoch, first_step))
+            self._batches = each_limited(batches, self._hang_seconds)
         part = len(rank_slice(self._plan.batch_size, self._worker.rank, self._worker.world))
         # Whoever stops in the middle begins anew, unless at this very place.
         self._position = None
         for step in range(first_step, self.steps):
-            batches = list(itertools.islice(self._batches, -(-part // self._micro_batch)))
+            micro_batches = list(itertools.islice(self._batches, -(-part // self._micro_batch)))
             self._position = (epoch, step + 1) if step + 1 < self.steps else (epoch + 1, 0)
-            yield batches
+            yield micro_batches
 
     def validation(self) -> Iterator[Batch]:
         """This worker's part of the validation images, each exactly once over all workers."""
         part = rank_slice(len(self._val), self._worker.rank, self._worker.world)
         samples = np.arange(part.start, part.stop)
-        return self._val_loader.run(center_crops(samples).chunks(self._micro_batch))
+        batches = self._val_loader.run(center_crops(samples).chunks(self._micro_batch))
+        return each_limited(batches, self._hang_seconds)
 
     def _planned(self, epoch: int, first_step: int) -> Iterator[PlannedBatch]:
         """The micro-batches from a step on to the last epoch's end."""

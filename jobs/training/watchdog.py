@@ -4,7 +4,7 @@ A read from a mount whose server is gone never returns. The process lives and an
 ranks wait for it in the exchange of gradients, for --collective-seconds.
 
 Limited is what waits for nothing but this worker's own disk, processor and decoder: opening the shard set, and getting
-each step's or each validation batch's images. Not limited are the forward and backward pass, since whoever waits there
+each batch's images. Not limited are the forward and backward pass, since whoever waits there
 may wait for another rank; staging, which tries again by itself; and reading and writing checkpoints.
 """
 
@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TypeVar
-
-from model.metrics import LabeledImages
-from model.training import TrainingData
 
 Item = TypeVar("Item")
 
@@ -34,27 +31,11 @@ def limited(seconds: float) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-class LimitedData:
-    """A worker's data (`model.training.TrainingData`), where getting each step's images may take so many seconds."""
-
-    def __init__(self, data: TrainingData, seconds: float) -> None:
-        self._data = data
-        self._seconds = seconds
-
-    @property
-    def steps(self) -> int:
-        return self._data.steps
-
-    def training(self, epoch: int, first_step: int) -> Iterator[Sequence[LabeledImages]]:
-        return self._each(self._data.training(epoch, first_step))
-
-    def validation(self) -> Iterator[LabeledImages]:
-        return self._each(self._data.validation())
-
-    def _each(self, items: Iterator[Item]) -> Iterator[Item]:
-        while True:
-            with limited(self._seconds):
-                item = next(items, None)
-            if item is None:
-                return
-            yield item
+def each_limited(items: Iterator[Item], seconds: float) -> Iterator[Item]:
+    """The same items, where getting each may take so many seconds."""
+    while True:
+        with limited(seconds):
+            item = next(items, None)
+        if item is None:
+            return
+        yield item

@@ -22,7 +22,7 @@ from jobs.training.run_state import RunFingerprint
 from jobs.training.run_storage import CheckpointUploader, check_run_folder
 from jobs.training.stop_signals import StopConsensus, StopRequestPoller
 from jobs.training.trackers import BestEffort, End, TrackedRun, make_trackers
-from jobs.training.watchdog import LimitedData, limited
+from jobs.training.watchdog import limited
 from model.alexnet import AlexNet
 from model.guards import DivergedError
 from model.metrics import LabeledImages, Score
@@ -153,7 +153,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
         # Without a time limit: a node that comes new copies all of the set.
         barrier()
     with limited(config.hang_seconds):
-        data = WorkerData(folder, recipe, worker, config.micro_batch, threads, config.gpu_decoder)
+        data = WorkerData(folder, recipe, worker, config.micro_batch, threads, config.gpu_decoder, config.hang_seconds)
     identity = RunFingerprint.of(recipe, data.info, data.decoder, config.precision, config.init_from)
     trainer = Trainer(
         make_network(identity).to(memory_format=torch.channels_last).to(device),
@@ -178,7 +178,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
     end: End = "failed"
     try:
         try:
-            trainer.fit(LimitedData(data, config.hang_seconds), reporter)
+            trainer.fit(data, reporter)
         except DivergedError as failure:
             # All workers stop here. A new start would end the same way, so this is a result and no failure to retry.
             error = str(failure)

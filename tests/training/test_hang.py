@@ -13,16 +13,14 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import distributed, nn
 
 from jobs.training.failures import CollectiveTimeoutError, named_timeouts
-from jobs.training.watchdog import LimitedData
+from jobs.training.watchdog import each_limited
 from model.parallel import data_parallel
-from tests.model.test_training import SmallData
 from tests.processes import below
 from tests.ranks import run_ranks
 from tests.runs import ROOT, Run, assert_alike, tracebacks
@@ -34,14 +32,13 @@ import sys
 from pathlib import Path
 import torch
 from jobs.training.data import WorkerData
-from jobs.training.watchdog import LimitedData
 from model.recipe import Recipe
 from model.training import Worker
 from pipeline.loading.reader_process import ReaderProcess
 
 ReaderProcess.submit = lambda *arguments: None
-data = WorkerData(Path(sys.argv[1]), Recipe(batch_size=9), Worker(0, 1, torch.device("cpu")), 9, 1)
-next(LimitedData(data, 1.0).training(0, 0))
+data = WorkerData(Path(sys.argv[1]), Recipe(batch_size=9), Worker(0, 1, torch.device("cpu")), 9, 1, hang_seconds=1)
+next(data.training(0, 0))
 """
 # No other thread of Python runs meanwhile, not even one that is to end the process.
 HELD_LOCK = """
@@ -74,15 +71,14 @@ def test_only_the_wait_for_the_images_is_limited(monkeypatch: pytest.MonkeyPatch
     """And each wait by itself. The loop's own work holds the exchange with the other ranks."""
     events: list[str] = []
 
-    class Data(SmallData):
-        def training(self, epoch: int, first_step: int) -> Iterator[Any]:
-            events.append("read")
-            yield ()
-            raise OSError("the disk is gone")
+    def read() -> Iterator[int]:
+        events.append("read")
+        yield 0
+        raise OSError("the disk is gone")
 
     monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, exit: events.append(f"at most {seconds}"))
     monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: events.append("got"))
-    items = LimitedData(Data(), 7.0).training(0, 0)
+    items = each_limited(read(), 7.0)
     next(items)
     events.append("trained")
     with pytest.raises(OSError, match="the disk is gone"):
