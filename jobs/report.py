@@ -25,8 +25,6 @@ class ReportConfig:
     """The page to write."""
     data: Path | None = None
     """A shard set of the run's classes, to show images of."""
-    benchmark: Path | None = None
-    """What jobs/benchmark.py --json wrote on the same machine, to show its rates."""
     gpu: GpuChoice = None
     """Use a GPU; None: if torch sees one."""
 
@@ -37,7 +35,7 @@ if __name__ == "__main__":
 import torch
 
 from jobs.cli.device import choose_device
-from jobs.reporting.page import gallery, page, read_rates
+from jobs.reporting.page import gallery, page
 from jobs.reporting.predictions import predict
 from jobs.training import checkpoint
 from jobs.training.run_storage import local_checkpoint
@@ -51,7 +49,6 @@ from pipeline.storage.remote import write_atomically
 def main(config: ReportConfig) -> None:
     location = join(config.storage, config.name)
     device = choose_device(config.gpu)
-    rates = read_rates(config.benchmark) if config.benchmark else {}
     with local_checkpoint(location) as (_, folder):
         network = make_network(checkpoint.read_state(folder).identity)
         checkpoint.load_network(folder, network)
@@ -63,5 +60,5 @@ def main(config: ReportConfig) -> None:
         checkpoint.check_other_classes(state.identity, info, location, str(config.data))
         images = gallery(predict(network, state.identity.rgb, device, config.data, info), config.data, info)
     events = read_events(join(location, EVENTS))
-    write_atomically(config.output, page(config.name, state, network, events, rates, images).encode())
+    write_atomically(config.output, page(config.name, state, network, events, images).encode())
     print(f"report: {config.output}")

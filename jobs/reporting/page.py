@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +18,11 @@ from pipeline.dataset.split_reader import SplitReader
 
 TEMPLATE = "report.html.j2"  # Beside this file
 WORST = 20  # Classes in the table of confusions
-RATES = {
-    "decode_limit_images_per_s": "decoding the JPEGs whole, the limit",
-    "loader_images_per_s": "the loader alone",
-    "network_images_per_s": "the network alone",
-    "train_images_per_s": "training",
-}
-"""What jobs/benchmark.py --json writes."""
 
 
-def page(
-    name: str, state: State, network: AlexNet, events: Events, rates: dict[str, Any], images: dict[str, Any]
-) -> str:
-    """The whole page: of the newest state, the best checkpoint's network, and what `read_rates` and `gallery` gave."""
+def page(name: str, state: State, network: AlexNet, events: Events, images: dict[str, Any]) -> str:
+    """The whole page: of the newest state, the best checkpoint's network, and what `gallery` gave."""
     history = state.progress.history
-    measured = [(meaning, f"{rates[key]:,.1f} images/s") for key, meaning in RATES.items() if key in rates]
-    if "data_wait" in rates:
-        measured.append(("waiting for data", f"{rates['data_wait']:.1%} of the training time"))
     per_epoch = history[0]["images"] / state.identity.recipe.batch_size
     within = {tag: [(step / per_epoch, value) for step, value in points] for tag, points in events.scalars.items()}
     environment = jinja2.Environment(
@@ -49,7 +36,6 @@ def page(
         curves=charts.curves(history, within),
         filters=charts.filters(network.conv1.weight.detach().cpu().numpy()),
         images=images,
-        rates=measured,
         facts=[("shard set", state.identity.dataset), *(("machine", text) for text in events.machines)],
         settings=dataclasses.asdict(state.identity.recipe).items(),
     )
@@ -73,18 +59,3 @@ def gallery(predictions: Predictions, data: Path, info: DatasetInfo) -> dict[str
         "searched": {"val": len(predictions.val_labels), "train": predictions.train_images},
         "available": {"val": len(val), "train": len(train)},
     }
-
-
-def read_rates(path: Path) -> dict[str, Any]:
-    """What jobs/benchmark.py --json wrote.
-
-    Raises:
-        ValueError: if the file is something else.
-    """
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"--benchmark {path} is no JSON ({error}): give what benchmark.py --json wrote") from error
-    if not isinstance(value, dict) or not all(isinstance(value.get(key), float | int) for key in RATES):
-        raise ValueError(f"--benchmark {path} lacks {', '.join(RATES)}: give what benchmark.py --json wrote")
-    return value

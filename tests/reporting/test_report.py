@@ -72,7 +72,7 @@ def test_the_page_shows_a_runs_decisions_its_network_and_its_set(tmp_path: Path)
     network = make_network(identity).eval()
     predictions = predict(network, info.rgb, torch.device("cpu"), data, info)
     events = read_events(str(tmp_path / "run" / EVENTS))
-    text = page("small", State(identity, progress), network, events, {}, gallery(predictions, data, info))
+    text = page("small", State(identity, progress), network, events, gallery(predictions, data, info))
     for epoch in (3, 5, 7, 9):
         assert text.count(f"<li>epoch {epoch}: error ") == 1
     assert text.count("stopping, the rate was reduced 3 times</li>") == 1

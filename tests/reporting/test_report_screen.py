@@ -44,7 +44,7 @@ def report(shard_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = make_network(identity).eval()
     images = gallery(predict(network, info.rgb, torch.device("cpu"), shard_set, info), shard_set, info)
     path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(page("three", State(identity, progress), network, Events({}, ["this machine"]), {}, images))
+    path.write_text(page("three", State(identity, progress), network, Events({}, ["this machine"]), images))
     return path
 
 
