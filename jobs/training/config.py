@@ -120,9 +120,9 @@ class CheckpointOptions:
     """Where a run that has no checkpoint yet begins: a checkpoint_* folder of another run with the same settings and
     data; a path or URL."""
     init_from: str | None = None
-    """Whose weights a run begins with that has no checkpoint yet: a checkpoint_* folder, a run's folder (its best
-    checkpoint) or a .safetensors file of jobs/export.py; a path that every node sees, or a URL. The classes may be
-    others: for another number of them, the last layer is made anew."""
+    """Whose weights a run begins with that has no checkpoint yet: a checkpoint_* folder or a run's folder (its best
+    checkpoint); a path that every node sees, or a URL. The classes may be others: for another number of them, the last
+    layer is made anew."""
 
 
 @dataclasses.dataclass(frozen=True)

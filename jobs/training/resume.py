@@ -5,25 +5,19 @@ Were each rank to read for itself, one bad read would leave replicas that differ
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors import torch as safetensors
 from torch import distributed, nn
 
-from jobs.cli.command import one_line
 from jobs.training import checkpoint
 from jobs.training.checkpoint import is_damage, none_whole, scan
 from jobs.training.run_state import CheckpointError, DamagedError, RunFingerprint
 from jobs.training.run_storage import local_checkpoint, local_copy, set_aside
 from model.alexnet import LAST_LAYER
 from model.progress import Progress
-from model.recipe import Recipe
 from model.training import Trainer
 from pipeline.storage.locations import join, shown
-from pipeline.storage.remote import read
 
 
 def resume(
@@ -63,17 +57,14 @@ def initialize(network: nn.Module, identity: RunFingerprint, location: str) -> N
 
     Args:
         network: as the recipe initializes it.
-        location: of a checkpoint_* folder, a run's folder (its best checkpoint) or a file of jobs/export.py.
+        location: of a checkpoint_* folder or a run's folder (its best checkpoint).
 
     Raises:
         CheckpointError: if there are no such weights, or they are another network's.
     """
-    if location.partition("?")[0].endswith(".safetensors"):
-        recipe, tensors = _read_export(location)
-    else:
-        with local_checkpoint(location) as (location, folder):
-            state = checkpoint.read_state(folder)
-            recipe, tensors = state.identity.recipe, checkpoint.load_tensors(folder, checkpoint.MODEL_FILE, state)
+    with local_checkpoint(location) as (location, folder):
+        state = checkpoint.read_state(folder)
+        recipe, tensors = state.identity.recipe, checkpoint.load_tensors(folder, checkpoint.MODEL_FILE, state)
     where = shown(location)
     # Not all that a network computes shows in its tensors.
     differing = [
@@ -93,20 +84,6 @@ def initialize(network: nn.Module, identity: RunFingerprint, location: str) -> N
         tensors |= {name: own for name, own in network.state_dict().items() if name.startswith(LAST_LAYER)}
     checkpoint.fill(network, tensors, where)
     print(said, flush=True)
-
-
-def _read_export(location: str) -> tuple[Recipe, dict[str, torch.Tensor]]:
-    """The recipe and the tensors of a file of jobs/export.py."""
-    try:
-        data = read(location)
-        tensors = safetensors.load(data)
-        # https://github.com/huggingface/safetensors: the header's length in 8 bytes, then the header in JSON.
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return Recipe(**json.loads(header["__metadata__"]["recipe"])), tensors
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{shown(location)} is no file of jobs/export.py ({one_line(error)}): give one, or a checkpoint_* folder"
-        ) from error
 
 
 def _restore_newest(run: str, start: str | None, trainer: Trainer, identity: RunFingerprint) -> bool:

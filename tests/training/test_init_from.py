@@ -1,4 +1,4 @@
-"""A run that begins with trained weights: of a checkpoint, a run or an file, with the same classes or others.
+"""A run that begins with trained weights: of a checkpoint or a run, with the same classes or others.
 
 `test_checkpoint` has it on two ranks, `test_signals` as a whole run.
 """
@@ -6,15 +6,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import boto3
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from jobs import export
 from jobs.training import checkpoint
 from jobs.training.checkpoint import MODEL_FILE
 from jobs.training.resume import initialize
@@ -32,19 +30,16 @@ ROW = {"top1_error": 0.5}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of an AlexNet of five classes, with one checkpoint, and beside it the same exported."""
+    """A run of an AlexNet of five classes, with one checkpoint."""
     run = tmp_path_factory.mktemp("trained") / "run"
     (run / "checkpoint_0001_000000").mkdir(parents=True)
     progress = Progress(Plateau(0.001), epoch=1, history=[ROW])
     checkpoint.save_network(run / "checkpoint_0001_000000", make_network(FIVE), State(FIVE, progress))
-    export.main(export.ExportConfig(str(run), run.parent / "exported.safetensors"))
     return run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("place", "classes"), [(".", 5), ("checkpoint_0001_000000", 3), ("../exported.safetensors", 3)]
-)
+@pytest.mark.parametrize(("place", "classes"), [(".", 5), ("checkpoint_0001_000000", 3)])
 def test_the_weights_are_taken_and_a_last_layer_of_other_classes_is_the_recipes(
     trained: Path, place: str, classes: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,29 +57,19 @@ def test_the_weights_are_taken_and_a_last_layer_of_other_classes_is_the_recipes(
     assert (anew in line) == (classes == 3)
 
 
-@pytest.mark.parametrize("place", ["checkpoint_0001_000000", "../exported.safetensors"])
-def test_another_networks_weights_are_refused_by_what_differs(trained: Path, place: str) -> None:
+def test_another_networks_weights_are_refused_by_what_differs(trained: Path) -> None:
     own = dataclasses.replace(FIVE, recipe=dataclasses.replace(FIVE.recipe, groups=2, normalization="caffe"))
     told = r"groups is 2 here and 1 there \(--groups 1\); normalization is caffe here and lrn there \(--normalization"
     with pytest.raises(CheckpointError, match=f"another network's: {told}"):
-        initialize(torch.nn.Identity(), own, str(trained / place))
+        initialize(torch.nn.Identity(), own, str(trained))
 
 
 def test_what_holds_no_weights_is_refused(tmp_path: Path) -> None:
-    network = torch.nn.Identity()
     with pytest.raises(CheckpointError, match="does not exist or is no folder"):
-        initialize(network, FIVE, str(tmp_path / "none"))
-    other = tmp_path / "other.safetensors"
-    for told in ("No such file", "'__metadata__'", "header"):
-        with pytest.raises(CheckpointError, match=rf"other\.safetensors is no file of jobs/export\.py \(.*{told}"):
-            initialize(network, FIVE, str(other))
-        if told == "No such file":
-            save_file({"a": torch.zeros(1)}, other)
-        else:
-            other.write_bytes(b"\x80\x04}")  # How a pickle begins.
-    save_file({"a": torch.zeros(1)}, other, {"recipe": json.dumps(dataclasses.asdict(FIVE.recipe))})
-    with pytest.raises(CheckpointError, match="does not fit this network: a differ"):
-        initialize(network, FIVE, str(other))
+        initialize(torch.nn.Identity(), FIVE, str(tmp_path / "none"))
+    checkpoint.save_network(tmp_path, torch.nn.Linear(1, 1), State(FIVE, Progress(Plateau(0.001))))
+    with pytest.raises(CheckpointError, match="does not fit this network: bias, weight differ"):
+        initialize(torch.nn.Identity(), FIVE, str(tmp_path))
 
 
 def test_a_damaged_checkpoint_is_no_beginning_and_one_at_a_url_is(tmp_path: Path, s3: str) -> None:
