@@ -104,7 +104,6 @@ class Trainer:
         worker: who this is; with more than one worker, torch.distributed must be initialized.
         log_every: tell the observer every so many steps.
         checkpoint_every: checkpoint every so many steps within an epoch; 0 for only at its end.
-        checkpoint_epochs: checkpoint at every so many epochs' end, and at the last one's.
     """
 
     def __init__(
@@ -114,7 +113,6 @@ class Trainer:
         worker: Worker,
         log_every: int = 20,
         checkpoint_every: int = 0,
-        checkpoint_epochs: int = 1,
     ) -> None:
         self.network = network
         self.recipe = recipe
@@ -123,7 +121,6 @@ class Trainer:
         self.progress = Progress(Plateau(recipe.lr))
         self._log_every = log_every
         self._checkpoint_every = checkpoint_every
-        self._checkpoint_epochs = checkpoint_epochs
         self._classes = 0
         self._forward_ended = 0.0
         self._in_flight = InFlightStepLimit(worker.device)
@@ -152,8 +149,7 @@ class Trainer:
             row["images_in_train_seconds"], row["train_seconds"] = train.images - int(before), train_seconds
             row["seconds"] = time.perf_counter() - started
             observer.on_epoch_end(self, row)
-            if self.progress.finished or self.progress.epoch % self._checkpoint_epochs == 0:
-                observer.checkpoint(self)
+            observer.checkpoint(self)
 
     def resume(self, progress: Progress) -> None:
         """Stands where `progress` says, once the network's and the optimizer's tensors are those of that moment."""

@@ -110,8 +110,6 @@ class CheckpointOptions:
 
     checkpoint_every: int = 0
     """Steps between checkpoints within an epoch, besides the one at its end."""
-    checkpoint_epochs: int = 1
-    """Epochs between checkpoints at an epoch's end, for very short epochs; the last one and a stop always have one."""
     checkpoint_minutes: float | None = None
     """Minutes between checkpoints within an epoch, besides the others."""
     keep: int = 2
@@ -156,7 +154,7 @@ class TrainConfig(LoggingOptions, FaultOptions, CheckpointOptions, RecipeOptions
     """The whole command line. What is None follows from the recipe or from the machine."""
 
     def __post_init__(self) -> None:
-        for field in ("micro_batch", "cpus_per_worker", "log_every", "keep", "checkpoint_epochs", "collective_seconds"):
+        for field in ("micro_batch", "cpus_per_worker", "log_every", "keep", "collective_seconds"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"--{field.replace('_', '-')} is {value}; it must be at least 1")

@@ -161,7 +161,6 @@ def _train(config: TrainConfig) -> dict[str, Any]:
         worker,
         config.log_every,
         config.checkpoint_every,
-        config.checkpoint_epochs,
     )
     # Not Ray Train's: it knows of no checkpoint, so that none that is gone or damaged can keep it from starting.
     continued = resume(config.run, config.from_checkpoint, trainer, identity, config.init_from)

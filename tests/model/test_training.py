@@ -216,8 +216,7 @@ def test_a_plateau_run_stopped_in_a_validation_ends_alike(tmp_path: Path) -> Non
     identity = dataclasses.replace(IDENTITY, recipe=recipe)
 
     def trainer() -> Trainer:
-        # With a checkpoint at the stop and at the end alone.
-        return Trainer(make_trainer().network, recipe, Worker(0, 1, CPU), checkpoint_epochs=recipe.epochs)
+        return Trainer(make_trainer().network, recipe, Worker(0, 1, CPU))
 
     whole, record = trainer(), Recorder(None)
     whole.fit(ManyBatches(), record)
@@ -231,7 +230,7 @@ def test_a_plateau_run_stopped_in_a_validation_ends_alike(tmp_path: Path) -> Non
         with pytest.raises(StoppedError, match=f"after epoch {epoch}, step 5"):
             trainer().fit(ManyBatches(), stopped)
         assert stopped.validated.count(epoch) == batch
-        (saved,) = stopped.saved
+        saved = stopped.saved[-1]
         progress = checkpoint.read_state(saved).progress
         # In the midst of a patience count.
         assert (progress.epoch, progress.step, progress.schedule.bad_epochs) == (epoch, 5, 1)
@@ -276,14 +275,6 @@ def stop_and_resume(rank: int, world: int, folder: Path) -> None:
 
 def test_three_workers_stop_at_the_same_place_and_end_alike_with_batch_normalization(tmp_path: Path) -> None:
     run_ranks(3, tmp_path, stop_and_resume, tmp_path, timeout=timedelta(seconds=120))
-
-
-def test_every_third_epoch_and_the_last_have_a_checkpoint(tmp_path: Path) -> None:
-    recipe = dataclasses.replace(RECIPE, epochs=7)
-    record = Recorder(tmp_path, identity=dataclasses.replace(IDENTITY, recipe=recipe))
-    Trainer(make_trainer().network, recipe, Worker(0, 1, CPU), checkpoint_epochs=3).fit(SmallData(), record)
-    assert places(record) == [(3, 0), (6, 0), (7, 0)]
-    assert len(record.rows) == 7
 
 
 def test_an_epochs_row_counts_every_image(undisturbed: tuple[Trainer, Recorder]) -> None:
