@@ -68,7 +68,11 @@ def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
                 ray.init("local", num_cpus=cpus or cores(), include_dashboard=False, **options)
     # Ray raises what the failing part of its start leads it to, plain Exception among it.
     except Exception as error:
-        what, cure = "Ray does not start here", _start_cure(error)
+        what = "Ray does not start here"
+        cure = (
+            "see the logs below RAY_TMPDIR (/tmp/ray by default), and the free space there and in /dev/shm; you must "
+            f"be able to write there and in HOME, and RAY_TMPDIR may have at most {MAX_TMPDIR} characters"
+        )
         if address:
             what = f"the cluster at RAY_ADDRESS={address} cannot be joined"
             cure = "see `ray status` on that machine, and that both have the same versions of Ray and Python"
@@ -78,18 +82,6 @@ def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def _start_cure(error: Exception) -> str:
-    """What to do where Ray does not start on this machine."""
-    if "AF_UNIX path length" in str(error):
-        return f"set RAY_TMPDIR to a path of at most {MAX_TMPDIR} characters"
-    path = str(error.filename or "") if isinstance(error, OSError) else ""
-    if path.startswith(os.path.expanduser("~/.ray")):
-        return "set HOME to a folder that can be written, as Ray keeps its token there"
-    if path:
-        return "set RAY_TMPDIR to a folder that you can write"
-    return "see the logs below RAY_TMPDIR (/tmp/ray by default), and the free space there and in /dev/shm"
 
 
 def _check_unreachable(address: str) -> None:
