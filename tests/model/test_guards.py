@@ -23,7 +23,6 @@ def test_a_loss_or_gradient_of_a_run_that_diverged_is_told(loss: float, gradient
     assert str(diverged("it fell", 1, 3, 4, 1e-5)) == (
         "it fell in epoch 1, steps 3 to 4, at rate 1e-05: start again with a lower --lr, under another --name"
     )
-    assert "so low a rate is not the cause; " in str(diverged("it fell", 1, 3, 4, 1e-10))
 
 
 @pytest.mark.parametrize(
