@@ -36,12 +36,6 @@ CHECKPOINT_PREFIX = "checkpoint_"
 _PLACE = re.compile(rf"{CHECKPOINT_PREFIX}(\d+)_(\d+)")
 
 
-def save(folder: Path, trainer: Trainer, identity: RunFingerprint) -> None:
-    """Writes a checkpoint of everything that training needs to go on exactly."""
-    save_tensors(folder, trainer)
-    _save_state(folder, State(identity, trainer.progress))
-
-
 def save_tensors(folder: Path, trainer: Trainer) -> None:
     """Writes a checkpoint's files but for `state.json`.
 
@@ -60,10 +54,6 @@ def save_tensors(folder: Path, trainer: Trainer) -> None:
 def save_network(folder: Path, network: nn.Module, state: State) -> None:
     """Writes what evaluation needs: a network's tensors, and what they are."""
     _save_network(folder, network)
-    _save_state(folder, state)
-
-
-def _save_state(folder: Path, state: State) -> None:
     remote.write(folder / STATE_FILE, state.to_json(digests(folder)))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from jobs.training import checkpoint
-from jobs.training.run_state import RunFingerprint
+from jobs.training.run_state import RunFingerprint, State
 from model.metrics import LabeledImages, Score
 from model.recipe import Recipe
 from model.training import StepAction, StoppedError, Trainer, Worker
@@ -103,7 +103,8 @@ class Recorder:
             return
         folder = self.folder / str(len(self.saved))
         folder.mkdir(parents=True)
-        checkpoint.save(folder, trainer, self.identity)
+        checkpoint.save_tensors(folder, trainer)
+        checkpoint.save_network(folder, trainer.network, State(self.identity, trainer.progress))
         self.saved.append(folder)
         if len(self.saved) == self.stop_after:
             raise Stopped

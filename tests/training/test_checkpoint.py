@@ -258,8 +258,10 @@ def begin(rank: int, world: int, run: str, folder: Path) -> None:
                 parameter.fill_(rank)
         place, source = (place, f"{run}/{BEFORE}") if rank == 0 else (str(folder / "nowhere"), "nothing")
         assert resume(place, None, trainer, IDENTITY, source) == (kind == "old")
-        (folder / f"{kind}{rank}").mkdir()
-        checkpoint.save(folder / f"{kind}{rank}", trainer, IDENTITY)
+        saved = folder / f"{kind}{rank}"
+        saved.mkdir()
+        checkpoint.save_tensors(saved, trainer)
+        checkpoint.save_network(saved, trainer.network, State(IDENTITY, trainer.progress))
 
 
 def test_all_ranks_have_what_rank_0_read_and_a_runs_own_checkpoint_comes_before_given_weights(

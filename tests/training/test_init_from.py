@@ -78,7 +78,7 @@ def test_a_damaged_checkpoint_is_no_beginning_and_one_at_a_url_is(tmp_path: Path
     with torch.no_grad():
         for parameter in trainer.network.parameters():
             parameter.fill_(5)
-    checkpoint.save(source, trainer, IDENTITY)
+    checkpoint.save_network(source, trainer.network, State(IDENTITY, trainer.progress))
     bucket = boto3.client("s3", endpoint_url=f"http://{s3}")
     bucket.create_bucket(Bucket="runs")
     for path in source.iterdir():
