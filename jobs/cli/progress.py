@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from typing import TextIO, TypeVar
 
 import tqdm
@@ -12,6 +11,18 @@ import tqdm
 SomeBatch = TypeVar("SomeBatch", bound=Sized)
 
 LINE_EVERY_S = 10.0
+LINE = "{n:,} of {total:,}{unit}, {rate_noinv_fmt}, {remaining} left{postfix}"
+
+
+class _Log:
+    """Takes a bar's states as lines."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            print(line, file=self._stream, flush=True)
 
 
 class Progress:
@@ -20,60 +31,36 @@ class Progress:
     Work found done already moves the bar but not the rate, so that a continued job does not promise too much.
     """
 
-    def __init__(
-        self,
-        total: int,
-        unit: str,
-        stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._total = total
-        self._unit = unit
-        self._stream = sys.stderr if stream is None else stream
-        self._clock = clock
-        self._start = self._last_line = clock()
-        self._count = 0
-        self._worked = 0
-        # A bar's own rate would count what was found done.
-        form = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
-        terminal = self._stream.isatty()
-        self._bar = tqdm.tqdm(total=total, unit=unit, file=self._stream, bar_format=form) if terminal else None
+    def __init__(self, total: int, unit: str, stream: TextIO | None = None) -> None:
+        stream = stream or sys.stderr
+        terminal = stream.isatty()
+        self._bar = tqdm.tqdm(
+            total=total,
+            unit=f" {unit}",
+            file=stream if terminal else _Log(stream),
+            mininterval=0.1 if terminal else LINE_EVERY_S,
+            miniters=1,
+            smoothing=0,  # The rate is the mean.
+            bar_format=None if terminal else LINE,
+        )
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     @property
     def rate(self) -> float:
-        """Units a second, of those worked for; 0 before the first."""
-        elapsed = self._clock() - self._start
-        return self._worked / elapsed if elapsed > 0 else 0.0
+        """Units a second, of those worked for."""
+        return (self._bar.n - self._bar.initial) / self._bar.format_dict["elapsed"]
 
     def advance(self, count: int, worked: bool = True, note: str = "") -> None:
         """Counts `count` more units; `worked` says whether they took work now, `note` is shown behind the rate."""
-        self._count += count
-        if worked:
-            self._worked += count
-        text = f"{self.rate:,.1f} {self._unit}/s, {self._time_left()} left{', ' + note if note else ''}"
-        if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(count)
-            return
-        now = self._clock()
-        if now - self._last_line >= LINE_EVERY_S or self._count >= self._total:
-            self._last_line = now
-            print(f"{self._count:,} of {self._total:,} {self._unit}, {text}", file=self._stream, flush=True)
-
-    def _time_left(self) -> str:
-        if self._count >= self._total:
-            return "0:00:00"
-        if not self._worked:
-            return "unknown"
-        seconds = round((self._total - self._count) / self.rate)
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        if not worked:
+            self._bar.initial += count
+        self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(count)
 
 
 def counted(batches: Iterable[SomeBatch], total: int) -> Iterator[SomeBatch]:

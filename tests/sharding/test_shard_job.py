@@ -179,17 +179,20 @@ def test_a_submitted_job_takes_no_relative_path(monkeypatch: pytest.MonkeyPatch,
         main(ShardConfig(**settings))
 
 
-def test_progress_in_a_log_is_a_line_now_and_then_and_one_at_the_end() -> None:
+def test_progress_in_a_log_is_a_line_now_and_then_and_one_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     log, now = io.StringIO(), [0.0]
-    with Progress(100, "images", stream=log, clock=lambda: now[0]) as progress:
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    with Progress(100, "images", stream=log) as progress:
         progress.advance(50, worked=False)
         for _ in range(4):
             now[0] += 5.0
             progress.advance(10, note="1 set aside")
         now[0] += 1.0
         progress.advance(10)
+        assert progress.rate == pytest.approx(50 / 21)
     assert log.getvalue().splitlines() == [
-        "70 of 100 images, 2.0 images/s, 0:00:15 left, 1 set aside",
-        "90 of 100 images, 2.0 images/s, 0:00:05 left, 1 set aside",
-        "100 of 100 images, 2.4 images/s, 0:00:00 left",
+        "0 of 100 images, ? images/s, ? left",
+        "70 of 100 images,  2.00 images/s, 00:15 left, 1 set aside",
+        "90 of 100 images,  2.00 images/s, 00:05 left, 1 set aside",
+        "100 of 100 images,  2.38 images/s, 00:00 left",
     ]
