@@ -2,7 +2,7 @@
 
     python jobs/verify_shards.py --data OUT
 
-Prints a line for each split that is right, or for each fault with the shard and sample that it is in, and the command
+Prints a line for each split that is right, or for each fault with the shard and image that it is in, and the command
 that builds a damaged shard again.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+from collections.abc import Mapping
 from shlex import quote
 
 from jobs.cli.command import run
@@ -47,15 +48,9 @@ import ray
 
 from jobs.cli.progress import Progress
 from jobs.cluster.connection import RETRIES, LostError, connected, in_parallel
-from pipeline.dataset.info import (
-    DATASET_FILE,
-    DatasetInfo,
-    read_dataset,
-    rebuild_advice,
-    staged_from,
-)
-from pipeline.dataset.shard_samples import Fault
-from pipeline.dataset.verify import ShardReport, check_set, check_shard, index_to_check
+from pipeline.dataset.info import DATASET_FILE, DatasetInfo, read_dataset, rebuild_advice, staged_from
+from pipeline.dataset.sample_index import SampleIndex
+from pipeline.dataset.verify import Fault, ShardReport, check_set, check_shard, open_indexes
 from pipeline.storage.locations import join, shown
 
 
@@ -73,19 +68,20 @@ def main(config: VerifyConfig) -> None:
             f"{shown(root)} is a copy for training, staged from {origin}: check that one; a copy checks itself"
         )
     samples = sum(part.samples for part in info.splits.values())
+    indexes, index_faults = open_indexes(root, info)
     with (
         connected(config.workers, logging_level=logging.ERROR, log_to_driver=False),
         Progress(samples, "images") as progress,
     ):
-        reports = _check_all(root, info, config, progress)
-    whole = check_set(root, info, reports)
+        reports = _check_all(root, info, indexes, config, progress)
+    whole = [*index_faults, *check_set(root, info, indexes, reports)]
     by_shard: dict[str, list[Fault]] = collections.defaultdict(list)
     for fault in [*(fault for report in reports for fault in report.faults), *whole]:
         by_shard[fault.shard].append(fault)
-    for split in info.splits:
-        mine = [report for report in reports if report.split == split]
-        if not any(report.name in by_shard for report in mine):
-            _print_right(split, mine, config.decode)
+    for split, index in indexes.items():
+        rows = info.splits[split].shards
+        if not any(row.name in by_shard for row in rows):
+            _print_right(split, index, len(rows), len(info.classes), config.decode)
     splits = {report.name: report.split for report in reports}
     for name, faults in by_shard.items():
         for fault in faults[:FAULTS_SHOWN]:
@@ -103,17 +99,18 @@ def main(config: VerifyConfig) -> None:
         )
 
 
-def _check_all(root: str, info: DatasetInfo, config: VerifyConfig, progress: Progress) -> list[ShardReport]:
+def _check_all(
+    root: str, info: DatasetInfo, indexes: Mapping[str, SampleIndex], config: VerifyConfig, progress: Progress
+) -> list[ShardReport]:
     """A report of each shard, in the set's order."""
     work = [(split, row) for split, part in info.splits.items() for row in part.shards]
-    indexes = {split: index_to_check(root, info, split) for split in info.splits}
     shared = ray.put(info)
     found = 0
     reports: dict[int, ShardReport] = {}
     calls = (
-        (root, split, row, index.part(number) if index is not None else None, shared, config.decode)
-        for split, index in indexes.items()
-        for number, row in enumerate(info.splits[split].shards)
+        (root, split, row, indexes[split].part(number) if split in indexes else None, shared, config.decode)
+        for split, part in info.splits.items()
+        for number, row in enumerate(part.shards)
     )
     try:
         for number, report in in_parallel(check_shard, calls, config.workers):
@@ -128,13 +125,12 @@ def _check_all(root: str, info: DatasetInfo, config: VerifyConfig, progress: Pro
     return [reports[number] for number in range(len(work))]
 
 
-def _print_right(split: str, reports: list[ShardReport], decode: bool) -> None:
-    per_class = np.sum([report.per_class for report in reports], axis=0)
-    samples = sum(len(report.key_hashes) for report in reports)
+def _print_right(split: str, index: SampleIndex, shards: int, classes: int, decode: bool) -> None:
+    per_class = np.bincount(index.labels, minlength=classes).tolist()
     low, high = min(per_class), max(per_class)
     each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
     print(
-        f"OK {split}: {samples:,} images in {len(reports):,} shard(s), {each} of each of {len(per_class):,} classes"
+        f"OK {split}: {len(index):,} images in {shards:,} shard(s), {each} of each of {classes:,} classes"
         f"{', all decoded' if decode else ''}"
     )
 

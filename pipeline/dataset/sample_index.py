@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
+import tarfile
 import zlib
 from collections.abc import Sequence
 from shlex import quote
@@ -16,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.dataset.info import DatasetError, Split, staged_from
+from pipeline.dataset.info import INDEX_VERSION, DatasetError, Split, staged_from
 from pipeline.sources.keys import IMAGE_COMPONENTS, LABEL_COMPONENT, split_name
 from pipeline.storage.locations import Location, is_url, join, shown
 from pipeline.storage.remote import read
@@ -39,6 +41,26 @@ def index_file(split: str) -> str:
     return f"{split}.arrow"
 
 
+def index_of(tar: bytes) -> str:
+    """DALI's "v1.2" index of a tar of samples, with offsets as the tar has them, as DALI's wds2idx writes it.
+
+    Raises:
+        tarfile.TarError, ValueError, OverflowError: if it is no tar, or is damaged.
+    """
+    samples: dict[str, list[str]] = {}
+    with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as file:
+        for member in file:
+            # It would lead tarfile back to what it has read, again and again.
+            if member.size < 0:
+                raise ValueError(f"{member.name} has {member.size} bytes")
+            key, extension = split_name(member.name)
+            # The name of a hidden file is all extension.
+            if member.isfile() and key and not key.endswith("/"):
+                samples.setdefault(key, []).append(f"{extension} {member.offset_data} {member.size} {member.name}")
+    lines = [f"{INDEX_VERSION} {len(samples)}", *(" ".join(components) for components in samples.values())]
+    return "\n".join(lines) + "\n"
+
+
 def shard_rows(tar: bytes, index: str) -> pa.RecordBatch:
     """The rows of one shard, all of shard 0.
 
@@ -47,13 +69,17 @@ def shard_rows(tar: bytes, index: str) -> pa.RecordBatch:
         index: DALI's index of it, as it is written beside the tar.
 
     Raises:
-        ValueError: if a label is no number that fits an int32.
+        ValueError: if a sample has not one image and one label, or a label is no number that fits an int32.
     """
     keys, offsets, sizes, labels, checksums = [], [], [], [], []
     for line in index.splitlines()[1:]:
         fields = line.split(" ")
         parts = {fields[i].lower(): fields[i + 1 : i + _FIELDS] for i in range(0, len(fields), _FIELDS)}
-        image = next(parts[extension] for extension in IMAGE_COMPONENTS if extension in parts)
+        images = [parts[extension] for extension in IMAGE_COMPONENTS if extension in parts]
+        # Of two parts with one extension, as where two samples have one key, the second took the first one's place.
+        if len(images) != 1 or LABEL_COMPONENT not in parts or len(parts) * _FIELDS != len(fields):
+            raise ValueError(f"{', '.join(fields[_FIELDS - 1 :: _FIELDS])} are not one .jpg and one .cls")
+        image = images[0]
         offset, size = int(image[0]), int(image[1])
         start, length = int(parts[LABEL_COMPONENT][0]), int(parts[LABEL_COMPONENT][1])
         keys.append(split_name(image[2])[0])
@@ -142,6 +168,17 @@ class SampleIndex:
     keys: pa.StringArray
     """[samples]: the sample's key in its tar."""
 
+    @classmethod
+    def of(cls, batch: pa.RecordBatch) -> SampleIndex:
+        """The columns of a record batch of `SCHEMA`."""
+        keys, *numbers = batch.columns
+        # Not to_numpy, which imports pandas.
+        shards, offsets, sizes, labels, checksums = (
+            np.frombuffer(column.buffers()[1], field.type.to_pandas_dtype(), len(column))
+            for field, column in zip(list(SCHEMA)[1:], numbers, strict=True)
+        )
+        return cls(shards, offsets, sizes, labels, checksums, keys)
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -223,12 +260,6 @@ def _map(location: str) -> SampleIndex:
         raise ValueError(f"its schema is {reader.schema.names} in {reader.num_record_batches} batches")
     batch = reader.get_batch(0)
     batch.validate()
-    keys, *numbers = batch.columns
     if any(column.null_count for column in batch.columns):
         raise ValueError("a column lacks values")
-    # Not to_numpy, which imports pandas.
-    shards, offsets, sizes, labels, checksums = (
-        np.frombuffer(column.buffers()[1], field.type.to_pandas_dtype(), len(column))
-        for field, column in zip(list(SCHEMA)[1:], numbers, strict=True)
-    )
-    return SampleIndex(shards, offsets, sizes, labels, checksums, keys)
+    return SampleIndex.of(batch)

@@ -1,7 +1,8 @@
 """A finished shard set checked against its own descriptions: each shard by itself, then what only the whole tells.
 
-Three things vouch for each other: the tars, `dataset.json` and the shards' annotations. What is wrong is named by shard
-and, where it can be told, by sample.
+Three things vouch for each other: the tars, `dataset.json` and the shards' annotations. A tar that has its digest tells
+what its index and its part of the sample index must be. Of one that has not, the sample index tells which images are
+damaged.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import tarfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.dataset.annotation import ShardAnnotation, ShardError, read_annotation
-from pipeline.dataset.info import DATASET_FILE, INDEX_VERSION, REJECTS_FILE, DatasetError, DatasetInfo, ShardRow
-from pipeline.dataset.sample_index import SampleIndex, index_file, index_is_whole, open_index, shard_rows
-from pipeline.dataset.shard_samples import Fault, Sample, read_samples
+from pipeline.dataset.info import DATASET_FILE, REJECTS_FILE, DatasetError, DatasetInfo, ShardRow
+from pipeline.dataset.sample_index import SampleIndex, index_file, index_is_whole, index_of, open_index, shard_rows
 from pipeline.images.decode import IMAGE_SIZE, pixels_of_stored
 from pipeline.images.rgb_stats import RgbMoments, RgbStatistics
 from pipeline.sources.keys import key_hash, may_be_of
@@ -30,27 +31,45 @@ TOLERANCE = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong."""
+
+    what: str
+    """A clause about the shard or sample."""
+    shard: str = ""
+    """Empty where it is the set's."""
+    sample: str = ""
+    """Its key, where one is to blame."""
+
+    def __str__(self) -> str:
+        where = " ".join(part for part in (self.shard, self.sample) if part)
+        return f"{where}: {self.what}" if where else self.what
+
+
+@dataclasses.dataclass(frozen=True)
 class ShardReport:
     """What checking one shard came to."""
 
     split: str
     name: str
     faults: tuple[Fault, ...]
-    per_class: NDArray[np.int64]
-    """[classes]: how many samples of each class it holds."""
-    key_hashes: NDArray[np.uint64]
-    """[samples]: 64 bits of each key, lower case, to find keys that two shards share."""
     annotation: ShardAnnotation | None
     """None where it cannot be read."""
 
 
-def index_to_check(root: Location, info: DatasetInfo, split: str) -> SampleIndex | None:
-    """A split's sample index; None where it is not what `dataset.json` vouches for, which `check_set` says."""
-    part = info.splits[split]
-    try:
-        return open_index(root, split, part, len(info.classes)) if index_is_whole(root, split, part) else None
-    except DatasetError:
-        return None
+def open_indexes(root: Location, info: DatasetInfo) -> tuple[dict[str, SampleIndex], list[Fault]]:
+    """The sample index of each split where it is what `dataset.json` vouches for, and the faults of the others."""
+    indexes, faults = {}, []
+    for split, part in info.splits.items():
+        try:
+            index = open_index(root, split, part, len(info.classes))
+            if not index_is_whole(root, split, part):
+                again = "remove the file, then run the command that made the set again"
+                raise DatasetError(f"the sha256 of {index_file(split)} is not that of {DATASET_FILE}: {again}")
+            indexes[split] = index
+        except DatasetError as error:
+            faults.append(Fault(str(error)))
+    return indexes, faults
 
 
 def check_shard(
@@ -59,18 +78,17 @@ def check_shard(
     """Checks one shard that `dataset.json` lists; holds it in memory.
 
     Args:
-        rows: its part of the sample index; None where that is damaged: see `index_to_check`.
+        rows: its part of the sample index; None where that is damaged: see `open_indexes`.
         decode: whether to decode each image and sum its pixels, too.
 
     Raises:
         OSError: if a file that is there cannot be read.
     """
     shard = row.name
-    tar = join(root, split, f"{shard}.tar")
     faults: list[Fault] = []
 
-    def fault(what: str, sample: str = "") -> None:
-        faults.append(Fault(what, shard, sample))
+    def fault(what: str) -> None:
+        faults.append(Fault(what, shard))
 
     annotation = None
     try:
@@ -79,54 +97,42 @@ def check_shard(
         fault("its annotation is missing")
     except ShardError as error:
         fault(f"its annotation cannot be read: {error}")
-    samples: list[Sample] = []
+    # Of a tar that is damaged, the sample index tells where its images should be.
+    samples, moments = rows, None
     try:
-        data = read(tar)
+        tar = read(join(root, split, f"{shard}.tar"))
     except FileNotFoundError:
         fault("its tar is missing")
     else:
-        if len(data) != row.bytes:
-            fault(f"its tar has {len(data)} bytes, {DATASET_FILE} says {row.bytes}")
-        digest = hashlib.sha256(data).hexdigest()
+        if len(tar) != row.bytes:
+            fault(f"its tar has {len(tar)} bytes, {DATASET_FILE} says {row.bytes}")
+        digest = hashlib.sha256(tar).hexdigest()
         if digest != row.sha256:
             fault(f"the sha256 of its tar is {digest[:12]}..., {DATASET_FILE} says {row.sha256[:12]}...")
-        samples = list(read_samples(tar, data, faults, shard))
-        if len(samples) != row.samples:
-            fault(f"its tar holds {len(samples)} samples, {DATASET_FILE} says {row.samples}")
-        # Else the index would be blamed for the tar.
         else:
-            _check_index(join(root, split, f"{shard}.idx"), samples, faults, shard)
-    per_class = np.zeros(len(info.classes), np.int64)
-    for sample in samples:
-        wrong = _wrong_label(sample, info)
-        if wrong:
-            fault(wrong, sample.key)
-        else:
-            per_class[int(sample.label)] += 1
-    moments = _decode(samples, faults, shard) if decode else None
+            try:
+                index = index_of(tar)
+                samples = SampleIndex.of(shard_rows(tar, index))
+            except (tarfile.TarError, ValueError, OverflowError) as error:
+                fault(f"its samples cannot be read: {error}")
+            else:
+                faults += _check_index(join(root, split, f"{shard}.idx"), index, shard)
+                faults += _check_rows(rows, samples, row)
+        if samples is not None:
+            faults += _check_samples(samples, tar, info, shard)
+            moments = _decode(samples, tar, faults, shard) if decode else None
     if annotation is not None:
         faults += _check_annotation(annotation, row, shard, info, moments)
-    # Else the sample index would be blamed for the tar.
-    if rows is not None and len(samples) == row.samples and per_class.sum() == row.samples:
-        faults += _check_rows(rows, shard, samples, data)
-    hashes = np.array([key_hash(sample.key) for sample in samples], np.uint64)
-    return ShardReport(split, shard, tuple(faults), per_class, hashes, annotation)
+    return ShardReport(split, shard, tuple(faults), annotation)
 
 
-def check_set(root: Location, info: DatasetInfo, reports: Sequence[ShardReport]) -> list[Fault]:
+def check_set(
+    root: Location, info: DatasetInfo, indexes: Mapping[str, SampleIndex], reports: Sequence[ShardReport]
+) -> list[Fault]:
     """Checks what no shard tells by itself, from a report of each."""
     faults = list(_check_counts(info))
-    for split, part in info.splits.items():
-        try:
-            open_index(root, split, part, len(info.classes))
-            if not index_is_whole(root, split, part):
-                again = "remove the file, then run the command that made the set again"
-                faults.append(Fault(f"the sha256 of {index_file(split)} is not that of {DATASET_FILE}: {again}"))
-        except DatasetError as error:
-            faults.append(Fault(str(error)))
-    for split in info.splits:
-        mine = [report for report in reports if report.split == split]
-        faults += repeated_keys([report.name for report in mine], [report.key_hashes for report in mine])
+    for split, index in indexes.items():
+        faults += repeated_keys(index, info.splits[split].shards)
     annotations = {report.name: report.annotation for report in reports}
     rejected = sum(len(a.rejected) for a in annotations.values() if a is not None)
     for split, row_names in ((s, {row.name for row in part.shards}) for s, part in info.splits.items()):
@@ -148,57 +154,59 @@ def check_set(root: Location, info: DatasetInfo, reports: Sequence[ShardReport])
     return faults
 
 
-def repeated_keys(shards: Sequence[str], hashes: Sequence[NDArray[np.uint64]]) -> list[Fault]:
-    """A fault for each key of a split that was there before, with the later one's shard.
-
-    Args:
-        shards: their names.
-        hashes: for each shard, [samples] of `key_hash`.
-    """
-    every = np.concatenate(hashes)
-    owner = np.repeat(np.arange(len(shards)), [len(part) for part in hashes])
-    order = np.argsort(every, kind="stable")
-    again = order[1:][every[order][1:] == every[order][:-1]]
-    return [Fault("it holds a sample's key that another sample has, too", shards[owner[i]]) for i in again]
+def repeated_keys(index: SampleIndex, shards: Sequence[ShardRow]) -> list[Fault]:
+    """A fault for each key of a split that was there before, with the later one's shard."""
+    hashes = np.fromiter((key_hash(key.as_py()) for key in index.keys), np.uint64, len(index))
+    order = np.argsort(hashes, kind="stable")
+    again = order[1:][hashes[order][1:] == hashes[order][:-1]]
+    return [Fault("it holds a sample's key that another sample has, too", shards[index.shards[i]].name) for i in again]
 
 
-def _check_index(location: str, samples: Sequence[Sample], faults: list[Fault], shard: str) -> None:
+def _check_index(location: Location, index: str, shard: str) -> Iterator[Fault]:
     try:
-        lines = read(location).decode(errors="replace").splitlines()
+        if read(location) != index.encode(errors="surrogateescape"):
+            yield Fault("its index is not that of its tar", shard)
     except FileNotFoundError:
-        faults.append(Fault("its index is missing", shard))
-        return
-    if lines[:1] != [f"{INDEX_VERSION} {len(samples)}"]:
-        faults.append(
-            Fault(f"its index begins with {''.join(lines[:1])[:40]!r}, its tar has {len(samples)} samples", shard)
-        )
-    for sample, line in zip(samples, lines[1:], strict=False):
-        if line != sample.index_line:
-            faults.append(Fault(f"its index says {line[:120]!r}, its tar {sample.index_line!r}", shard, sample.key))
-            break
-    if len(lines) - 1 != len(samples):
-        faults.append(Fault(f"its index has {len(lines) - 1} lines for {len(samples)} samples", shard))
+        yield Fault("its index is missing", shard)
 
 
-def _wrong_label(sample: Sample, info: DatasetInfo) -> str:
-    """What is wrong with a sample's label; empty where nothing is."""
-    if sample.number is None or sample.number >= len(info.classes):
-        return f"its label is {sample.label[:20]!r}, the set has {len(info.classes)} classes"
-    wnid = info.classes[sample.number].wnid
-    if not may_be_of(wnid, sample.key):
-        return f"its label is {sample.number}, class {wnid}, which its key does not begin with"
-    return ""
+def _check_rows(rows: SampleIndex | None, samples: SampleIndex, row: ShardRow) -> Iterator[Fault]:
+    """Faults between a tar's samples, its part of the sample index and `dataset.json`."""
+    shard = row.name
+    if len(samples) != row.samples:
+        yield Fault(f"its tar holds {len(samples)} samples, {DATASET_FILE} says {row.samples}", shard)
+    elif rows is not None and len(samples) != len(rows):
+        yield Fault(f"the sample index has {len(rows)} samples of it, its tar {len(samples)}", shard)
+    elif rows is not None:
+        for name, column in (("offset", "offsets"), ("size", "sizes"), ("label", "labels"), ("crc32", "checksums")):
+            for sample in np.flatnonzero(getattr(samples, column) != getattr(rows, column))[:1].tolist():
+                yield Fault(f"the sample index gives it another {name} than its tar", shard, samples.key(sample))
+        if not samples.keys.equals(rows.keys):
+            yield Fault("the sample index gives its samples other keys than its tar", shard)
 
 
-def _decode(samples: Sequence[Sample], faults: list[Fault], shard: str) -> RgbMoments:
+def _check_samples(samples: SampleIndex, tar: bytes, info: DatasetInfo, shard: str) -> Iterator[Fault]:
+    """Faults of single samples: other bytes than the rows vouch for, or a label that cannot be."""
+    columns = (samples.offsets, samples.sizes, samples.checksums, samples.labels)
+    for sample, (offset, size, crc32, label) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+        key = samples.key(sample)
+        if zlib.crc32(tar[offset : offset + size]) != crc32:
+            yield Fault("its image's bytes are not those that the sample index vouches for", shard, key)
+        if not 0 <= label < len(info.classes):
+            yield Fault(f"its label is {label}, the set has {len(info.classes)} classes", shard, key)
+        elif not may_be_of(wnid := info.classes[label].wnid, key):
+            yield Fault(f"its label is {label}, class {wnid}, which its key does not begin with", shard, key)
+
+
+def _decode(samples: SampleIndex, tar: bytes, faults: list[Fault], shard: str) -> RgbMoments:
     """The moments of all images that decode to what a set holds."""
     moments = RgbMoments()
-    for sample in samples:
-        pixels = pixels_of_stored(sample.jpeg)
+    for sample, (offset, length) in enumerate(zip(samples.offsets.tolist(), samples.sizes.tolist(), strict=True)):
+        pixels = pixels_of_stored(tar[offset : offset + length])
         if pixels is None:
             size = f"{IMAGE_SIZE} x {IMAGE_SIZE} pixels"
             what = f"its image is not a complete baseline color JPEG of {size} without EXIF rotation"
-            faults.append(Fault(what, shard, sample.key))
+            faults.append(Fault(what, shard, samples.key(sample)))
         else:
             moments += RgbMoments.of(pixels)
     return moments
@@ -222,21 +230,6 @@ def _check_annotation(
         yield Fault(f"its annotation's moments are of {annotation.moments.pixels} pixels", shard)
     if moments is not None and moments != annotation.moments:
         yield Fault("the moments of its pixels are not those of its annotation", shard)
-
-
-def _check_rows(index: SampleIndex, shard: str, samples: Sequence[Sample], tar: bytes) -> Iterator[Fault]:
-    """Faults between a tar and its part of the sample index."""
-    found = shard_rows(tar, "\n".join([INDEX_VERSION, *(sample.index_line for sample in samples)]))
-    if len(found) != len(index):
-        yield Fault(f"the sample index has {len(index)} samples of it, its tar {len(found)}", shard)
-        return
-    for name, stated in (("offset", index.offsets), ("size", index.sizes), ("label", index.labels)):
-        for sample in np.flatnonzero(found[name].to_numpy() != stated)[:1].tolist():
-            yield Fault(f"the sample index gives it another {name} than its tar", shard, samples[sample].key)
-    for sample in np.flatnonzero(found["crc32"].to_numpy() != index.checksums).tolist():
-        yield Fault("its image's bytes are not those that the sample index vouches for", shard, samples[sample].key)
-    if not found["key"].equals(index.keys):
-        yield Fault("the sample index gives its samples other keys than its tar", shard)
 
 
 def _check_counts(info: DatasetInfo) -> Iterator[Fault]:

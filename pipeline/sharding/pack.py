@@ -1,17 +1,15 @@
-"""A shard's tar, and DALI's index of a tar."""
+"""A shard's tar and its index."""
 
 from __future__ import annotations
 
 import tarfile
 from collections.abc import Sequence
-from typing import BinaryIO
 
 from pipeline.dataset.info import INDEX_VERSION
-from pipeline.sources.keys import split_name
 
 
 def pack(samples: Sequence[tuple[str, int, bytes]]) -> tuple[bytes, str]:
-    """A tar of (key, label, JPEG) samples, KEY.cls then KEY.jpg in the order given, and its index (see `index_of`).
+    """A tar of (key, label, JPEG) samples, KEY.cls then KEY.jpg in the order given, and its index for DALI.
 
     USTAR with no times and owners: equal samples give equal bytes, and no member needs a second header.
     """
@@ -33,14 +31,3 @@ def pack(samples: Sequence[tuple[str, int, bytes]]) -> tuple[bytes, str]:
     zeros = 2 * tarfile.BLOCKSIZE
     parts.append(bytes(zeros + -(end + zeros) % tarfile.RECORDSIZE))
     return b"".join(parts), "\n".join(lines) + "\n"
-
-
-def index_of(file: BinaryIO) -> str:
-    """DALI's "v1.2" index of a tar of samples, with offsets as the tar has them, as DALI's wds2idx writes it."""
-    samples: dict[str, list[str]] = {}
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            key, extension = split_name(member.name)
-            samples.setdefault(key, []).append(f"{extension} {member.offset_data} {member.size} {member.name}")
-    lines = [f"{INDEX_VERSION} {len(samples)}", *(" ".join(components) for components in samples.values())]
-    return "\n".join(lines) + "\n"

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
-import io
 import os
 import socket
 import time
@@ -22,13 +21,13 @@ import pyarrow as pa
 
 from pipeline.dataset.annotation import Reject, ShardAnnotation, ShardError, read_annotation
 from pipeline.dataset.info import write_json
-from pipeline.dataset.sample_index import shard_rows
+from pipeline.dataset.sample_index import index_of, shard_rows
 from pipeline.images.decode import ImageError
 from pipeline.images.isolation import IsolatedConverter, KilledError, convert_or_exit
 from pipeline.images.resize import Converted, encoder_settings
 from pipeline.images.rgb_stats import RgbMoments
 from pipeline.sharding.claim import Claim
-from pipeline.sharding.pack import index_of, pack
+from pipeline.sharding.pack import pack
 from pipeline.sharding.read_ahead import readings
 from pipeline.sharding.shard_plan import ShardPlan, inputs_digest, shard_file
 from pipeline.sources.files import read_bytes, state_of
@@ -160,7 +159,7 @@ def _find_shard(root: Location, plan: ShardPlan, inputs: str, quality: int, conv
     stated = (annotation.inputs, annotation.bytes, annotation.sha256)
     if stated != (inputs, len(tar), hashlib.sha256(tar).hexdigest()):
         return None
-    if annotation.samples and index != index_of(io.BytesIO(tar)).encode():
+    if annotation.samples and index != index_of(tar).encode():
         return None
     # A file may have been repaired without changing its size, as by allowing to read it.
     entries = {entry.where: entry for entry in plan.entries}

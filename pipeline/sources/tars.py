@@ -164,12 +164,11 @@ def _member(tar: Stretch, header: tarfile.TarInfo) -> Member | None:
 class Window(io.RawIOBase):
     """A stretch of a file as a file of its own, which is all that tarfile needs."""
 
-    def __init__(self, tar: Stretch, data: bytes = b"") -> None:
-        """Args: data: the whole file, where it was read before."""
+    def __init__(self, tar: Stretch) -> None:
         self.tar = tar
         self._position = 0
-        ahead = data or is_url(tar.path)
-        self._file = remote.ReadAhead(tar.path, tar.start + tar.size, data) if ahead else LocalRanges(tar.path)
+        url = is_url(tar.path)
+        self._file = remote.ReadAhead(tar.path, tar.start + tar.size) if url else LocalRanges(tar.path)
 
     def readable(self) -> bool:
         return True

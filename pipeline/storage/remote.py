@@ -198,16 +198,12 @@ class ReadAhead:
 
     _at_work: ClassVar[set[int]] = set()
 
-    def __init__(self, url: str, end: int, data: bytes = b"") -> None:
-        """
-        Args:
-            end: where the stretch ends in the file.
-            data: what is known of the file, from its beginning on.
-        """
+    def __init__(self, url: str, end: int) -> None:
+        """Args: end: where the stretch ends in the file."""
         self._url = url
         self._end = end
         self._start = 0
-        self._data = data
+        self._data = b""
         self._last: int | None = None
         self._step = NEAR
         """How far apart its peeks would be, in the mean of the last ones, in bytes."""

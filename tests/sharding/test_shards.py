@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.dataset.info import read_dataset
+from pipeline.dataset.sample_index import index_of
 from pipeline.dataset.split_reader import SplitReader
-from pipeline.sharding.pack import index_of, pack
+from pipeline.sharding.pack import pack
 from pipeline.sharding.read_ahead import THREADS, readings
 from pipeline.sources import files
 from pipeline.sources.files import LocalRanges, read_bytes
@@ -78,8 +79,7 @@ def test_a_tar_and_its_index_are_those_of_tarfile(last: int) -> None:
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-    buffer.seek(0)
-    assert pack(samples) == (buffer.getvalue(), index_of(buffer))
+    assert pack(samples) == (buffer.getvalue(), index_of(buffer.getvalue()))
 
 
 # Reading the source.
