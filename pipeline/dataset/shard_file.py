@@ -15,10 +15,6 @@ import zlib
 SPARE_FILES = 256  # Beside the shards: sockets of Ray's and of the other workers, logs.
 
 
-class ChangedError(ValueError):
-    """A file that was cut or written to since it was opened; the message is a clause about it."""
-
-
 class DamagedError(ValueError):
     """Bytes that cannot be read or are not those that were written; the message is a clause about them."""
 
@@ -35,9 +31,7 @@ class ShardFile:
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self.descriptor)
-        status = os.fstat(self.descriptor)
-        self.size = status.st_size
-        self._written_ns = status.st_mtime_ns
+        self.size = os.fstat(self.descriptor).st_size
 
     def read_into(self, room: memoryview, offset: int, crc32: int | None) -> None:
         """Fills `room` with the bytes at an offset, and checks them.
@@ -47,8 +41,7 @@ class ShardFile:
             crc32: theirs; None where nothing vouches for them.
 
         Raises:
-            ChangedError: if the file was cut or written to.
-            DamagedError: if they cannot be read or are not those of the checksum, for no reason that can be seen.
+            DamagedError: if they cannot be read or are not those of the checksum.
         """
         try:
             read = os.preadv(self.descriptor, (room,), offset)
@@ -58,18 +51,9 @@ class ShardFile:
         except (OSError, OverflowError) as error:
             raise DamagedError(f"cannot be read: {error}") from error
         if read < len(room):
-            self._check_change()
             raise DamagedError(f"ends after {read} of {len(room)} bytes")
         if crc32 is not None and zlib.crc32(room) != crc32:
-            self._check_change()
             raise DamagedError("is not what was written: its bytes have another CRC-32 than the sample index says")
-
-    def _check_change(self) -> None:
-        status = os.fstat(self.descriptor)
-        if status.st_size != self.size:
-            raise ChangedError(f"had {self.size} bytes when it was opened and has {status.st_size} now")
-        if status.st_mtime_ns != self._written_ns:
-            raise ChangedError("was written to after it was opened")
 
 
 def allow_open_files(more: int) -> None:

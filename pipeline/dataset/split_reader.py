@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.dataset.info import DatasetError, DatasetInfo, is_decoded, repair_advice
 from pipeline.dataset.sample_index import open_index
-from pipeline.dataset.shard_file import ChangedError, DamagedError, ShardFile, allow_open_files
+from pipeline.dataset.shard_file import DamagedError, ShardFile, allow_open_files
 from pipeline.images.decode import IMAGE_BYTES, IMAGE_SHAPE, MAX_JPEG_BYTES, ImageError, decode_stored
 
 END_OF_IMAGE = b"\xff\xd9"
@@ -126,9 +126,8 @@ class SplitReader:
             start = row * width
             try:
                 self._files[shard].read_into(room[start : start + size], offset, None if self.pixels else crc32)
-            except (ChangedError, DamagedError) as error:
-                subject = "the shard" if isinstance(error, ChangedError) else "it"
-                raise DatasetError(self.describe(int(samples[row]), f"{subject} {error}")) from error
+            except DamagedError as error:
+                raise DatasetError(self.describe(int(samples[row]), f"it {error}")) from error
         if self.pixels:
             return rows.reshape(-1, *IMAGE_SHAPE)
         # A JPEG without its end marker would otherwise be decoded on into whatever the memory held.
