@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import functools
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -29,7 +29,7 @@ from pipeline.dataset.info import (
 )
 from pipeline.dataset.sample_index import SampleIndex, index_cure, index_file, index_is_whole, open_index
 from pipeline.storage.locations import join, shown
-from pipeline.storage.remote import TEMPORARY_SUFFIX, chunks, write_atomically
+from pipeline.storage.remote import TEMPORARY_SUFFIX, chunks
 from pipeline.storage.retry import SourceReadError, retry
 
 STREAMS = 8  # Shards copied at a time: one stream of an object store carries a tenth of what a node's network does.
@@ -137,24 +137,13 @@ def copy_index(location: str, target: Path, split: str, info: DatasetInfo) -> Sa
     """
     part, name = info.splits[split], index_file(split)
     source = join(location, name)
-    wrong: set[str] = set()
-
-    def fetch() -> bytes:
+    if not index_is_whole(target, split, part):
         try:
-            data = b"".join(chunks(source))
+            _copy_file(source, target / name, part.index_sha256)
         except FileNotFoundError:
             raise DatasetError(f"{shown(source)} is missing: {index_cure(location, split)}") from None
-        found = hashlib.sha256(data).hexdigest()
-        if found == part.index_sha256:
-            return data
-        said = f"its sha256 is {found[:12]}..., {DATASET_FILE} says {part.index_sha256[:12]}..."
-        if found in wrong:
-            raise DatasetError(f"{shown(source)} is damaged ({said}): {index_cure(location, split)}")
-        wrong.add(found)
-        raise SourceReadError(f"checksum mismatch, corrupt at the source or in transfer: {said}")
-
-    if not index_is_whole(target, split, part):
-        write_atomically(target / name, retry(fetch, shown(source)))
+        except DatasetError as error:
+            raise DatasetError(f"{shown(source)} is damaged ({error}): {index_cure(location, split)}") from None
     return open_index(target, split, part, len(info.classes))
 
 
@@ -187,48 +176,53 @@ def copy_shard(location: str, target: Path, split: str, row: ShardRow) -> Path:
     """
     tar = target / split / f"{row.name}.tar"
     source = join(location, split, tar.name)
-    wrong: set[str] = set()
-    retry(functools.partial(_copy_tar, source, tar, row, wrong), shown(source))
+    try:
+        _copy_file(source, tar, row.sha256, row.bytes)
+    except DatasetError as error:
+        said = f"is not the shard that {DATASET_FILE} describes ({error}): copy it there again"
+        raise DatasetError(f"{shown(source)} {said}") from None
     return tar
 
 
-def _copy_tar(source: str, tar: Path, row: ShardRow, wrong: set[str]) -> None:
-    """Copies a tar and gives it its name once its sha256 is right.
+def _copy_file(source: str, target: Path, sha256: str, limit: float = math.inf) -> None:
+    """Copies a file, and gives it its name once its sha256 is right.
 
     Args:
-        wrong: the digests that earlier attempts found, for telling a damaged source from a damaged transfer.
+        limit: how many bytes it may have: there is room on the disk for so many.
 
     Raises:
-        SourceReadError: if the source cannot be read, or gives other bytes than before.
-        DatasetError: if it gives the same wrong bytes twice.
-        OSError: if the copy cannot be written.
+        DatasetError: if the source gives the same wrong bytes twice; the message is a clause about them.
+        OSError: if it cannot be read or written.
     """
-    digest = hashlib.sha256()
-    temporary = tar.with_name(f".{tar.name}{TEMPORARY_SUFFIX}")
-    try:
-        with temporary.open("wb") as file:
-            for chunk in chunks(source):
-                digest.update(chunk)
-                file.write(chunk)
-                # There is room on the disk for what was stated.
-                if file.tell() > row.bytes:
-                    break
-            size = file.tell()
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        # A disk that is full, as may be why, shall have its room back.
-        temporary.unlink(missing_ok=True)
-        raise
-    found = digest.hexdigest()
-    if found == row.sha256:
-        temporary.replace(tar)
-        return
-    temporary.unlink()
-    said = f"its sha256 is {found[:12]}..., not {row.sha256[:12]}..."
-    if size > row.bytes:
-        said = f"it has more than {row.bytes} bytes"
-    if found not in wrong:
+    temporary = target.with_name(f".{target.name}{TEMPORARY_SUFFIX}")
+    wrong: set[str] = set()
+
+    def attempt() -> None:
+        digest = hashlib.sha256()
+        try:
+            with temporary.open("wb") as file:
+                for chunk in chunks(source):
+                    digest.update(chunk)
+                    file.write(chunk)
+                    if file.tell() > limit:
+                        break
+                size = file.tell()
+                file.flush()
+                os.fsync(file.fileno())
+            found = digest.hexdigest()
+            if found == sha256:
+                temporary.replace(target)
+                return
+        finally:
+            # A disk that is full, as may be why, shall have its room back.
+            temporary.unlink(missing_ok=True)
+        said = f"its sha256 is {found[:12]}..., not {sha256[:12]}..."
+        if size > limit:
+            said = f"it has more than {limit} bytes"
+        # Other wrong bytes each time are the network's fault.
+        if found in wrong:
+            raise DatasetError(said)
         wrong.add(found)
         raise SourceReadError(f"checksum mismatch, corrupt at the source or in transfer: {said}")
-    raise DatasetError(f"{shown(source)} is not the shard that {DATASET_FILE} describes ({said}): copy it there again")
+
+    retry(attempt, shown(source))
