@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import io
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from jobs.look import EXAGGERATION, LookConfig, look
 from jobs.reporting import charts
-from jobs.reporting.page import gallery, page
-from jobs.reporting.predictions import Confusion, confusions, predict
-from jobs.training.run_state import RunFingerprint, State
-from jobs.training.trackers import EVENTS, TrackedRun, make_trackers, read_events
-from jobs.training.worker import make_network
-from model.metrics import Score
-from model.progress import Progress
-from model.recipe import Recipe
-from model.schedule import Plateau
+from jobs.reporting.predictions import Confusion, confusions
 from pipeline.dataset.info import read_dataset
 from pipeline.dataset.split_reader import SplitReader
 from tests.damage import edit_dataset, own_copy
-from tests.photographs import write_source
 from tests.processes import run_here
-from tests.shard_sets import make, planned
 
 
 def test_each_filter_is_drawn_by_itself() -> None:
@@ -50,29 +38,8 @@ def test_confusions_start_with_the_worst_class() -> None:
 
 
 @pytest.mark.slow
-def test_the_page_shows_a_runs_decisions_its_network_and_its_set(tmp_path: Path) -> None:
-    source = write_source(tmp_path / "images", images=8, classes=2)
-    data = make(tmp_path / "shards", planned(source, per_shard=8, val_fraction=0.5))
-    info = read_dataset(data)
-    # A class's name is text, never markup or a formula.
-    info = dataclasses.replace(info, classes=tuple(dataclasses.replace(c, name="<b>$x$ 中") for c in info.classes))
-    # It never improves, and ends by the schedule.
-    recipe, score = Recipe(patience=2), Score(loss=2.0, top1_error=0.5, top5_error=0.25, images=8)
-    progress = Progress(Plateau(recipe.lr))
-    while not progress.finished:
-        progress.rate = progress.schedule.lr
-        progress.close_epoch(recipe, score, score).update(seconds=9.0, train_seconds=8.0)
-    # The first epochs of an older version's run, one stopped in its validation, and one in its midst.
-    progress.history[-2].update(images_in_train_seconds=0)
-    progress.history[-1].update(images_in_train_seconds=4000)
-    tensorboard, *_ = make_trackers(None, TrackedRun(str(tmp_path / "run"), {}, "this machine", 0))
-    tensorboard.log({"train/loss": 2.5}, 5)
-    tensorboard.close("finished")
-    identity = RunFingerprint.of(recipe, info)
-    network = make_network(identity).eval()
-    predictions = predict(network, info.rgb, torch.device("cpu"), data, info)
-    events = read_events(str(tmp_path / "run" / EVENTS))
-    text = page("small", State(identity, progress), network, events, gallery(predictions, data, info))
+def test_the_page_shows_a_runs_decisions_its_network_and_its_set(report: Path) -> None:
+    text = report.read_text()
     for epoch in (3, 5, 7, 9):
         assert text.count(f"<li>epoch {epoch}: error ") == 1
     assert text.count("stopping, the rate was reduced 3 times</li>") == 1

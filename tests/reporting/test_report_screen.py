@@ -8,19 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from jobs.reporting.page import gallery, page
-from jobs.reporting.predictions import predict
-from jobs.training.run_state import RunFingerprint, State
-from jobs.training.trackers import Events
-from jobs.training.worker import make_network
-from model.metrics import Score
-from model.progress import Progress
-from model.recipe import RECIPES
-from model.schedule import Plateau
-from pipeline.dataset.info import read_dataset
 from tests.benchmarks.figures import CHROMIUM, chromium, screenshot
 
 pytestmark = [
@@ -30,22 +19,6 @@ pytestmark = [
 
 PAPER = {"light": 255, "dark": 22}
 """The page's background, of each color."""
-
-
-@pytest.fixture(scope="module")
-def report(shard_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of three epochs that nobody trained."""
-    info, recipe = read_dataset(shard_set), RECIPES["default"]
-    progress = Progress(Plateau(recipe.lr), rate=recipe.lr)
-    for error in (0.6, 0.4, 0.3):
-        row = progress.close_epoch(recipe, Score(45, 3 * error, error, 0.0), Score(15, 3 * error, error, 0.0))
-        row.update(train_seconds=3.0, seconds=4.0)
-    identity = RunFingerprint.of(recipe, info)
-    network = make_network(identity).eval()
-    images = gallery(predict(network, info.rgb, torch.device("cpu"), shard_set, info), shard_set, info)
-    path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(page("three", State(identity, progress), network, Events({}, ["this machine"]), images))
-    return path
 
 
 @pytest.mark.parametrize("scheme", PAPER)
