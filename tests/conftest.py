@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 from xdist.scheduler import LoadFileScheduling
@@ -75,7 +76,7 @@ def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A real S3 server on loopback; gives its endpoint."""
+    """A real S3 server on loopback, with empty buckets named "bucket" and "runs"; gives its endpoint."""
     for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
         monkeypatch.setenv(f"AWS_{name}", value)
     port = _free_port()
@@ -83,9 +84,18 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.start()
     # Its contents belong to the process, not to the server.
     urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/reset", data=b"").close()
+    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
+    client.create_bucket(Bucket="bucket")
+    client.create_bucket(Bucket="runs")
     yield f"127.0.0.1:{port}"
     # It takes half a second to notice, and nobody asks it any more.
     threading.Thread(target=server.stop).start()
+
+
+@pytest.fixture
+def client(s3: str) -> Any:
+    """Amazon's own, of that server."""
+    return boto3.client("s3", endpoint_url=f"http://{s3}")
 
 
 @pytest.fixture

@@ -50,9 +50,14 @@ def tars(root: Path, split: str) -> list[Path]:
     return sorted((root / split).glob("*.tar"))
 
 
+def s3_options(server: str) -> str:
+    """What stands behind the path in a URL of an S3 server."""
+    return f"?region=us-east-1&scheme=http&endpoint_override={server}"
+
+
 def in_bucket(server: str) -> str:
     """The URL of a set in the bucket "bucket" of an S3 server, with keys that nothing may print."""
-    return f"s3://KEY:SECRET@bucket/{SET_IN_BUCKET}?region=us-east-1&scheme=http&endpoint_override={server}"
+    return f"s3://KEY:SECRET@bucket/{SET_IN_BUCKET}{s3_options(server)}"
 
 
 def stored_in(client: Any) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ import pytest
 from tests import hosts
 from tests.photographs import write_source
 from tests.runs import ROOT, Followed
-from tests.shard_sets import contents, make, planned
+from tests.shard_sets import contents, make, planned, s3_options
 
 NOT_POSSIBLE = hosts.missing()
 pytestmark = [
@@ -20,7 +20,7 @@ pytestmark = [
 PER_SHARD = 4
 PORT = 5000
 SERVER = f"{hosts.NETWORK}.1:{PORT}"
-OUTPUT = f"s3://bucket/set?region=us-east-1&scheme=http&endpoint_override={SERVER}"
+OUTPUT = f"s3://bucket/set{s3_options(SERVER)}"
 SETTINGS = {
     # Ray calls a host dead that has not answered for fifteen seconds instead of a minute.
     "RAY_health_check_period_ms": "1000",

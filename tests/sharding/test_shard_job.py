@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 
 from jobs.cli.progress import Progress
@@ -83,10 +82,8 @@ def test_verify_names_a_damaged_shard_and_its_command_mends_that_alone(
 @pytest.mark.slow
 @pytest.mark.usefixtures("joined")
 def test_the_jobs_make_and_verify_a_set_at_a_url(
-    images: Path, whole: Path, s3: str, capsys: pytest.CaptureFixture[str]
+    images: Path, whole: Path, s3: str, client: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    client = boto3.client("s3", endpoint_url=f"http://{s3}")
-    client.create_bucket(Bucket="bucket")
     config = ShardConfig(output=in_bucket(s3), source=str(images), samples_per_shard=PER_SHARD, workers=2)
     with faulty_proxy(s3) as proxy:
         proxy.write_plan["train-000001.tar"] = collections.deque(["403"])

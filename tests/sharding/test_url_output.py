@@ -6,7 +6,6 @@ import collections
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 
 from pipeline.dataset.info import read_dataset
@@ -19,13 +18,6 @@ from pipeline.storage.remote import read
 from pipeline.storage.retry import SourceReadError
 from tests.faulty_proxy import faulty_proxy
 from tests.shard_sets import SET_IN_BUCKET, build_all, build_shard, contents, in_bucket, make, planned, stored_in
-
-
-@pytest.fixture
-def client(s3: str) -> Any:
-    client = boto3.client("s3", endpoint_url=f"http://{s3}")
-    client.create_bucket(Bucket="bucket")
-    return client
 
 
 def test_a_store_gets_the_bytes_of_a_disk_and_dataset_json_before_the_contact_sheet_alone(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import boto3
 import pytest
 
 from tests.photographs import encoded, photograph, write_source
+from tests.shard_sets import s3_options
 from tests.sources.layouts import Layout, below, listed, made, write
 
 ODD_NAME = "n0_a b%20?#é.JPEG"
@@ -62,10 +63,8 @@ def expected(forms: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.fixture
-def bucket(forms: Path, s3: str) -> str:
+def bucket(forms: Path, s3: str, client: Any) -> str:
     """All forms in a bucket; what stands behind a URL's path."""
-    client = boto3.client("s3", endpoint_url=f"http://{s3}")
-    client.create_bucket(Bucket="bucket")
     for path in forms.rglob("*.*"):
         client.upload_file(str(path), "bucket", str(path.relative_to(forms)))
-    return f"?region=us-east-1&scheme=http&endpoint_override={s3}"
+    return s3_options(s3)

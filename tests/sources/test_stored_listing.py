@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 
 from pipeline.sources import stored_listing, tree
@@ -17,6 +16,7 @@ from pipeline.sources.sources import read_source
 from pipeline.sources.stored_listing import LISTING_FILE, ListingStore
 from pipeline.storage import remote
 from tests.range_server import serving
+from tests.shard_sets import s3_options
 from tests.sources.layouts import tar_of
 
 # SOURCE, SOURCE_VAL and the labels of each form.
@@ -146,8 +146,7 @@ def test_a_damaged_or_foreign_listing_is_made_anew(forms: Path, tmp_path: Path) 
         assert file.read_bytes() == data
 
 
-def test_it_lies_at_a_url_and_holds_no_secret(forms: Path, bucket: str, s3: str, headers: list[str]) -> None:
-    client = boto3.client("s3", endpoint_url=f"http://{s3}")
+def test_it_lies_at_a_url_and_holds_no_secret(forms: Path, bucket: str, client: Any, headers: list[str]) -> None:
     out = f"s3://KEY:SECRET@bucket/sets/out{bucket}"
     for form in ("folders", "shards", "class tars"):
         first = listed("s3://USER:SECRET@bucket", form, out, bucket)
@@ -180,13 +179,11 @@ def test_a_web_servers_tar_is_known_by_its_etag(source: Path, tmp_path: Path, he
         assert not (tmp_path / "out" / LISTING_FILE).exists()
 
 
-def test_a_stores_file_of_another_size_is_another_though_it_is_written_in_the_same_second(s3: str) -> None:
-    client = boto3.client("s3", endpoint_url=f"http://{s3}")
-    client.create_bucket(Bucket="bucket")
+def test_a_stores_file_of_another_size_is_another_though_it_is_written_in_the_same_second(s3: str, client: Any) -> None:
     versions = set()
     for size in range(4):
         client.put_object(Bucket="bucket", Key="x.tar", Body=bytes(size))
-        versions.add(remote.version(f"s3://bucket/x.tar?scheme=http&endpoint_override={s3}&region=us-east-1"))
+        versions.add(remote.version(f"s3://bucket/x.tar{s3_options(s3)}"))
     assert len(versions) == 4
 
 
@@ -239,12 +236,12 @@ def test_an_interrupted_listing_goes_on_where_no_tar_has_changed(
 
 
 def test_an_interrupted_listing_of_remote_tars_takes_nothing_from_one_that_has_changed(
-    bucket: str, s3: str, headers: list[str], monkeypatch: pytest.MonkeyPatch
+    bucket: str, client: Any, headers: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def again(out: str | None = f"s3://bucket/out{bucket}", said: list[str] | None = None) -> Listing:
         return listed("s3://bucket", "class tars", out, bucket, said)
 
-    client, said = boto3.client("s3", endpoint_url=f"http://{s3}"), list[str]()
+    said: list[str] = []
     right = facts(again(None))
     interrupt(monkeypatch, again)
     client.put_object(Bucket="bucket", Key="inside/train/n1.tar", Body=tar_of({"another.jpg": b"image"}))

@@ -11,7 +11,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 from pyarrow import fs
 
@@ -153,9 +152,9 @@ def test_a_failing_network_is_tried_again_and_never_the_images_fault(forms: Path
     assert not list((tmp_path / "out").rglob("*.json"))
 
 
-def test_a_missing_object_is_the_files_fault(bucket: str, s3: str, tmp_path: Path) -> None:
+def test_a_missing_object_is_the_files_fault(bucket: str, client: Any, tmp_path: Path) -> None:
     listing = listed(f"s3://bucket/folders{bucket}")
-    boto3.client("s3", endpoint_url=f"http://{s3}").delete_object(Bucket="bucket", Key="folders/train/n1/n1_2.JPEG")
+    client.delete_object(Bucket="bucket", Key="folders/train/n1/n1_2.JPEG")
     (line,) = made(listing, tmp_path / "out")["rejects.jsonl"].splitlines()
     reject = json.loads(line)
     assert reject["path"] == "s3://bucket/folders/train/n1/n1_2.JPEG"

@@ -9,8 +9,8 @@ import resource
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
-import boto3
 import numpy as np
 import pytest
 import torch
@@ -25,6 +25,7 @@ from pipeline.staging.decoded_cache import stage_pixels
 from pipeline.staging.staging import stage
 from tests.damage import flip_bit, own_copy
 from tests.faulty_proxy import FAULTS, faulty_proxy
+from tests.shard_sets import s3_options
 
 CURE = "run the command that made the set again, which adds it and changes no image"
 
@@ -156,25 +157,15 @@ def test_a_second_process_waits_and_says_so(shard_set: Path, tmp_path: Path) -> 
     assert tree(tmp_path / name) == tree(shard_set)
 
 
-def upload(shard_set: Path, s3: str) -> None:
-    client = boto3.client("s3", endpoint_url=f"http://{s3}")
-    client.create_bucket(Bucket="bucket")
-    for path in shard_set.rglob("*.*"):
-        client.upload_file(str(path), "bucket", f"shards/{path.relative_to(shard_set)}")
-
-
-def s3_location(server: str) -> str:
-    return f"s3://bucket/shards?region=us-east-1&scheme=http&endpoint_override={server}"
-
-
 # pyarrow's own client outlived 20 failures in a row of one request, and gave up after 6 seconds of them.
 WITHIN_THE_CLIENTS_PATIENCE = 5
 
 
 def test_failures_on_the_way_from_s3_change_nothing(
-    shard_set: Path, tmp_path: Path, s3: str, quick: None, caplog: pytest.LogCaptureFixture
+    shard_set: Path, tmp_path: Path, s3: str, client: Any, quick: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    upload(shard_set, s3)
+    for path in shard_set.rglob("*.*"):
+        client.upload_file(str(path), "bucket", f"shards/{path.relative_to(shard_set)}")
     with faulty_proxy(s3) as proxy:
         for number, fault in enumerate(FAULTS[:3]):
             proxy.plan[f"train-00000{number}.tar"] = collections.deque([fault] * WITHIN_THE_CLIENTS_PATIENCE)
@@ -182,7 +173,7 @@ def test_failures_on_the_way_from_s3_change_nothing(
         proxy.plan["val.arrow"] = collections.deque(["reset"])
         proxy.plan["train-000004.tar"] = collections.deque(["flipped"])
         proxy.plan["dataset.json"] = collections.deque(["503"])
-        staged, _ = stage_quietly(s3_location(proxy.address), tmp_path)
+        staged, _ = stage_quietly(f"s3://bucket/shards{s3_options(proxy.address)}", tmp_path)
         assert tree(staged) == tree(shard_set)
         assert not list(tmp_path.rglob("*.tmp"))
         assert not any(proxy.plan.values())
@@ -191,11 +182,11 @@ def test_failures_on_the_way_from_s3_change_nothing(
         assert "train-000004.tar" in said
         assert "checksum mismatch" in said
         proxy.gets.clear()
-        again, lines = stage_quietly(s3_location(proxy.address), tmp_path)
+        again, lines = stage_quietly(f"s3://bucket/shards{s3_options(proxy.address)}", tmp_path)
         assert (again, lines) == (staged, [])
         assert [path.rpartition("/")[2] for path in proxy.gets] == ["dataset.json"]
     with pytest.raises(DatasetError, match=r"the shard set s3://bucket/nothing is unfinished"):
-        stage_quietly(s3_location(s3).replace("shards", "nothing"), tmp_path)
+        stage_quietly(f"s3://bucket/nothing{s3_options(s3)}", tmp_path)
 
 
 # As decoded pixels.

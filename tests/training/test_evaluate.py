@@ -31,7 +31,7 @@ from pipeline.staging.decoded_cache import stage_pixels
 from pipeline.staging.staging import stage
 from tests.damage import flip_in_the_middle, own_copy, places
 from tests.processes import JOBS, run_here
-from tests.staging.test_staging import s3_location, upload
+from tests.shard_sets import s3_options
 
 BATCH = 4  # Of 15 images: four batches, the last one shorter.
 
@@ -63,10 +63,11 @@ def evaluated(data: object, saved: Path, *more: object) -> tuple[dict[str, Any],
 
 @pytest.mark.slow
 def test_a_set_at_a_url_is_judged_by_a_copy_of_its_validation_images(
-    shard_set: Path, saved: Path, here: dict[str, Any], s3: str, tmp_path: Path
+    shard_set: Path, saved: Path, here: dict[str, Any], s3: str, client: Any, tmp_path: Path
 ) -> None:
-    upload(shard_set, s3)
-    found, printed = evaluated(s3_location(s3), saved, "--stage", tmp_path)
+    for path in shard_set.rglob("*.*"):
+        client.upload_file(str(path), "bucket", f"shards/{path.relative_to(shard_set)}")
+    found, printed = evaluated(f"s3://bucket/shards{s3_options(s3)}", saved, "--stage", tmp_path)
     assert found == here
     assert found["images"] == 15
     assert "in 2 of 2 shards from s3://bucket/shards" in printed

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
-import boto3
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,6 +23,7 @@ from model.recipe import Recipe
 from model.schedule import Plateau
 from tests.damage import flip_bit
 from tests.model.test_training import IDENTITY, make_trainer
+from tests.shard_sets import s3_options
 
 FIVE = dataclasses.replace(IDENTITY, recipe=Recipe(seed=7), wnids=("a", "b", "c", "d", "e"))
 ROW = {"top1_error": 0.5}
@@ -72,19 +73,17 @@ def test_what_holds_no_weights_is_refused(tmp_path: Path) -> None:
         initialize(torch.nn.Identity(), FIVE, str(tmp_path))
 
 
-def test_a_damaged_checkpoint_is_no_beginning_and_one_at_a_url_is(tmp_path: Path, s3: str) -> None:
+def test_a_damaged_checkpoint_is_no_beginning_and_one_at_a_url_is(tmp_path: Path, s3: str, client: Any) -> None:
     source, trainer = tmp_path / "checkpoint", make_trainer()
     source.mkdir()
     with torch.no_grad():
         for parameter in trainer.network.parameters():
             parameter.fill_(5)
     checkpoint.save_network(source, trainer.network, State(IDENTITY, trainer.progress))
-    bucket = boto3.client("s3", endpoint_url=f"http://{s3}")
-    bucket.create_bucket(Bucket="runs")
     for path in source.iterdir():
-        bucket.upload_file(str(path), "runs", f"a/checkpoint/{path.name}")
+        client.upload_file(str(path), "runs", f"a/checkpoint/{path.name}")
     network = make_trainer().network
-    initialize(network, IDENTITY, f"s3://runs/a/checkpoint?region=us-east-1&scheme=http&endpoint_override={s3}")
+    initialize(network, IDENTITY, f"s3://runs/a/checkpoint{s3_options(s3)}")
     assert all(bool((parameter == 5).all()) for parameter in network.parameters())
     flip_bit(source / MODEL_FILE, 500)
     with pytest.raises(CheckpointError, match="is damaged: its sha256 is not the one"):

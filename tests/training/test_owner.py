@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
-import boto3
 import pytest
 
 from jobs.training import owner
 from jobs.training.owner import DEAD_SECONDS, PREFIX, Claim, OwnedError, Owner, owned
 from tests.processes import run_here
+from tests.shard_sets import s3_options
 
 FAR = Owner("far", 7, "1", "another machine")
 NEAR = Owner.here()
@@ -28,9 +28,7 @@ NEAR = Owner.here()
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "disk":
         return str(tmp_path / "runs" / "run")
-    s3 = request.getfixturevalue("s3")
-    boto3.client("s3", endpoint_url=f"http://{s3}").create_bucket(Bucket="runs")
-    return f"s3://runs/here/run?region=us-east-1&scheme=http&endpoint_override={s3}"
+    return f"s3://runs/here/run{s3_options(request.getfixturevalue('s3'))}"
 
 
 def test_a_second_command_is_refused_by_name_and_the_next_one_is_not(run: str) -> None:

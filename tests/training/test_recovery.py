@@ -11,13 +11,13 @@ import signal
 import time
 from pathlib import Path
 
-import boto3
 import pytest
 
 from jobs.training import checkpoint
 from tests.damage import flip_bit, flip_in_the_middle, own_copy, places
 from tests.processes import below, listening
 from tests.runs import Run, assert_alike, last, plan, tracebacks, undisturbed
+from tests.shard_sets import s3_options
 
 PROMPT_S = 300  # Of a busy machine; a worker that waits for another would wait 10 minutes.
 
@@ -113,9 +113,7 @@ def test_a_killed_worker_a_hanging_one_and_a_killed_controller_change_nothing(
 @pytest.mark.long
 def test_a_run_on_s3_is_stopped_resumed_finished_and_known_again(shard_set: Path, tmp_path: Path, s3: str) -> None:
     alone = undisturbed(shard_set, tmp_path / "alone", 1, 1)
-    boto3.client("s3", endpoint_url=f"http://{s3}").create_bucket(Bucket="runs")
-    options = f"?region=us-east-1&scheme=http&endpoint_override={s3}"
-    storage, run = f"s3://runs/here{options}", f"s3://runs/here/run{options}"
+    storage, run = (f"s3://runs/{place}{s3_options(s3)}" for place in ("here", "here/run"))
     first = Run(shard_set, storage, 1, 1, notes=tmp_path / "notes")
     first.wait_for("epoch 1/1 step 1/5")
     os.kill(first.worker(), signal.SIGTERM)

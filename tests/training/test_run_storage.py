@@ -7,7 +7,6 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import boto3
 import fsspec
 import pytest
 from pyarrow import fs
@@ -18,6 +17,7 @@ from pipeline.storage import remote, retry
 from pipeline.storage.remote import write
 from tests.damage import flip_bit, small_disk
 from tests.model.test_training import IDENTITY, make_trainer
+from tests.shard_sets import s3_options
 
 
 def send(uploader: CheckpointUploader) -> None:
@@ -174,8 +174,7 @@ def test_what_was_half_sent_or_is_damaged_goes_once_a_later_checkpoint_is_there(
 def test_old_checkpoints_go_and_one_that_cannot_be_removed_harms_nothing(
     s3: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    boto3.client("s3", endpoint_url=f"http://{s3}").create_bucket(Bucket="runs")
-    run = f"s3://runs/here?region=us-east-1&scheme=http&endpoint_override={s3}"
+    run = f"s3://runs/here{s3_options(s3)}"
     uploader, trainer = CheckpointUploader(run, 1), make_trainer()
     for step in range(1, 6):
         if step == 5:

@@ -9,7 +9,6 @@ import time
 import urllib.request
 from pathlib import Path
 
-import boto3
 import pytest
 import ray
 
@@ -28,6 +27,7 @@ from jobs.training.trackers import (
     read_events,
 )
 from pipeline.storage.locations import join
+from tests.shard_sets import s3_options
 
 SETTINGS = {"batch_size": 128, "lr": 0.01}
 
@@ -61,14 +61,13 @@ def test_tensorboard_shows_once_what_an_interruption_made_happen_twice(tmp_path:
 def test_an_object_store_gets_the_last_metrics_and_one_that_takes_nothing_is_one_warning(
     s3: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    boto3.client("s3", endpoint_url=f"http://{s3}").create_bucket(Bucket="runs")
-    options = f"region=us-east-1&scheme=http&endpoint_override={s3}&allow_bucket_creation=false"
+    options = f"{s3_options(s3)}&allow_bucket_creation=false"
     for bucket in ("runs", "nowhere"):
-        tensorboard, *_ = make_trackers(None, TrackedRun(f"s3://{bucket}/here?{options}", SETTINGS, "here", 0))
+        tensorboard, *_ = make_trackers(None, TrackedRun(f"s3://{bucket}/here{options}", SETTINGS, "here", 0))
         tensorboard.flush()
         tensorboard.log({"train/loss": 2.5}, 10)
         tensorboard.close("finished")
-    assert read_events(join(f"s3://runs/here?{options}", EVENTS)).scalars == {"train/loss": [(10, 2.5)]}
+    assert read_events(join(f"s3://runs/here{options}", EVENTS)).scalars == {"train/loss": [(10, 2.5)]}
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("warning: TensorBoard did not take its metrics: ")
     assert line.endswith("; training goes on")
