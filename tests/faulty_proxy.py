@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import http.client
-import io
 import socket
 import struct
 import threading
@@ -22,16 +21,13 @@ class FaultyProxy:
     """What is to go wrong, and what was asked.
 
     `plan[suffix]` is a queue of faults: each GET of a path that ends so takes the next, and passes when none is left.
-    `always[suffix]` is a fault for every GET of such a path. `gets` counts GETs by path.
-    `write_plan[suffix]` is a queue for PUTs and POSTs: "403", or "truncated" for half the bytes kept and a good answer.
-    `writes` has their paths in order.
+    `write_plan[suffix]` is such a queue for PUTs and POSTs. `gets` counts GETs by path, `writes` has what was written.
     """
 
     def __init__(self, server: str) -> None:
         self.server = server
         self.address = ""
         self.plan: dict[str, collections.deque[str]] = {}
-        self.always: dict[str, str] = {}
         self.gets: collections.Counter[str] = collections.Counter()
         self.write_plan: dict[str, collections.deque[str]] = {}
         self.writes: list[str] = []
@@ -40,9 +36,6 @@ class FaultyProxy:
     def next_fault(self, path: str) -> str:
         with self.lock:
             self.gets[path] += 1
-            for suffix, fault in self.always.items():
-                if path.endswith(suffix):
-                    return fault
             return _next(self.plan, path)
 
     def next_write_fault(self, path: str) -> str:
@@ -99,8 +92,6 @@ def faulty_proxy(server: str) -> Iterator[FaultyProxy]:
             if fault == "403":
                 self._send(403, {"Content-Type": "application/xml"}, FORBIDDEN)
                 return
-            if fault == "truncated" and sent:
-                sent, fault = sent[: len(sent) // 2], ""
             upstream = http.client.HTTPConnection(proxy.server, timeout=30)
             upstream.request(self.command, self.path, sent or None, headers)
             answer = upstream.getresponse()
@@ -111,20 +102,11 @@ def faulty_proxy(server: str) -> Iterator[FaultyProxy]:
             self._send(answer.status, dict(answer.getheaders()), body, cut=fault == "truncated")
 
         def _body(self, headers: dict[str, str]) -> bytes:
-            """The bytes to store: without HTTP's chunks, or Amazon's within them, which end with a checksum."""
+            """The bytes to pass on, without HTTP's chunks."""
             names = {name.lower(): name for name in headers}
-            stream: Any = self.rfile
             if "chunked" in headers.pop(names.get("transfer-encoding", ""), ""):
-                stream = io.BytesIO(_unchunked(stream))
-                size = -1
-            else:
-                size = int(headers.pop(names.get("content-length", ""), "0"))
-            data: bytes = stream.read(size)
-            if "aws-chunked" in headers.pop(names.get("content-encoding", ""), ""):
-                for name in ("x-amz-trailer", "x-amz-decoded-content-length", "x-amz-content-sha256"):
-                    headers.pop(names.get(name, ""), "")
-                data = _unchunked(io.BytesIO(data))
-            return data
+                return _unchunked(self.rfile)
+            return self.rfile.read(int(headers.pop(names.get("content-length", ""), "0")))
 
         def _send(self, status: int, headers: dict[str, str], body: bytes, cut: bool = False) -> None:
             self.send_response_only(status)
