@@ -24,7 +24,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import pytest
+
+from tests import ROOT
+
 NETWORK = "10.77.0"
+# What runs a program of this repository as a job, from any host.
+SUBMIT = ("ray", "job", "submit", "--address", f"http://{NETWORK}.1:8265", "--working-dir", ROOT, "--", "python")
+# Ray calls a host dead that has not answered for fifteen seconds instead of a minute.
+IMPATIENT = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000"}
 PROGRAMS = ("ip", "unshare", "nsenter", "setpriv", "bash")
 # The first process of a host. It waits for the network on stdin, and starts Ray in the background: the first process of
 # a PID namespace must collect its orphans, which Ray does not.
@@ -37,7 +45,6 @@ mount -t tmpfs tmpfs /tmp/ray
 mount -t tmpfs tmpfs "$DISK"
 echo booted
 read -r
-eval "$PREPARE"
 "$@" 2>&1 &
 wait $!
 """
@@ -62,11 +69,11 @@ class Host:
         """Of the host's first process, as seen from outside."""
         return int(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text())
 
-    def run(self, *command: object, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Runs a command on the host, in this process's working directory."""
         return subprocess.run(
             self._within(*command),
-            env={**self.environment, **environment},
+            env=self.environment,
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -135,17 +142,18 @@ def missing() -> str | None:
     return f"no namespaces: {tried.stderr.strip()}" if tried.returncode else None
 
 
+MISSING = missing()
+NEEDED = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+
 @contextlib.contextmanager
-def cluster(
-    cpus: Sequence[int], disk: Path, settings: Mapping[str, str] | None = None, prepare: Mapping[int, str] | None = None
-) -> Iterator[list[Host]]:
+def cluster(cpus: Sequence[int], disk: Path, settings: Mapping[str, str] | None = None) -> Iterator[list[Host]]:
     """Hosts with a Ray cluster that asks for a token; the first is its head.
 
     Args:
         cpus: what each host offers to Ray.
         disk: a folder to make; its contents are each host's own.
         settings: environment variables of all hosts.
-        prepare: shell commands before the Ray of some hosts, which are numbered from 1.
     """
     disk.mkdir()
     Path("/tmp/ray").mkdir(exist_ok=True)
@@ -167,7 +175,6 @@ def cluster(
             else:
                 start.append(f"--address={NETWORK}.1:6379")
             local = {"NAME": name, "DISK": str(disk), "HOSTS": str(disk.parent / f"{disk.name}-{name}-hosts")}
-            local["PREPARE"] = (prepare or {}).get(number, "")
             process = _spawn(
                 [*_namespace("net", "mount", "uts", "pid"), "bash", "-c", BOOT, name, *start], {**environment, **local}
             )

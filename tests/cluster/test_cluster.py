@@ -13,13 +13,7 @@ from tests import hosts
 from tests.hosts import Host
 from tests.photographs import build_shard_set, write_source
 
-ROOT = Path(__file__).resolve().parents[2]
-NOT_POSSIBLE = hosts.missing()
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(NOT_POSSIBLE is not None, reason=str(NOT_POSSIBLE)),
-]
-DASHBOARD = f"http://{hosts.NETWORK}.1:8265"
+pytestmark = [pytest.mark.slow, hosts.NEEDED]
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +37,7 @@ def data(folder: Path) -> Path:
 
 def submit(host: Host, job: str, *arguments: object) -> tuple[int, str]:
     """Exit status and output of a job that a host submits."""
-    command = ["ray", "job", "submit", "--address", DASHBOARD, "--working-dir", ROOT, "--", "python", f"jobs/{job}.py"]
-    done = host.run(*command, *arguments, timeout=300)
+    done = host.run(*hosts.SUBMIT, f"jobs/{job}.py", *arguments, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 

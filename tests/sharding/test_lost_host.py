@@ -9,22 +9,16 @@ import pytest
 
 from tests import hosts
 from tests.photographs import write_source
-from tests.runs import ROOT, Followed
+from tests.runs import Followed
 from tests.shard_sets import contents, make, planned, s3_options
 
-NOT_POSSIBLE = hosts.missing()
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.skipif(NOT_POSSIBLE is not None, reason=str(NOT_POSSIBLE)),
-]
+pytestmark = [pytest.mark.long, hosts.NEEDED]
 PER_SHARD = 4
 PORT = 5000
 SERVER = f"{hosts.NETWORK}.1:{PORT}"
 OUTPUT = f"s3://bucket/set{s3_options(SERVER)}"
 SETTINGS = {
-    # Ray calls a host dead that has not answered for fifteen seconds instead of a minute.
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
+    **hosts.IMPATIENT,
     **dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "test"),
     "AWS_DEFAULT_REGION": "us-east-1",
 }
@@ -48,9 +42,8 @@ def test_a_lost_host_leaves_no_trace_in_the_store(tmp_path: Path) -> None:
         server = Followed(three[0].start(*serve))
         server.wait_for("Running on")
         assert three[0].run("python", "-c", CREATE).returncode == 0
-        submit = ["ray", "job", "submit", "--address", f"http://{hosts.NETWORK}.1:8265", "--working-dir", ROOT, "--"]
         arguments = ["--source", images, "--output", OUTPUT, "--workers", 2, "--samples-per-shard", PER_SHARD]
-        job = Followed(three[2].start(*submit, "python", "jobs/shard_imagenet.py", *arguments))
+        job = Followed(three[2].start(*hosts.SUBMIT, "jobs/shard_imagenet.py", *arguments))
         # The second host has finished a shard and begins to write another.
         lost = f"{hosts.NETWORK}.2 - - "
         for written in (".json", ".tar"):

@@ -17,16 +17,10 @@ from jobs.training import checkpoint
 from tests import hosts
 from tests.hosts import Host
 from tests.processes import below
-from tests.runs import ROOT, Followed, assert_alike, command, last
+from tests.runs import Followed, assert_alike, command, last
 
-NOT_POSSIBLE = hosts.missing()
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.skipif(NOT_POSSIBLE is not None, reason=str(NOT_POSSIBLE)),
-]
+pytestmark = [pytest.mark.long, hosts.NEEDED]
 EPOCHS = 2
-# Ray calls a host dead that has not answered for fifteen seconds instead of a minute.
-IMPATIENT = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000"}
 SHORT_S = 3.0
 
 
@@ -62,12 +56,11 @@ def training(shards: Path, folder: Path, checkpoint_every: int = 2) -> Iterator[
 
     One of the two workers at most is on the first host, the cluster's head; the fourth offers nothing to Ray.
     """
-    with hosts.cluster((1, 1, 1, 0), folder / "disk", settings=IMPATIENT) as four:
-        submit = ["ray", "job", "submit", "--address", f"http://{hosts.NETWORK}.1:8265", "--working-dir", ROOT]
+    with hosts.cluster((1, 1, 1, 0), folder / "disk", settings=hosts.IMPATIENT) as four:
         storage, cores, notes = str(folder / "runs"), ("--cpus-per-worker", 1), folder / "notes"
         every = ("--checkpoint-every", checkpoint_every)
         arguments = command(shards, storage, 2, EPOCHS, *cores, *every, notes=notes)
-        job = Followed(four[3].start(*submit, "--", "python", *arguments))
+        job = Followed(four[3].start(*hosts.SUBMIT, *arguments))
         yield four[:3], job, str(folder / "runs" / "run")
 
 
