@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +13,9 @@ from ray._private import ray_constants
 from ray.cluster_utils import Cluster
 
 from jobs.cluster.connection import LOOPBACK_SWITCH
+from tests import ROOT
 from tests.processes import below
 
-ROOT = Path(__file__).resolve().parents[1]
 NODE = {"node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
 
 

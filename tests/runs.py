@@ -18,10 +18,10 @@ from jobs.training import checkpoint
 from pipeline.dataset.info import read_dataset
 from pipeline.loading.plan import Plan, color_matrix
 from pipeline.storage.locations import open_location
+from tests import ROOT
 from tests.observer import assert_trained_once
 from tests.processes import below, outside_clusters
 
-ROOT = Path(__file__).resolve().parent.parent
 BATCH = 9
 RUN_SECONDS = 600.0  # A run that has not ended by then hangs.
 STEPS = 5  # Of an epoch: 45 images, 9 at a time

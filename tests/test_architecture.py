@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests import ROOT
+
 PIPELINE = ["storage", "sources", "images", "dataset", "sharding", "staging", "loading"]
 JOBS = ["cli", "cluster", "training", "reporting", "diagnostics"]
 # From what knows nothing of the others to what joins them all; `pipeline` and `jobs` themselves are their top folders.

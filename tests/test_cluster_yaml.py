@@ -17,7 +17,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT
+
 Config = dict[str, Any]
 
 

@@ -14,9 +14,9 @@ from unittest import mock
 
 import pytest
 
+from tests import ROOT
 from tests.processes import run_here
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMENTED = [ROOT / "cluster.yaml", ROOT / "cluster-gcp.yaml", ROOT / "slurm" / "train.sbatch"]
 

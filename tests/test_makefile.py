@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT
 
 # Stands in for `python -c`, which succeeds, and for `python -m venv FOLDER`, which makes a python and a pip alike.
 # `pip config list` prints what CONFIG holds.

@@ -15,8 +15,8 @@ import yaml
 
 from jobs.doctor import DoctorConfig
 from jobs.training.config import TrainConfig
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 CODE = "/home/ray/alexnet"
 EKS_POLICY = {"s3:ListBucket", "s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"}
 

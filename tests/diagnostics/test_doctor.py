@@ -19,10 +19,9 @@ from jobs.diagnostics.checks import Finding, judge, write_file
 from jobs.diagnostics.probe import Rank
 from jobs.doctor import DoctorConfig, main
 from pipeline.dataset.info import DatasetError
+from tests import ROOT
 from tests.damage import flip_bit, own_copy
 from tests.processes import outside_clusters
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_row_fails_with_who_did_not_answer_and_why() -> None:

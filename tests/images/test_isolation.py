@@ -14,11 +14,11 @@ import pytest
 from pipeline.images.decode import ImageError
 from pipeline.images.isolation import IsolatedConverter, KilledError
 from pipeline.images.resize import convert
+from tests import ROOT
 from tests.photographs import encoded, photograph, write_source
 from tests.processes import outside_clusters
 from tests.shard_sets import PER_SHARD, planned
 
-ROOT = Path(__file__).resolve().parents[2]
 # Read at the start of every Python, Ray's workers and their children included: bytes behind an image do not matter, but
 # these end the process as a fault in a decoder does, or stop it where no signal wakes it. Nothing is imported before it
 # is asked for, which would take each of Ray's processes seconds.

@@ -22,9 +22,8 @@ from pipeline.loading.graph import PREFETCH
 from pipeline.loading.loader import AHEAD, GROUP, READERS, Loader
 from pipeline.loading.plan import PlannedBatch, center_crops
 from pipeline.loading.reader_process import ReaderProcessError
+from tests import ROOT
 from tests.processes import below
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def new_loader(root: Path) -> Loader:

@@ -14,12 +14,12 @@ import pytest
 import ray
 
 from jobs.cluster.connection import LostError, connected, stream
+from tests import ROOT
 from tests.photographs import write_source
 from tests.processes import builders
 from tests.raylets import lose, raylet_of, raylets
 from tests.shard_sets import contents, make, planned
 
-ROOT = Path(__file__).resolve().parents[2]
 PER_SHARD = 2
 DEADLINE_S = 300
 CPUS = 2
