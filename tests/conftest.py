@@ -1,7 +1,8 @@
-"""A small shard set that many tests read and none changes, servers of the object stores, and who runs what."""
+"""What many tests read and none changes, servers of the object stores, and who runs what."""
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -68,10 +69,24 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_source(tmp_path_factory.mktemp("source") / "images", images=6, longest=300)
 
 
+@pytest.fixture
+def source(images: Path, tmp_path: Path) -> Path:
+    """A copy of the images to spoil."""
+    return Path(shutil.copytree(images, tmp_path / "images"))
+
+
 @pytest.fixture(scope="session")
 def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What they become, uninterrupted and without Ray."""
     return make(tmp_path_factory.mktemp("whole") / "set", planned(images))
+
+
+@pytest.fixture(scope="session")
+def pair(shard_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of two workers and two epochs, never disturbed. No test changes it."""
+    from tests.runs import undisturbed  # With torch and Ray, which take seconds.
+
+    return undisturbed(shard_set, tmp_path_factory.mktemp("pair"), 2, 2)
 
 
 @pytest.fixture
