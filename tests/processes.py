@@ -92,3 +92,12 @@ def run_here(job: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     status = ended.value.code
     assert isinstance(status, int)
     return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
+
+
+def refusal(job: str, *arguments: object) -> str:
+    """The one line that a command which fails leaves on stderr."""
+    done = run_here(job, *arguments)
+    assert done.returncode == 1, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line

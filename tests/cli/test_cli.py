@@ -14,7 +14,7 @@ import pytest
 
 from jobs.cli.command import one_line
 from jobs.cli.cores import cores
-from tests.processes import JOBS, run_here
+from tests.processes import JOBS, refusal, run_here
 
 COMMANDS = sorted(path.stem for path in JOBS.glob("*.py") if path.stem != "__init__")
 HELP = """
@@ -71,12 +71,6 @@ def test_a_benchmark_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
 
 
 def test_a_source_a_run_and_a_set_are_told_apart(shard_set: Path, tmp_path: Path) -> None:
-    def refused(job: str, *arguments: object) -> str:
-        done = run_here(job, *arguments)
-        assert done.returncode == 1
-        (line,) = done.stderr.splitlines()
-        return line
-
     images, run = tmp_path / "my images", tmp_path / "run"
     image = images / "train" / "cat" / "1.JPEG"
     image.parent.mkdir(parents=True)
@@ -84,20 +78,20 @@ def test_a_source_a_run_and_a_set_are_told_apart(shard_set: Path, tmp_path: Path
     (tmp_path / "a.tar").write_bytes(b"")
     (run / "checkpoint_0001_000000").mkdir(parents=True)
     for source, made in ((images, f"{images}-shards"), (tmp_path / "a.tar", f"{tmp_path / 'a'}-shards")):
-        line = refused("look", "--data", source)
+        line = refusal("look", "--data", source)
         assert f"--data {source} is a source of images, and no shard set" in line
         assert f"--source {quote(str(source))} --output {quote(made)}`" in line
-    assert f"--data {run} holds checkpoints" in refused("evaluate", "--data", run, "--checkpoint", run)
-    assert "is a shard set: give a run's folder" in refused("evaluate", "--data", shard_set, "--checkpoint", shard_set)
+    assert f"--data {run} holds checkpoints" in refusal("evaluate", "--data", run, "--checkpoint", run)
+    assert "is a shard set: give a run's folder" in refusal("evaluate", "--data", shard_set, "--checkpoint", shard_set)
     for job in ("train", "evaluate", "doctor"):
         given = {"train": ["--storage", run, "--name", "a"], "evaluate": ["--checkpoint", run], "doctor": []}[job]
-        line = refused(job, "--data", shard_set, *given, "--stage", "s3://KEY:SECRET@bucket/stage")
+        line = refusal(job, "--data", shard_set, *given, "--stage", "s3://KEY:SECRET@bucket/stage")
         assert line == "error: --stage s3://bucket/stage is a URL: give a folder on each node's own disk"
     # A set that is being made holds tars too.
     (tmp_path / "begun" / "train").mkdir(parents=True)
     (tmp_path / "begun" / "train" / "train-000000.tar").write_bytes(b"")
     (tmp_path / "begun" / "unfinished.json").write_text("{}")
-    assert "is unfinished" in refused("look", "--data", tmp_path / "begun")
+    assert "is unfinished" in refusal("look", "--data", tmp_path / "begun")
 
 
 def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,16 +26,9 @@ from pipeline.sharding.claim import ShardSetError
 from pipeline.sharding.set_lock import JobLock
 from tests.damage import flip_bit
 from tests.faulty_proxy import faulty_proxy
-from tests.processes import JOBS, run_here
+from tests.processes import JOBS, refusal, run_here
 from tests.raylets import raylets
 from tests.shard_sets import PER_SHARD, SET_IN_BUCKET, contents, in_bucket, planned, stored_in, tars
-
-
-def failure(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line that a failed command left on stderr."""
-    assert done.returncode == 1, done.stderr
-    (line,) = done.stderr.splitlines()
-    return line
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +117,7 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(images: Path, 
     again = run_here("shard_imagenet", *arguments)
     assert again.returncode == 0, again.stderr
     assert "finished before; nothing to do" in again.stdout
-    other = failure(run_here("shard_imagenet", *arguments, "--quality", "50"))
+    other = refusal("shard_imagenet", *arguments, "--quality", "50")
     assert "finished set of another quality (90, not 50)" in other
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == written
 
@@ -146,7 +139,7 @@ def test_a_set_that_another_job_finished_meanwhile_is_left_alone(
 
 
 def test_a_missing_source_ends_in_one_line(tmp_path: Path) -> None:
-    message = failure(run_here("shard_imagenet", "--source", tmp_path / "missing", "--output", tmp_path / "out"))
+    message = refusal("shard_imagenet", "--source", tmp_path / "missing", "--output", tmp_path / "out")
     assert message.startswith(f"error: {tmp_path / 'missing'} does not exist: give --source a folder of class folders,")
     assert not (tmp_path / "out").exists()
 

@@ -19,18 +19,8 @@ from jobs.training.trackers import EVENTS, read_events
 from model.progress import Progress
 from model.schedule import Plateau
 from pipeline.dataset.info import read_dataset
-from tests.processes import run_here
+from tests.processes import refusal, run_here
 from tests.runs import command
-
-
-def refusal(job: str, *arguments: object) -> str:
-    """The one line with which a command fails, before it starts Ray."""
-    done = run_here(job, *arguments)
-    assert done.returncode == 1, done.stderr
-    line = done.stderr.strip().splitlines()[-1]
-    assert line.startswith("error: ")
-    assert "Traceback" not in done.stderr
-    return line
 
 
 @pytest.mark.slow
