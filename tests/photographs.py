@@ -31,6 +31,11 @@ def encoded(image: NDArray[np.uint8] | Image.Image, form: str = "JPEG", **option
     return buffer.getvalue()
 
 
+def decoded(data: bytes) -> NDArray[np.uint8]:
+    """An image file's pixels, by Pillow."""
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
 def write_source(root: Path, images: int, classes: int = 3, longest: int = 420, first_seed: int = 0) -> Path:
     """A folder of class folders n0, n1, ..., each with `images` JPEGs of varied size named CLASS_NUMBER.JPEG."""
     generator = np.random.default_rng(first_seed)

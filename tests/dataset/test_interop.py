@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
-import timm.data
 import webdataset
 from nvidia.dali import fn, pipeline_def, types
-from PIL import Image
 
 from tests.damage import places
+from tests.photographs import decoded
 from tests.shard_sets import tars
 
 SPLITS = {"train": (45, 5), "val": (15, 2)}  # Images and shards of `shard_set`.
@@ -28,6 +25,8 @@ def stored(root: Path, split: str) -> list[tuple[str, int, bytes]]:
 
 
 def test_hugging_face_datasets_streams_the_set(shard_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     files = {split: [str(path) for path in tars(shard_set, split)] for split in SPLITS}
     streams = datasets.load_dataset("webdataset", data_files=files, streaming=True)
@@ -38,17 +37,18 @@ def test_hugging_face_datasets_streams_the_set(shard_set: Path, monkeypatch: pyt
         rows = list(stream.cast_column("jpg", datasets.Image(decode=False)))
         assert [(row["__key__"], row["cls"], row["jpg"]["bytes"]) for row in rows] == stored(shard_set, split)
     first = next(iter(streams["train"]))["jpg"]
-    expected = Image.open(io.BytesIO(stored(shard_set, "train")[0][2]))
-    np.testing.assert_array_equal(np.asarray(first), np.asarray(expected))
+    np.testing.assert_array_equal(np.asarray(first), decoded(stored(shard_set, "train")[0][2]))
 
 
 def test_timm_reads_the_set(shard_set: Path) -> None:
+    import timm.data
+
     for split, (samples, shards) in SPLITS.items():
         # Without an _info.json, timm wants to be told how many samples there are.
         spec = f"{split}/{split}-{{000000..{shards - 1:06d}}}.tar|{samples}"
         found = timm.data.create_dataset("wds/shards", root=str(shard_set), split=spec, is_training=False, batch_size=1)
         assert len(found) == samples
-        expected = [(label, Image.open(io.BytesIO(jpeg)).tobytes()) for _, label, jpeg in stored(shard_set, split)]
+        expected = [(label, decoded(jpeg).tobytes()) for _, label, jpeg in stored(shard_set, split)]
         assert [(label, image.tobytes()) for image, label in found] == expected
 
 

@@ -6,19 +6,12 @@ import io
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.images.decode import IMAGE_SIZE, ImageError
 from pipeline.images.resize import convert
-from tests.photographs import encoded, photograph
+from tests.photographs import decoded, encoded, photograph
 from tests.reference_resize import central_square
-
-
-def pixels(jpeg: bytes) -> NDArray[np.uint8]:
-    with Image.open(io.BytesIO(jpeg)) as image:
-        assert image.mode == "RGB"
-        return np.asarray(image)
 
 
 @pytest.mark.paper
@@ -27,7 +20,7 @@ def pixels(jpeg: bytes) -> NDArray[np.uint8]:
 )
 def test_equals_a_float64_antialiased_resize(width: int, height: int) -> None:
     image = photograph(width * height, width, height)
-    stored = pixels(convert(encoded(image, "PNG"), 95).jpeg)
+    stored = decoded(convert(encoded(image, "PNG"), 95).jpeg)
     # Quality 95 JPEG lies between: on smooth images it is worth a level on average, and chroma is halved.
     difference = np.abs(stored - central_square(image))
     assert difference.mean() < 1.0
@@ -45,7 +38,7 @@ def test_fine_stripes_become_gray_and_not_moire() -> None:
     stripes = np.zeros((1024, 1024, 3), np.uint8)
     stripes[:, ::2] = 255
     # At the border the filter sees one side only, and one stripe more of it.
-    inside = pixels(convert(encoded(stripes, "PNG"), 90).jpeg).astype(int)[:, 8:-8]
+    inside = decoded(convert(encoded(stripes, "PNG"), 90).jpeg).astype(int)[:, 8:-8]
     assert np.abs(inside - 127.5).max() <= 3
 
 
@@ -77,4 +70,4 @@ def test_damaged_files_never_raise_anything_else(form: str) -> None:
             converted = convert(bytes(damaged), 90)
         except ImageError:
             continue
-        assert pixels(converted.jpeg).shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+        assert decoded(converted.jpeg).shape == (IMAGE_SIZE, IMAGE_SIZE, 3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from pipeline.images.rgb_stats import RgbStatistics
 from pipeline.loading.loader import Loader, LoaderError
 from pipeline.loading.plan import TEN_CROPS, Augmentation, Plan, PlannedBatch, center_crops, color_matrix
 from tests.damage import OtherImages
-from tests.photographs import encoded
+from tests.photographs import decoded, encoded
 
 CPU = torch.device("cpu")
 
@@ -44,7 +43,7 @@ def reference(reader: SplitReader, rgb: RgbStatistics, planned: PlannedBatch) ->
     rows = []
     drawn, mean = planned.draw(planned.samples), np.array(rgb.mean) * 255
     for sample, (top, left), flip, shift in zip(planned.samples, drawn.crops, drawn.flips, drawn.shifts, strict=True):
-        pixels = np.asarray(Image.open(io.BytesIO(reader.image(sample).tobytes())), np.float64)
+        pixels = decoded(reader.image(sample).tobytes()).astype(np.float64)
         window = pixels[top : top + 227, left : left + 227]
         window = window[:, ::-1] if flip else window
         rows.append((window - mean + shift.astype(np.float64)).transpose(2, 0, 1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +12,8 @@ from pipeline.dataset.info import read_dataset
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.sharding.contact_sheet import SHEET_FILE, choose
 from tests.foreign_shards import sample, stored, write_shards
+from tests.photographs import decoded
 from tests.shard_sets import make, planned
-
-
-def decoded(data: bytes) -> NDArray[np.uint8]:
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def tile(sheet: NDArray[np.uint8], row: int, column: int) -> NDArray[np.float64]:
@@ -28,7 +24,7 @@ def tile(sheet: NDArray[np.uint8], row: int, column: int) -> NDArray[np.float64]
 
 def small(jpeg: bytes) -> NDArray[np.float64]:
     """[128, 128, 3]: a stored image at half its size."""
-    return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB").resize((128, 128), Image.Resampling.BOX), np.float64)
+    return np.asarray(Image.fromarray(decoded(jpeg)).resize((128, 128), Image.Resampling.BOX), np.float64)
 
 
 def test_the_sheet_shows_each_class_in_its_row(shard_set: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
@@ -14,7 +12,7 @@ from pipeline.images.decode import MAX_JPEG_BYTES, pixels_of_stored
 from pipeline.images.resize import convert
 from pipeline.images.rgb_stats import RgbMoments, RgbStatistics
 from tests.foreign_shards import sample, stored, unpacked, write_shards
-from tests.photographs import encoded, photograph
+from tests.photographs import decoded, encoded, photograph
 from tests.shard_sets import make, planned
 
 
@@ -30,7 +28,7 @@ def test_a_set_that_webdataset_wrote_is_taken_over_byte_for_byte(tmp_path: Path)
         assert {one["jpg"]: int(one["cls"]) for one in unpacked(output, split)} == theirs
         assert len(theirs) == count
     # The statistics are of those pixels, as Pillow decodes them.
-    images = [np.asarray(Image.open(io.BytesIO(one["jpg"]))) for one in unpacked(foreign, "train")]
+    images = [decoded(one["jpg"]) for one in unpacked(foreign, "train")]
     assert read_dataset(output).rgb == RgbStatistics.of(sum(map(RgbMoments.of, images), RgbMoments()))
 
 
@@ -65,7 +63,7 @@ def test_what_every_reader_sees_alike_is_kept(name: str) -> None:
     data = KEPT[name]()
     converted = convert(data, 90)
     assert converted.jpeg == data
-    assert converted.moments == RgbMoments.of(np.asarray(Image.open(io.BytesIO(data))))
+    assert converted.moments == RgbMoments.of(decoded(data))
 
 
 @pytest.mark.parametrize("name", ENCODED)

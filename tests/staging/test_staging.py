@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import io
 import resource
 import shutil
 import threading
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from PIL import Image
 
 from pipeline.dataset.info import DatasetError, read_dataset
 from pipeline.dataset.split_reader import SplitReader
@@ -25,6 +23,7 @@ from pipeline.staging.decoded_cache import stage_pixels
 from pipeline.staging.staging import stage
 from tests.damage import flip_bit, own_copy
 from tests.faulty_proxy import FAULTS, faulty_proxy
+from tests.photographs import decoded
 from tests.shard_sets import s3_options
 
 CURE = "run the command that made the set again, which adds it and changes no image"
@@ -201,8 +200,7 @@ def test_pixels_are_the_jpegs_and_give_the_same_batches(shard_set: Path, tmp_pat
     np.testing.assert_array_equal(pixels.labels, jpegs.labels)
     for sample in range(len(jpegs)):
         assert pixels.key(sample) == jpegs.key(sample)
-        decoded = np.asarray(Image.open(io.BytesIO(jpegs.image(sample).tobytes())))
-        np.testing.assert_array_equal(pixels.image(sample), decoded)
+        np.testing.assert_array_equal(pixels.image(sample), decoded(jpegs.image(sample).tobytes()))
     plan = Plan(len(jpegs), 5, 3, color_matrix(info.rgb))
     runs = []
     for reader in (jpegs, pixels):
