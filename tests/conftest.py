@@ -18,6 +18,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from xdist.scheduler import LoadFileScheduling
 
+from tests.damage import own_copy
 from tests.photographs import build_shard_set, write_source
 from tests.shard_sets import make, planned
 
@@ -61,6 +62,12 @@ def shard_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes, 45 training and 15 validation images, ten to a shard."""
     root = tmp_path_factory.mktemp("shard_set")
     return build_shard_set(write_source(root / "images", images=20), root / "shards")
+
+
+@pytest.fixture
+def root(shard_set: Path, tmp_path: Path) -> Path:
+    """A copy of `shard_set` to spoil."""
+    return own_copy(shard_set, tmp_path / "shards")
 
 
 @pytest.fixture(scope="session")

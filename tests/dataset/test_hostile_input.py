@@ -37,12 +37,6 @@ ROOM = 2 * 2**30  # Bytes that a reader may take besides what it has; what is cl
 
 
 @pytest.fixture
-def hostile(shard_set: Path, tmp_path: Path) -> Path:
-    """A set that may be edited."""
-    return own_copy(shard_set, tmp_path / "hostile")
-
-
-@pytest.fixture
 def little_room() -> Iterator[None]:
     """While it lasts, taking memory for what is claimed fails."""
     with open("/proc/self/statm") as file:
@@ -115,37 +109,37 @@ def test_what_is_no_description_is_refused(text: bytes) -> None:
         parse_dataset(text, "SET/dataset.json")
 
 
-def test_nothing_is_staged_from_or_to_another_folder(hostile: Path) -> None:
-    edit_dataset(hostile, lambda value: first_row(value).update(name="../../outside"))
+def test_nothing_is_staged_from_or_to_another_folder(root: Path) -> None:
+    edit_dataset(root, lambda value: first_row(value).update(name="../../outside"))
     with pytest.raises(DatasetError, match="a shard cannot be named"):
-        stage(str(hostile), hostile.parent / "disk", print)
-    assert not list(hostile.parent.glob("disk/**/*.tar"))
+        stage(str(root), root.parent / "disk", print)
+    assert not list(root.parent.glob("disk/**/*.tar"))
 
 
 # Shards.
 
 
-def test_a_shard_that_claims_to_be_huge_takes_no_memory(hostile: Path, little_room: None) -> None:
-    edit_dataset(hostile, lambda value: first_row(value).update(samples=10**12))
-    edit_dataset(hostile, lambda value: value["splits"]["train"].update(samples=10**12))
+def test_a_shard_that_claims_to_be_huge_takes_no_memory(root: Path, little_room: None) -> None:
+    edit_dataset(root, lambda value: first_row(value).update(samples=10**12))
+    edit_dataset(root, lambda value: value["splits"]["train"].update(samples=10**12))
     with pytest.raises(DatasetError, match=r"train\.arrow is not the index that dataset\.json describes"):
-        SplitReader(hostile, read_dataset(hostile), "train")
+        SplitReader(root, read_dataset(root), "train")
     with pytest.raises(DatasetError, match=r"need 196608000\.0 GB"):
-        stage_pixels(str(hostile), hostile.parent / "disk", print, 1)
-    edit_dataset(hostile, lambda value: first_row(value).update(bytes=10**18))
+        stage_pixels(str(root), root.parent / "disk", print, 1)
+    edit_dataset(root, lambda value: first_row(value).update(bytes=10**18))
     with pytest.raises(DatasetError, match=r"needs 1000000000\.0 GB"):
-        stage(str(hostile), hostile.parent / "disk", print)
+        stage(str(root), root.parent / "disk", print)
 
 
-def test_a_tar_larger_than_it_claims_is_not_copied_on(hostile: Path, little_room: None) -> None:
+def test_a_tar_larger_than_it_claims_is_not_copied_on(root: Path, little_room: None) -> None:
     """The disk has room for what was claimed."""
-    tar = hostile / "train" / "train-000000.tar"
+    tar = root / "train" / "train-000000.tar"
     stated = tar.stat().st_size
     os.truncate(tar, 2**40)
     with pytest.raises(DatasetError, match=f"it has more than {stated} bytes"):
-        stage(str(hostile), hostile.parent / "disk", print)
+        stage(str(root), root.parent / "disk", print)
     with pytest.raises(DatasetError, match=r"is not the shard that dataset\.json describes"):
-        stage_pixels(str(hostile), hostile.parent / "pixels", print, 1)
+        stage_pixels(str(root), root.parent / "pixels", print, 1)
 
 
 @pytest.mark.parametrize(
@@ -158,14 +152,14 @@ def test_a_tar_larger_than_it_claims_is_not_copied_on(hostile: Path, little_room
     ],
 )
 def test_an_index_that_points_elsewhere_is_refused(
-    hostile: Path, values: dict[str, int], reason: str, little_room: None
+    root: Path, values: dict[str, int], reason: str, little_room: None
 ) -> None:
-    rewrite_index(hostile, 3, **values)
-    reader = SplitReader(hostile, read_dataset(hostile), "train")
+    rewrite_index(root, 3, **values)
+    reader = SplitReader(root, read_dataset(root), "train")
     with pytest.raises(DatasetError, match=rf"train image {reader.key(3)} of train-000000: .*({reason})"):
         reader.read(np.arange(10))
     with pytest.raises(DatasetError, match=reader.key(3)):
-        stage_pixels(str(hostile), hostile.parent / "disk", print, 1)
+        stage_pixels(str(root), root.parent / "disk", print, 1)
 
 
 def bomb(side: int) -> bytes:
@@ -177,20 +171,20 @@ def bomb(side: int) -> bytes:
     return data[: frame + 5] + side.to_bytes(2, "big") * 2 + data[frame + 9 :]
 
 
-def test_an_image_that_claims_to_be_huge_is_named_and_takes_no_memory(hostile: Path, little_room: None) -> None:
+def test_an_image_that_claims_to_be_huge_is_named_and_takes_no_memory(root: Path, little_room: None) -> None:
     """By whoever decodes a set to look at it; training trusts the sharding, which decoded each image that it stored."""
-    place = places(hostile, "train")[3]
+    place = places(root, "train")[3]
     image = bomb(20_000)
     assert len(image) < place.size
     overwrite(place.tar, place.image, image)
-    rewrite_index(hostile, 3, size=len(image), crc32=zlib.crc32(image))
-    reader = SplitReader(hostile, read_dataset(hostile), "train")
+    rewrite_index(root, 3, size=len(image), crc32=zlib.crc32(image))
+    reader = SplitReader(root, read_dataset(root), "train")
     with pytest.raises(DatasetError, match=f"train image {reader.key(3)} of train-000000: it is 20000 x 20000"):
         reader.decoded(3)
     first = hashlib.sha256(place.tar.read_bytes()).hexdigest()
-    edit_dataset(hostile, lambda value: first_row(value).update(sha256=first))
+    edit_dataset(root, lambda value: first_row(value).update(sha256=first))
     with pytest.raises(DatasetError, match=f"{reader.key(3)}: it is 20000 x 20000"):
-        stage_pixels(str(hostile), hostile.parent / "disk", print, 1)
+        stage_pixels(str(root), root.parent / "disk", print, 1)
 
 
 # Checkpoints.

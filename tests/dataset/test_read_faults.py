@@ -20,16 +20,11 @@ from pipeline.dataset.split_reader import SplitReader
 from pipeline.loading.loader import Loader
 from pipeline.loading.plan import center_crops
 from pipeline.staging.staging import stage
-from tests.damage import Place, flip_in_the_header, flip_in_the_middle, overwrite, own_copy, places
+from tests.damage import Place, flip_in_the_header, flip_in_the_middle, overwrite, places
 
 CPU = torch.device("cpu")
 BAD = 23  # A sample of the third shard of ten.
 FIRST = 20  # Of that shard.
-
-
-@pytest.fixture
-def root(shard_set: Path, tmp_path: Path) -> Path:
-    return own_copy(shard_set, tmp_path / "shards")
 
 
 def place_of(root: Path) -> Place:

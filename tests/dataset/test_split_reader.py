@@ -20,7 +20,7 @@ from pipeline.dataset.info import ClassLabel, DatasetError, DatasetInfo, ShardRo
 from pipeline.dataset.sample_index import SCHEMA, describe_index, pack_index, record_batch
 from pipeline.dataset.split_reader import END_OF_IMAGE, SplitReader
 from pipeline.staging.staging import stage
-from tests.damage import flip_bit, overwrite, own_copy, places
+from tests.damage import flip_bit, overwrite, places
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -92,8 +92,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_an_index_that_is_not_the_sets_is_refused_with_the_cure(shard_set: Path, tmp_path: Path, change: str) -> None:
-    root = own_copy(shard_set, tmp_path / "shards")
+def test_an_index_that_is_not_the_sets_is_refused_with_the_cure(root: Path, change: str) -> None:
     CHANGES[change](root / "train.arrow")
     with pytest.raises(DatasetError) as found:
         SplitReader(root, read_dataset(root), "train")
@@ -133,8 +132,7 @@ def test_more_shards_than_the_system_allows_are_refused(shard_set: Path, monkeyp
 
 
 @pytest.mark.parametrize("missing", [True, False])
-def test_a_shard_of_another_size_is_refused_with_the_cure(shard_set: Path, tmp_path: Path, missing: bool) -> None:
-    root = own_copy(shard_set, tmp_path / "shards")
+def test_a_shard_of_another_size_is_refused_with_the_cure(root: Path, missing: bool) -> None:
     tar = root / "train" / "train-000001.tar"
     if missing:
         tar.unlink()
@@ -185,9 +183,8 @@ def test_a_shard_or_class_that_the_set_has_not_is_refused(tmp_path: Path, column
         SplitReader(tmp_path, info, "train")
 
 
-def test_opening_reads_no_tar_and_copies_no_column(shard_set: Path, tmp_path: Path) -> None:
+def test_opening_reads_no_tar_and_copies_no_column(shard_set: Path, root: Path) -> None:
     """A rank's private memory does not grow with the set."""
-    root = own_copy(shard_set, tmp_path / "shards")
     for path in (root / "train").iterdir():
         os.truncate(path, 0)
         os.truncate(path, (shard_set / "train" / path.name).stat().st_size)

@@ -29,7 +29,7 @@ from model.schedule import Plateau
 from pipeline.dataset.info import DatasetError, read_dataset
 from pipeline.staging.decoded_cache import stage_pixels
 from pipeline.staging.staging import stage
-from tests.damage import flip_in_the_middle, own_copy, places
+from tests.damage import flip_in_the_middle, places
 from tests.processes import JOBS, run_here
 from tests.shard_sets import s3_options
 
@@ -95,8 +95,7 @@ def test_a_url_without_a_stage_is_refused_with_what_to_add() -> None:
         evaluate(EvaluateConfig("s3://KEY:SECRET@bucket/set?region=x", "run", ten_crop=True))
 
 
-def test_a_corrupt_image_is_named(shard_set: Path, saved: Path, tmp_path: Path) -> None:
-    root = own_copy(shard_set, tmp_path / "shards")
+def test_a_corrupt_image_is_named(root: Path, saved: Path) -> None:
     place = places(root, "val")[7]
     flip_in_the_middle(place)
     with pytest.raises(DatasetError, match=f"val image {place.key} of {place.shard}: it is not what was written"):
