@@ -241,6 +241,9 @@ STATES = {
     "negative": lambda text: text.replace('"epoch": 4', '"epoch": -4', 1),
     "unknown": lambda text: text.replace('"epoch": 4', '"epoch": 4, "__class__": "os.system"', 1),
     "rate": lambda text: text.replace('"lr": 0.05', '"lr": NaN', 1),
+    # As of a later version: neither could be compared with this command's.
+    "decoder": lambda text: text.replace(IDENTITY.decoder, "another"),
+    "precision": lambda text: text.replace(IDENTITY.precision, "another"),
 }
 
 
@@ -254,5 +257,6 @@ def test_a_state_of_no_run_is_refused(saved: Path, name: str) -> None:
         value = json.loads(changed)
         changed = resealed(value) if isinstance(value, dict) else changed
     (saved / STATE_FILE).write_text(changed)
-    with pytest.raises(CheckpointError, match=STATE_FILE):
+    told = "'another' is none of" if "another" in changed else ""
+    with pytest.raises(CheckpointError, match=f"{STATE_FILE}.*{told}"):
         checkpoint.restore(saved, make_trainer(), IDENTITY)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import json
 import os
 import shutil
 from pathlib import Path
@@ -24,7 +23,7 @@ from model.training import Trainer, Worker
 from pipeline.loading.graph import GpuDecoder, decoder_name
 from pipeline.storage import remote
 from pipeline.storage.locations import join
-from tests.damage import flip_bit, resealed
+from tests.damage import flip_bit
 from tests.model.test_training import IDENTITY, RECIPE, Recorder, SmallData, Stopped, make_trainer
 from tests.ranks import run_ranks
 
@@ -87,16 +86,6 @@ def test_a_checkpoint_of_another_decoder_is_refused_with_what_brings_the_first_b
 def test_where_a_runs_first_weights_are_from_may_be_left_out() -> None:
     begun = dataclasses.replace(IDENTITY, init_from="a")
     assert begun.differences(begun) == begun.differences(IDENTITY) == []
-
-
-@pytest.mark.parametrize("field", ["decoder", "precision"])
-def test_a_state_of_an_unknown_decoder_or_precision_is_refused_by_name(saved: Path, field: str) -> None:
-    """As one of a later version: neither could be compared with this command's."""
-    value = json.loads((saved / STATE_FILE).read_text())
-    value["identity"][field] = "another"
-    (saved / STATE_FILE).write_text(resealed(value))
-    with pytest.raises(CheckpointError, match=f"{STATE_FILE}.*'another' is none of"):
-        checkpoint.restore(saved, make_trainer(), IDENTITY)
 
 
 def test_a_longer_run_may_continue_a_finished_one(tmp_path: Path) -> None:
