@@ -96,6 +96,17 @@ def pair(shard_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return undisturbed(shard_set, tmp_path_factory.mktemp("pair"), 2, 2)
 
 
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The trainer of a small network, after a run from its start to its end, and the `Recorder` of its checkpoints."""
+    from tests.model.test_training import Recorder, SmallData, make_trainer
+
+    trainer, record = make_trainer(), Recorder(tmp_path_factory.mktemp("undisturbed"))
+    trainer.fit(SmallData(), record)
+    assert len(record.saved) == 12
+    return trainer, record
+
+
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A real S3 server on loopback, with empty buckets named "bucket" and "runs"; gives its endpoint."""

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,12 +27,13 @@ from jobs.import_weights import read_source
 from jobs.training import checkpoint
 from jobs.training.checkpoint import MODEL_FILE, OPTIMIZER_FILE
 from jobs.training.run_state import STATE_FILE, CheckpointError
+from model.training import Trainer
 from pipeline.dataset.info import DATASET_FILE, DatasetError, parse_dataset, read_dataset
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.staging.decoded_cache import stage_pixels
 from pipeline.staging.staging import stage
-from tests.damage import edit_dataset, overwrite, own_copy, places, resealed, rewrite_index
-from tests.model.test_training import IDENTITY, Recorder, SmallData, make_trainer
+from tests.damage import edit_dataset, overwrite, places, resealed, rewrite_index
+from tests.model.test_training import IDENTITY, Recorder, make_trainer
 
 ROOM = 2 * 2**30  # Bytes that a reader may take besides what it has; what is claimed here is always more.
 
@@ -200,17 +202,10 @@ class Harm:
         return os.mkdir, (str(self._folder),)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    record = Recorder(tmp_path_factory.mktemp("run"))
-    make_trainer().fit(SmallData(), record)
-    return record.saved[-1]
-
-
 @pytest.fixture
-def saved(made: Path, tmp_path: Path) -> Path:
+def saved(undisturbed: tuple[Trainer, Recorder], tmp_path: Path) -> Path:
     """A checkpoint that may be edited."""
-    return own_copy(made, tmp_path / "run" / made.name)
+    return Path(shutil.copytree(undisturbed[1].saved[-1], tmp_path / "run"))
 
 
 @pytest.mark.parametrize("name", [MODEL_FILE, OPTIMIZER_FILE, STATE_FILE])

@@ -60,22 +60,17 @@ def make_trainer(recipe: Recipe = RECIPE) -> Trainer:
     return Trainer(network, recipe, Worker(0, 1, CPU), log_every=2, checkpoint_every=2)
 
 
-class Stopped(Exception):
-    """A process that was killed."""
-
-
 class Recorder:
-    """Keeps checkpoints in folders, if there is one for them, and stops the run after so many."""
+    """Keeps checkpoints in folders, if there is one for them."""
 
     def __init__(
         self,
         folder: Path | None,
-        stop_after: int | None = None,
         identity: RunFingerprint = IDENTITY,
         wishes: dict[tuple[int, int], StepAction] | None = None,
         wishes_in_validation: dict[tuple[int, int], StepAction] | None = None,
     ) -> None:
-        self.folder, self.stop_after, self.identity = folder, stop_after, identity
+        self.folder, self.identity = folder, identity
         self.wishes, self.wishes_in_validation = wishes or {}, wishes_in_validation or {}
         self.validated: list[int] = []
         self.saved: list[Path] = []
@@ -106,8 +101,6 @@ class Recorder:
         checkpoint.save_tensors(folder, trainer)
         checkpoint.save_network(folder, trainer.network, State(self.identity, trainer.progress))
         self.saved.append(folder)
-        if len(self.saved) == self.stop_after:
-            raise Stopped
 
     def on_warning(self, trainer: Trainer, warning: str) -> None:
         self.warnings.append(warning)
@@ -137,15 +130,6 @@ def places(record: Recorder) -> list[tuple[int, int]]:
     """Where the checkpoints were written: epochs and steps completed."""
     states = [checkpoint.read_state(folder).progress for folder in record.saved]
     return [(progress.epoch, progress.step) for progress in states]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Recorder]:
-    """A run from its start to its end."""
-    trainer, record = make_trainer(), Recorder(tmp_path_factory.mktemp("undisturbed"))
-    trainer.fit(SmallData(), record)
-    assert len(record.saved) == 12
-    return trainer, record
 
 
 def test_micro_batches_add_up() -> None:

@@ -24,7 +24,7 @@ from pipeline.loading.graph import GpuDecoder, decoder_name
 from pipeline.storage import remote
 from pipeline.storage.locations import join
 from tests.damage import flip_bit
-from tests.model.test_training import IDENTITY, RECIPE, Recorder, SmallData, Stopped, make_trainer
+from tests.model.test_training import IDENTITY, RECIPE, Recorder, SmallData, make_trainer
 from tests.ranks import run_ranks
 
 FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
@@ -32,11 +32,9 @@ NEWEST, BEFORE = "checkpoint_0003_000000", "checkpoint_0002_000000"
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    record = Recorder(tmp_path, stop_after=3)
-    with pytest.raises(Stopped):
-        make_trainer().fit(SmallData(), record)
-    return record.saved[-1]
+def saved(undisturbed: tuple[Trainer, Recorder]) -> Path:
+    """A checkpoint of the first epoch's end."""
+    return undisturbed[1].saved[2]
 
 
 def test_a_checkpoint_holds_no_code_and_its_state_survives_json(saved: Path) -> None:
@@ -88,22 +86,18 @@ def test_where_a_runs_first_weights_are_from_may_be_left_out() -> None:
     assert begun.differences(begun) == begun.differences(IDENTITY) == []
 
 
-def test_a_longer_run_may_continue_a_finished_one(tmp_path: Path) -> None:
-    record = Recorder(tmp_path / "a")
-    make_trainer().fit(SmallData(), record)
+def test_a_longer_run_may_continue_a_finished_one(undisturbed: tuple[Trainer, Recorder], tmp_path: Path) -> None:
     longer = dataclasses.replace(RECIPE, epochs=5)
-    trainer, rest = make_trainer(longer), Recorder(tmp_path / "b")
-    checkpoint.restore(record.saved[-1], trainer, dataclasses.replace(IDENTITY, recipe=longer))
+    trainer, rest = make_trainer(longer), Recorder(tmp_path)
+    checkpoint.restore(undisturbed[1].saved[-1], trainer, dataclasses.replace(IDENTITY, recipe=longer))
     trainer.fit(SmallData(), rest)
     assert [row["epoch"] for row in rest.rows] == [5]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(undisturbed: tuple[Trainer, Recorder], tmp_path: Path) -> Path:
     """A run with the last checkpoints of one of four epochs: each of the second and third epoch."""
-    record = Recorder(tmp_path / "record")
-    make_trainer().fit(SmallData(), record)
-    for folder in record.saved[3:9]:
+    for folder in undisturbed[1].saved[3:9]:
         progress = checkpoint.read_state(folder).progress
         shutil.copytree(folder, tmp_path / "run" / f"checkpoint_{progress.epoch:04d}_{progress.step:06d}")
     return tmp_path / "run"
