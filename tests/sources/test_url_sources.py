@@ -121,12 +121,7 @@ def test_class_tars_are_listed_at_the_same_time(forms: Path, monkeypatch: pytest
 # What can go wrong.
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.storage.retry.FIRST_WAIT_S", 0.001)
-
-
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("quick")
 def test_a_failing_network_is_tried_again_and_never_the_images_fault(forms: Path, tmp_path: Path) -> None:
     with serving(forms / "tars") as server:
         listing = listed(f"{server.url}/ILSVRC2012_img_train.tar", forms / "folders" / "val")
@@ -169,7 +164,7 @@ def test_a_server_without_ranges_is_named(forms: Path) -> None:
         listed(f"{server.url}/ILSVRC2012_img_train.tar")
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("quick")
 def test_what_is_not_at_a_url_is_named(forms: Path, bucket: str) -> None:
     with serving(forms / "shards" / "train") as server:
         with pytest.raises(

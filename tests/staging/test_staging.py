@@ -35,11 +35,6 @@ def tree(root: Path) -> dict[str, str]:
     return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.storage.retry.FIRST_WAIT_S", 0.001)
-
-
 def stage_quietly(location: str | Path, folder: Path) -> tuple[Path, list[str]]:
     lines: list[str] = []
     return stage(str(location), folder, lines.append), lines
