@@ -22,7 +22,7 @@ from pipeline.sources.files import LocalRanges, read_bytes
 from pipeline.sources.listing import Entry
 from pipeline.sources.sources import read_source
 from tests.photographs import write_source
-from tests.shard_sets import contents, make, planned, tars
+from tests.shard_sets import planned, tars
 
 wds2idx = importlib.import_module("wds2idx")  # DALI's own indexer, which comes without types.
 
@@ -54,10 +54,6 @@ def test_order_mixes_classes_and_depends_on_seed_split_and_count_alone(images: P
     for file in source.glob("*/*"):
         file.write_bytes(b"other bytes")
     assert keys(source) == expected
-
-
-def test_the_same_images_elsewhere_give_the_same_bytes(whole: Path, source: Path, tmp_path: Path) -> None:
-    assert contents(make(tmp_path / "out", planned(source))) == contents(whole)
 
 
 def test_index_equals_dalis_own(shard_set: Path, tmp_path: Path) -> None:
