@@ -257,4 +257,5 @@ def test_a_folder_of_odd_images_becomes_a_set_and_says_what_it_left_out(tmp_path
     said = {Path(line["path"]).stem.removeprefix("n0_"): line["reason"] for line in lines}
     assert {name: reason[: len(reasons.get(name, ""))] for name, reason in said.items()} == reasons
     assert not any("\n" in reason for reason in said.values())
+    assert {(Path(line["path"]).parent, line["class"]) for line in lines} == {(folder, "n0")}
     assert info.set_aside == len(reasons)
