@@ -16,12 +16,6 @@ from model.recipe import RECIPES
 CLUSTER = "10.0.0.0:6379"
 
 
-@pytest.mark.parametrize(("text", "reason"), [("0:2", "at least 1"), ("4:2", "as 2:4"), ("-1", "a number, or two")])
-def test_what_is_no_number_of_workers_is_refused(text: str, reason: str) -> None:
-    with pytest.raises(ValueError, match=rf"--workers is .*{reason}"):
-        Workers.parse(text)
-
-
 def test_a_batch_that_the_most_workers_cannot_share_is_refused() -> None:
     config = TrainConfig("data", "storage", "run", workers=Workers(2, 8), batch_size=7)
     with pytest.raises(ValueError, match="8 workers cannot share a batch of 7: use fewer --workers or a larger"):
