@@ -61,6 +61,7 @@ def test_a_source_that_is_not_there_ends_the_demo_at_once(tmp_path: Path, capfd:
     assert done.stderr.startswith("error: `")
     # What its first command says.
     assert f"error: {tmp_path / 'none'} does not exist" in capfd.readouterr().err
+    assert not (tmp_path / "demo" / "shards").exists()
 
 
 @pytest.mark.slow

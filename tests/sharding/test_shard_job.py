@@ -137,12 +137,6 @@ def test_a_set_that_another_job_finished_meanwhile_is_left_alone(
     assert contents(tmp_path / "same") == contents(whole)
 
 
-def test_a_missing_source_ends_in_one_line(tmp_path: Path) -> None:
-    message = refusal("shard_imagenet", "--source", tmp_path / "missing", "--output", tmp_path / "out")
-    assert message.startswith(f"error: {tmp_path / 'missing'} does not exist: give --source a folder of class folders,")
-    assert not (tmp_path / "out").exists()
-
-
 def test_progress_in_a_log_is_a_line_now_and_then_and_one_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     log, now = io.StringIO(), [0.0]
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
