@@ -44,7 +44,8 @@ class Workers:
         return self.min_workers < self.max_workers
 
     def __str__(self) -> str:
-        return f"{self.min_workers}:{self.max_workers}" if self.elastic else str(self.min_workers)
+        numbers = dict.fromkeys((self.min_workers, self.max_workers))
+        return ":".join(map(str, numbers))
 
     def check_more_than(self, batch_size: int) -> None:
         """Raises ValueError if a worker would have no image of a global batch.

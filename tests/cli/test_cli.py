@@ -66,7 +66,7 @@ def test_the_help_of_training_has_each_recipes_values() -> None:
         ("train", [*TRAIN, "--storage", "s3:/bucket/x"], f"--storage s3:/bucket/x {NOT_WRITABLE}"),
         ("train", [*TRAIN, "--init-from", "a", "--from-checkpoint", "b"], "and --from-checkpoint exclude each other"),
         ("train", [*TRAIN, "--workers", "0:2"], "--workers is 0:2; it must be at least 1"),
-        ("train", [*TRAIN, "--workers", "4:2"], "the smaller number comes first, as 2:4"),
+        ("train", [*TRAIN, "--workers", "4:2"], "--workers is 4:2; the smaller number comes first, as 2:4"),
         ("train", [*TRAIN, "--workers", "-1"], "--workers is '-1'; it must be a number, or two as 2:4"),
     ],
 )
