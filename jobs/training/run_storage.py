@@ -18,16 +18,7 @@ from safetensors import SafetensorError
 
 from jobs.cli.command import log, one_line
 from jobs.training import checkpoint
-from jobs.training.checkpoint import (
-    MODEL_FILE,
-    best,
-    committed,
-    half,
-    is_damage,
-    load_tensors,
-    scan,
-    superfluous,
-)
+from jobs.training.checkpoint import MODEL_FILE, best, committed, half, is_damage, load_tensors, scan, superfluous
 from jobs.training.run_state import STATE_FILE, CheckpointError, DamagedError, RunFingerprint, State
 from model.training import Trainer
 from pipeline.storage.locations import is_url, join, open_location, shown

@@ -4,8 +4,8 @@ A read from a mount whose server is gone never returns. The process lives and an
 ranks wait for it in the exchange of gradients, for --collective-seconds.
 
 Limited is what waits for nothing but this worker's own disk, processor and decoder: opening the shard set, and getting
-each batch's images. Not limited are the forward and backward pass, since whoever waits there
-may wait for another rank; staging, which tries again by itself; and reading and writing checkpoints.
+each batch's images. Not limited are the forward and backward pass, since whoever waits there may wait for another rank;
+staging, which tries again by itself; and reading and writing checkpoints.
 """
 
 from __future__ import annotations
