@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.dataset.info import INDEX_VERSION, DatasetError, Split, staged_from
-from pipeline.sources.keys import IMAGE_COMPONENTS, LABEL_COMPONENT, split_name
+from pipeline.sources.keys import IMAGE_COMPONENTS, LABEL_COMPONENT, label_number, split_name
 from pipeline.storage.locations import Location, is_url, join, shown
 from pipeline.storage.remote import read
 
@@ -45,18 +45,29 @@ def index_of(tar: bytes) -> str:
     """DALI's "v1.2" index of a tar of samples, with offsets as the tar has them, as DALI's wds2idx writes it.
 
     Raises:
-        tarfile.TarError, ValueError, OverflowError: if it is no tar, or is damaged.
+        tarfile.TarError, ValueError, OverflowError: if it is no tar, is damaged, or holds what no tar of samples does.
     """
     samples: dict[str, list[str]] = {}
+    before, last = -1, None
     with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as file:
         for member in file:
-            # It would lead tarfile back to what it has read, again and again.
-            if member.size < 0:
-                raise ValueError(f"{member.name} has {member.size} bytes")
-            key, extension = split_name(member.name)
+            name = member.name
+            # A negative size leads tarfile back to what it has read, again and again.
+            if member.size < 0 or member.offset <= before:
+                raise ValueError(f"{name} has a negative size")
+            if member.issparse() or not (member.isreg() or member.isdir()):
+                raise ValueError(f"{name} is neither a plain file nor a folder")
+            if name.startswith("/") or ".." in name.split("/"):
+                raise ValueError(f"{name} lies outside of the tar's folder")
+            before = member.offset
+            key, extension = split_name(name)
             # The name of a hidden file is all extension.
-            if member.isfile() and key and not key.endswith("/"):
-                samples.setdefault(key, []).append(f"{extension} {member.offset_data} {member.size} {member.name}")
+            if member.isdir() or not key or key.endswith("/"):
+                continue
+            if key != last and key in samples:
+                raise ValueError(f"{name} does not follow the other parts of its sample")
+            last = key
+            samples.setdefault(key, []).append(f"{extension} {member.offset_data} {member.size} {name}")
     lines = [f"{INDEX_VERSION} {len(samples)}", *(" ".join(components) for components in samples.values())]
     return "\n".join(lines) + "\n"
 
@@ -69,7 +80,7 @@ def shard_rows(tar: bytes, index: str) -> pa.RecordBatch:
         index: DALI's index of it, as it is written beside the tar.
 
     Raises:
-        ValueError: if a sample has not one image and one label, or a label is no number that fits an int32.
+        ValueError: if a sample has not one image and one label, or a label is no number that a label may be.
     """
     keys, offsets, sizes, labels, checksums = [], [], [], [], []
     for line in index.splitlines()[1:]:
@@ -85,7 +96,10 @@ def shard_rows(tar: bytes, index: str) -> pa.RecordBatch:
         keys.append(split_name(image[2])[0])
         offsets.append(offset)
         sizes.append(size)
-        labels.append(int(tar[start : start + length]))
+        label = label_number(tar[start : start + length])
+        if label is None:
+            raise ValueError(f"{parts[LABEL_COMPONENT][2]} holds no number that a label may be")
+        labels.append(label)
         checksums.append(zlib.crc32(tar[offset : offset + size]))
     return record_batch(keys, np.zeros(len(keys)), offsets, sizes, labels, checksums)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import io
 import os
 import re
 import shutil
@@ -26,7 +27,7 @@ from jobs.verify_shards import VerifyConfig, VerifyError, _settings
 from jobs.verify_shards import main as verify
 from pipeline.dataset.annotation import read_annotation
 from pipeline.dataset.info import read_dataset, rebuild_advice, write_json
-from pipeline.dataset.sample_index import shard_rows
+from pipeline.dataset.sample_index import index_of, shard_rows
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.dataset.verify import ShardReport, check_set, check_shard, open_indexes
 from pipeline.images.rgb_stats import RgbMoments
@@ -163,6 +164,43 @@ def test_a_wrong_label_is_found_where_all_digests_fit(damaged: Path, place: Plac
     assert found.startswith(f"{NAME} {place.key}: its label is ")
 
 
+def tar_of(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("label", [b"+1_0", b"cat", b""])
+def test_a_label_that_is_no_number_is_named(label: bytes) -> None:
+    tar = tar_of({"n0_0.cls": label, "n0_0.jpg": b"image"})
+    with pytest.raises(ValueError, match=r"^n0_0\.cls holds no number that a label may be"):
+        shard_rows(tar, index_of(tar))
+
+
+@pytest.mark.parametrize("names", [("a.cls",), ("a.jpg",), ("a.cls", "a.jpg", "a.jpeg")])
+def test_a_sample_is_one_image_and_one_label(names: tuple[str, ...]) -> None:
+    tar = tar_of(dict.fromkeys(names, b"1"))
+    with pytest.raises(ValueError, match=rf"^{', '.join(names)} are not one \.jpg and one \.cls"):
+        shard_rows(tar, index_of(tar))
+
+
+def test_parts_of_a_sample_that_lie_apart_are_named() -> None:
+    """Who reads a WebDataset takes for a sample what lies together."""
+    tar = tar_of(dict.fromkeys(("a.cls", "b.cls", "a.jpg", "b.jpg"), b"1"))
+    with pytest.raises(ValueError, match=r"^a\.jpg does not follow the other parts of its sample"):
+        index_of(tar)
+
+
+def test_a_label_beyond_the_classes_is_found_without_the_sample_index(damaged: Path, place: Place) -> None:
+    repack(damaged, lambda samples: samples.insert(1, (place.key, 7, samples.pop(1)[2])))
+    (damaged / "train.arrow").unlink()
+    assert f"{NAME} {place.key}: its label is 7, the set has 3 classes" in faults(damaged)
+
+
 def test_a_key_in_two_shards_is_found(damaged: Path) -> None:
     key = places(damaged, "train")[0].key
     repack(damaged, lambda samples: samples.insert(0, (key, int(key[1]), samples.pop(0)[2])))
@@ -172,8 +210,7 @@ def test_a_key_in_two_shards_is_found(damaged: Path) -> None:
 def test_a_key_twice_in_a_shard_is_named(damaged: Path, place: Place) -> None:
     repack(damaged, lambda samples: samples.append((*samples[1][:2], samples.pop()[2])))
     found, twice = faults(damaged)
-    names = ", ".join(f"{place.key}.{extension}" for extension in ("cls", "jpg", "cls", "jpg"))
-    assert found == f"{NAME}: its samples cannot be read: {names} are not one .jpg and one .cls"
+    assert found == f"{NAME}: its samples cannot be read: {place.key}.cls does not follow the other parts of its sample"
     assert twice == f"{NAME}: it holds a sample's key that another sample has, too"
 
 
@@ -197,14 +234,27 @@ def test_a_shard_that_another_library_wrote_is_checked_alike(damaged: Path) -> N
     assert faults(damaged, decode=True) == []
 
 
-def negative_size(tar: bytes) -> bytes:
-    """Of the second member: it leads back to the first."""
-    member = tarfile.TarInfo("n0_0.jpg")
-    member.size = -1024
-    return tar[:1024] + member.tobuf(tarfile.GNU_FORMAT) + tar[1536:]
+def second(name: str = "n0_0.jpg", size: int = 0, kind: bytes = tarfile.REGTYPE) -> Callable[[bytes], bytes]:
+    """Gives a tar another second member."""
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    return lambda tar: tar[:1024] + member.tobuf(tarfile.GNU_FORMAT) + tar[1536:]
 
 
-@pytest.mark.parametrize("change", [negative_size, lambda tar: b"", lambda tar: b"<html>", lambda tar: tar[:20000]])
+@pytest.mark.parametrize(
+    "change",
+    [
+        # It leads back to the first.
+        second(size=-1024),
+        second(size=-512, kind=tarfile.GNUTYPE_SPARSE),
+        second("../n0_0.jpg"),
+        second("/n0_0.jpg"),
+        second(kind=tarfile.SYMTYPE),
+        lambda tar: b"",
+        lambda tar: b"<html>",
+        lambda tar: tar[:20000],
+    ],
+)
 def test_a_vouched_for_tar_that_is_none_is_one_fault(damaged: Path, change: Callable[[bytes], bytes]) -> None:
     data = change(file(damaged, "tar").read_bytes())
     file(damaged, "tar").write_bytes(data)
