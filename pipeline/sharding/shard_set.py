@@ -161,11 +161,13 @@ def check_rejected(root: Location, plan: SetPlan, built: Collection[BuiltShard],
     """Makes sure that the shards built so far leave out no more images than `max_bad_fraction` of the whole set.
 
     Raises:
-        ShardSetError: if they do; `rejects.jsonl` lists them then.
+        ShardSetError: if they do; `rejects.jsonl` lists them then. That of a finished set stays as it is.
     """
     count, images = sum(len(shard.annotation.rejected) for shard in built), plan.listing.images
     if count / images > max_bad_fraction:
-        first = _write_rejects(root, plan, built)[0]
+        first = _rejects(built)[0]
+        if DATASET_FILE not in names_in(root):
+            _write_rejects(root, plan, built)
         raise ShardSetError(
             f"{count} of {images} images are bad, more than --max-bad-fraction {max_bad_fraction} allows; "
             f"the first is {first.path}: {first.reason}. {shown(join(root, REJECTS_FILE))} lists those found so far: "
@@ -173,8 +175,12 @@ def check_rejected(root: Location, plan: SetPlan, built: Collection[BuiltShard],
         )
 
 
+def _rejects(built: Iterable[BuiltShard]) -> list[Reject]:
+    return sorted((r for shard in built for r in shard.annotation.rejected), key=lambda r: (r.split, r.path))
+
+
 def _write_rejects(root: Location, plan: SetPlan, built: Iterable[BuiltShard]) -> list[Reject]:
-    rejected = sorted((r for shard in built for r in shard.annotation.rejected), key=lambda r: (r.split, r.path))
+    rejected = _rejects(built)
     lines = "".join(json.dumps(reject.to_json()) + "\n" for reject in rejected)
     plan.claim.check(root)
     write(join(root, REJECTS_FILE), lines.encode())

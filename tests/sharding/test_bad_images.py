@@ -46,6 +46,17 @@ def test_too_many_bad_images_are_an_error_that_lists_them(source: Path, tmp_path
     check_rejected(tmp_path / "out", plan, built, 0.06)
 
 
+def test_a_repair_that_is_refused_leaves_a_finished_sets_list(source: Path, tmp_path: Path) -> None:
+    for entry in (planned(source).shards[0].entries[0], planned(source).shards[1].entries[0]):
+        Path(entry.path).write_bytes(b"")
+    plan = planned(source)
+    output = make(tmp_path / "out", plan)
+    first = build_shard(output, plan.shards[0], plan.image)
+    with pytest.raises(ShardSetError, match="1 of 18 images are bad"):
+        check_rejected(output, plan, [first], 0)
+    assert len((output / "rejects.jsonl").read_text().splitlines()) == read_dataset(output).set_aside == 2
+
+
 def test_a_mended_image_of_the_same_size_gets_in(source: Path, whole: Path, tmp_path: Path) -> None:
     path = source / "n0" / "n0_1.JPEG"
     good = path.read_bytes()
