@@ -67,7 +67,7 @@ def main(config: VerifyConfig) -> None:
         raise VerifyError(
             f"{shown(root)} is a copy for training, staged from {origin}: check that one; a copy checks itself"
         )
-    samples = sum(part.samples for part in info.splits.values())
+    samples = sum(row.samples for part in info.splits.values() for row in part.shards)
     indexes, index_faults = open_indexes(root, info)
     with (
         connected(config.workers, logging_level=logging.ERROR, log_to_driver=False),

@@ -21,7 +21,7 @@ class _Log:
         self._stream = stream
 
     def write(self, text: str) -> None:
-        if line := text.strip():
+        if line := " ".join(text.split()):
             print(line, file=self._stream, flush=True)
 
 
@@ -33,7 +33,7 @@ class Progress:
 
     def __init__(self, total: int, unit: str, stream: TextIO | None = None) -> None:
         stream = stream or sys.stderr
-        terminal = stream.isatty()
+        self._terminal = terminal = stream.isatty()
         self._bar = tqdm.tqdm(
             total=total,
             unit=f" {unit}",
@@ -41,6 +41,7 @@ class Progress:
             mininterval=0.1 if terminal else LINE_EVERY_S,
             miniters=1,
             smoothing=0,  # The rate is the mean.
+            disable=False,  # TQDM_DISABLE would take the rate away, too.
             bar_format=None if terminal else LINE,
         )
 
@@ -48,6 +49,8 @@ class Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
+        # A log has a last line, unless its last one says the same.
+        self._bar.leave = self._terminal or self._bar.n > self._bar.last_print_n
         self._bar.close()
 
     @property
