@@ -38,7 +38,7 @@ from jobs.cli.device import choose_device
 from jobs.reporting.page import gallery, page
 from jobs.reporting.predictions import predict
 from jobs.training import checkpoint
-from jobs.training.run_storage import local_checkpoint
+from jobs.training.run_storage import best_checkpoint
 from jobs.training.trackers import EVENTS, read_events
 from jobs.training.worker import make_network
 from pipeline.dataset.info import read_dataset
@@ -49,11 +49,12 @@ from pipeline.storage.remote import write_atomically
 def main(config: ReportConfig) -> None:
     location = join(config.storage, config.name)
     device = choose_device(config.gpu)
-    with local_checkpoint(location) as (_, folder):
+    states = checkpoint.committed(location)
+    with best_checkpoint(location, states) as (_, folder):
         network = make_network(checkpoint.read_state(folder).identity)
         checkpoint.load_network(folder, network)
     network = network.to(memory_format=torch.channels_last).to(device).eval()
-    *_, state = checkpoint.scan(location)[0].values()
+    *_, state = states.values()
     images: dict[str, Any] = {}
     if config.data is not None:
         info = read_dataset(config.data)

@@ -179,8 +179,6 @@ def local_copy(location: str) -> Iterator[Path]:
 def local_checkpoint(location: str) -> Iterator[tuple[str, Path]]:
     """The checkpoint at a path or URL, or the best one of the run there: its location, and a local folder of its files.
 
-    Of a run, it is the best one whose network is whole; those before it are logged.
-
     Raises:
         CheckpointError: if there is neither a checkpoint nor a run with one.
     """
@@ -190,8 +188,8 @@ def local_checkpoint(location: str) -> Iterator[tuple[str, Path]]:
             f"{shown(location)} does not exist or is no folder: give a checkpoint_* folder or a run's folder"
         )
     if filesystem.get_file_info(f"{path}/{STATE_FILE}").type != arrow_fs.FileType.File:
-        with contextlib.ExitStack() as copies:
-            yield _best(location, copies)
+        with best_checkpoint(location, committed(location)) as found:
+            yield found
         return
     with local_copy(location) as folder:
         try:
@@ -200,23 +198,34 @@ def local_checkpoint(location: str) -> Iterator[tuple[str, Path]]:
             raise DamagedError(f"{error}: give another checkpoint_* folder of its run") from error
 
 
-def _best(run: str, copies: contextlib.ExitStack) -> tuple[str, Path]:
-    states = committed(run)
-    if best(states) is None:
+@contextlib.contextmanager
+def best_checkpoint(run: str, states: dict[str, State]) -> Iterator[tuple[str, Path]]:
+    """A run's best checkpoint whose network is whole, as `local_checkpoint` gives it; damaged ones are logged.
+
+    Args:
+        states: the run's checkpoints.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    left = dict(states)
+    if best(left) is None:
         raise CheckpointError(
-            f"{shown(run)} holds no finished epoch's checkpoint: train first, or give a checkpoint_* folder"
+            f"{shown(run)} holds no finished epoch's checkpoint: train first, or give another run or checkpoint"
         )
-    while (name := best(states)) is not None:
-        location, state = join(run, name), states.pop(name)
-        try:
-            folder = copies.enter_context(local_copy(location))
-            load_tensors(folder, MODEL_FILE, state)
-        except (DamagedError, OSError) as error:
-            if not is_damage(error, run):
-                raise
-            log(f"warning: {name} is left out, the next best is taken: {error}")
-        else:
-            return location, folder
+    with contextlib.ExitStack() as copies:
+        while (name := best(left)) is not None:
+            location, state = join(run, name), left.pop(name)
+            try:
+                folder = copies.enter_context(local_copy(location))
+                load_tensors(folder, MODEL_FILE, state)
+            except (DamagedError, OSError) as error:
+                if not is_damage(error, run):
+                    raise
+                log(f"warning: {name} is left out: {one_line(error)}")
+            else:
+                yield location, folder
+                return
     raise CheckpointError(
         f"no checkpoint at an epoch's end of {shown(run)} is whole: train to the next epoch's end first"
     )

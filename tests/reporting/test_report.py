@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from jobs.look import EXAGGERATION, LookConfig, look
+from jobs.report import ReportConfig, main
 from jobs.reporting import charts
 from jobs.reporting.predictions import Confusion, confusions
+from jobs.training.run_state import CheckpointError
 from pipeline.dataset.info import read_dataset
 from pipeline.dataset.split_reader import SplitReader
 from tests.damage import edit_dataset, own_copy
@@ -84,3 +86,8 @@ def test_the_picture_has_the_crops_marked(shard_set: Path, tmp_path: Path) -> No
     assert pixels.shape[1] > 900
     # In a color that the pictures do not have.
     assert (np.abs(pixels - [255, 45, 149]).sum(axis=2) < 30).sum() > 1000
+
+
+def test_a_run_that_has_nothing_to_report_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/none holds no finished epoch's checkpoint: train first"):
+        main(ReportConfig(str(tmp_path), "none", tmp_path / "report.html"))
