@@ -92,7 +92,7 @@ def assert_trained_once(notes: Path, plan: Plan, steps: int) -> list[int]:
         if "samples" not in note:
             checkpoints.add(done)
             continue
-        if note["first"] and (began != (done, note["world"]) or note["rank"] in workers):
+        if note["first"] and began != (done, note["world"]):
             workers, began = {}, (done, note["world"])
         if note["first"]:
             workers[note["rank"]] = note["worker"]

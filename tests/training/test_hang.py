@@ -38,8 +38,9 @@ from pipeline.loading.reader_process import ReaderProcess
 
 ReaderProcess.submit = lambda *arguments: None
 data = WorkerData(Path(sys.argv[1]), Recipe(batch_size=9), Worker(0, 1, torch.device("cpu")), 9, 1, hang_seconds=1)
-next(data.training(0, 0))
+next(getattr(data, sys.argv[2])(*map(int, sys.argv[3:])))
 """
+READ = r'pipeline/loading/reader_process\.py", line \d+ in result'
 # No other thread of Python runs meanwhile, not even one that is to end the process.
 HELD_LOCK = """
 import ctypes
@@ -55,12 +56,18 @@ with limited(1.0):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("program", "place"),
-    [(HANGING_READ, r'pipeline/loading/reader_process\.py", line \d+ in result'), (HELD_LOCK, "in hold_the_lock")],
-    ids=["a read", "the interpreter's lock"],
+    ("program", "place", "asked"),
+    [
+        (HANGING_READ, READ, ["training", "0", "0"]),
+        (HANGING_READ, READ, ["validation"]),
+        (HELD_LOCK, "in hold_the_lock", []),
+    ],
+    ids=["a read", "a read to validate on", "the interpreter's lock"],
 )
-def test_a_hang_ends_the_process_and_shows_its_place(shard_set: Path, program: str, place: str) -> None:
-    command = [sys.executable, "-c", program, str(shard_set)]
+def test_a_hang_ends_the_process_and_shows_its_place(
+    shard_set: Path, program: str, place: str, asked: list[str]
+) -> None:
+    command = [sys.executable, "-c", program, str(shard_set), *asked]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 1
     assert "Timeout (0:00:01)!" in done.stderr
