@@ -33,12 +33,14 @@ class Progress:
 
     def __init__(self, total: int, unit: str, stream: TextIO | None = None) -> None:
         stream = stream or sys.stderr
-        self._terminal = terminal = stream.isatty()
+        terminal = stream.isatty()
         self._bar = tqdm.tqdm(
             total=total,
             unit=f" {unit}",
             file=stream if terminal else _Log(stream),
             mininterval=0.1 if terminal else LINE_EVERY_S,
+            delay=0 if terminal else LINE_EVERY_S,
+            leave=terminal,
             miniters=1,
             smoothing=0,  # The rate is the mean.
             disable=False,  # TQDM_DISABLE would take the rate away, too.
@@ -49,8 +51,9 @@ class Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
-        # A log has a last line, unless its last one says the same.
-        self._bar.leave = self._terminal or self._bar.n > self._bar.last_print_n
+        # A log's last line, unless the one before says the same.
+        if not self._bar.leave and self._bar.n > self._bar.last_print_n:
+            self._bar.refresh()
         self._bar.close()
 
     @property
