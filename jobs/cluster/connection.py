@@ -70,8 +70,9 @@ def connected(cpus: int | None = None, **options: Any) -> Iterator[None]:
     except Exception as error:
         what = "Ray does not start here"
         cure = (
-            "see the logs below RAY_TMPDIR (/tmp/ray by default), and the free space there and in /dev/shm; you must "
-            f"be able to write there and in HOME, and RAY_TMPDIR may have at most {MAX_TMPDIR} characters"
+            "run it again if this machine was very busy; else see the logs below RAY_TMPDIR (/tmp/ray by default) and "
+            "the free space there and in /dev/shm; you must be able to write there and in HOME, and RAY_TMPDIR may "
+            f"have at most {MAX_TMPDIR} characters"
         )
         if address:
             what = f"the cluster at RAY_ADDRESS={address} cannot be joined"

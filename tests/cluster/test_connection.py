@@ -108,7 +108,7 @@ def test_without_a_number_there_is_one_a_cpu_as_nodes_come_and_go(monkeypatch: p
     [
         ({"RAY_ADDRESS": "127.0.0.1:9"}, "no Ray can be reached at RAY_ADDRESS 127.0.0.1:9"),
         ({"RAY_ADDRESS": "http://localhost:8265"}, "ray job submit .*, or unset RAY_ADDRESS to use this machine"),
-        ({"RAY_TMPDIR": __file__}, "Ray does not start here .*Not a directory.*: see the logs .*able to write there"),
+        ({"RAY_TMPDIR": __file__}, "Ray does not start here .*Not a directory.*: run it again .*able to write there"),
         ({"RAY_TMPDIR": f"/tmp/{'x' * 90}"}, "Ray does not start here .* and RAY_TMPDIR may have at most 38 char"),
     ],
 )
