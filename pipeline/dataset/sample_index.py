@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline.dataset.info import INDEX_VERSION, DatasetError, Split, staged_from
 from pipeline.sources.keys import IMAGE_COMPONENTS, LABEL_COMPONENT, label_number, split_name
+from pipeline.sources.tars import fault_of
 from pipeline.storage.locations import Location, is_url, join, shown
 from pipeline.storage.remote import read
 
@@ -45,21 +46,15 @@ def index_of(tar: bytes) -> str:
     """DALI's "v1.2" index of a tar of samples, with offsets as the tar has them, as DALI's wds2idx writes it.
 
     Raises:
-        tarfile.TarError, ValueError, OverflowError: if it is no tar, is damaged, or holds what no tar of samples does.
+        tarfile.TarError, ValueError, OverflowError: if it is no tar, is damaged, or has a member that none may have.
     """
     samples: dict[str, list[str]] = {}
-    before, last = -1, None
+    last = None
     with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as file:
         for member in file:
+            if fault := fault_of(member):
+                raise ValueError(f"the tar {fault}")
             name = member.name
-            # A negative size leads tarfile back to what it has read, again and again.
-            if member.size < 0 or member.offset <= before:
-                raise ValueError(f"{name} has a negative size")
-            if member.issparse() or not (member.isreg() or member.isdir()):
-                raise ValueError(f"{name} is neither a plain file nor a folder")
-            if name.startswith("/") or ".." in name.split("/"):
-                raise ValueError(f"{name} lies outside of the tar's folder")
-            before = member.offset
             key, extension = split_name(name)
             # The name of a hidden file is all extension.
             if member.isdir() or not key or key.endswith("/"):

@@ -141,24 +141,32 @@ def table_of(tar: Stretch, found: list[Member]) -> FileTable:
     return FileTable.of(holder, names, sizes, offsets)
 
 
-def _member(tar: Stretch, header: tarfile.TarInfo) -> Member | None:
-    """A header's file; None for a folder."""
+def fault_of(header: tarfile.TarInfo) -> str | None:
+    """What is wrong with a tar that holds this member, as a clause about the tar; None for a file or a folder.
+
+    A negative size, a sparse file's too, would lead tarfile back to what it has read.
+    """
     name = header.name
     if name.startswith("/") or ".." in name.split("/"):
-        raise SourceError(f"{tar.where} holds {header.name!r}, a name that leads out of it: make it again without")
+        return f"holds {name!r}, a name that leads out of it: make it again without"
     if header.size < 0:
-        raise SourceError(
-            f"{tar.where} is damaged: its member {header.name!r} has {header.size} bytes, download it again"
-        )
+        return f"is damaged: its member {name!r} has {header.size} bytes, download it again"
+    if header.isdir() or (header.isreg() and not header.issparse()):
+        return None
+    kind = "link" if header.islnk() or header.issym() else "sparse file" if header.issparse() else "special file"
+    return (
+        f"holds the {kind} {name!r}, which cannot be read in place: "
+        "make it again with tar --dereference --hard-dereference and without --sparse"
+    )
+
+
+def _member(tar: Stretch, header: tarfile.TarInfo) -> Member | None:
+    """A header's file; None for a folder."""
+    if fault := fault_of(header):
+        raise SourceError(f"{tar.where} {fault}")
     if header.isdir():
         return None
-    if not header.isreg() or header.issparse():
-        kind = "link" if header.islnk() or header.issym() else "sparse file" if header.issparse() else "special file"
-        raise SourceError(
-            f"{tar.where} holds the {kind} {header.name!r}, which cannot be read in place: "
-            "make it again with tar --dereference --hard-dereference and without --sparse"
-        )
-    return Member(posixpath.normpath(name), tar.start + header.offset_data, header.size)
+    return Member(posixpath.normpath(header.name), tar.start + header.offset_data, header.size)
 
 
 class Window(io.RawIOBase):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
-import io
 import os
 import re
 import shutil
@@ -27,7 +26,7 @@ from jobs.verify_shards import VerifyConfig, VerifyError, _settings
 from jobs.verify_shards import main as verify
 from pipeline.dataset.annotation import read_annotation
 from pipeline.dataset.info import read_dataset, rebuild_advice, write_json
-from pipeline.dataset.sample_index import index_of, shard_rows
+from pipeline.dataset.sample_index import shard_rows
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.dataset.verify import ShardReport, check_set, check_shard, open_indexes
 from pipeline.images.rgb_stats import RgbMoments
@@ -162,37 +161,6 @@ def test_a_wrong_label_is_found_where_all_digests_fit(damaged: Path, place: Plac
     repack(damaged, lambda samples: samples.insert(1, (place.key, (place.number + 1) % 3, samples.pop(1)[2])))
     (found,) = faults(damaged, decode=True)
     assert found.startswith(f"{NAME} {place.key}: its label is ")
-
-
-def tar_of(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize("label", [b"+1_0", b"cat", b""])
-def test_a_label_that_is_no_number_is_named(label: bytes) -> None:
-    tar = tar_of({"n0_0.cls": label, "n0_0.jpg": b"image"})
-    with pytest.raises(ValueError, match=r"^n0_0\.cls holds no number that a label may be"):
-        shard_rows(tar, index_of(tar))
-
-
-@pytest.mark.parametrize("names", [("a.cls",), ("a.jpg",), ("a.cls", "a.jpg", "a.jpeg")])
-def test_a_sample_is_one_image_and_one_label(names: tuple[str, ...]) -> None:
-    tar = tar_of(dict.fromkeys(names, b"1"))
-    with pytest.raises(ValueError, match=rf"^{', '.join(names)} are not one \.jpg and one \.cls"):
-        shard_rows(tar, index_of(tar))
-
-
-def test_parts_of_a_sample_that_lie_apart_are_named() -> None:
-    """Who reads a WebDataset takes for a sample what lies together."""
-    tar = tar_of(dict.fromkeys(("a.cls", "b.cls", "a.jpg", "b.jpg"), b"1"))
-    with pytest.raises(ValueError, match=r"^a\.jpg does not follow the other parts of its sample"):
-        index_of(tar)
 
 
 def test_a_label_beyond_the_classes_is_found_without_the_sample_index(damaged: Path, place: Place) -> None:
