@@ -32,7 +32,7 @@ def build_all(
     Raises:
         ShardError, SourceReadError: see `build_in_steps`; also if a shard's workers died again and again, or it could
             not be written.
-        ShardSetError: as soon as more images are set aside than `max_bad_fraction` of the whole set.
+        ShardSetError: once more than `max_bad_fraction` of all images are bad.
     """
     # Attempts are counted here and not by Ray, which would not tell a task which one it is.
     task = ray.remote(_build).options(num_cpus=1, max_retries=0, num_returns="streaming", name="build_shard")

@@ -50,5 +50,5 @@ def whole_path(option: str, location: str) -> str:
             f"{option} is the relative path {location}, and a submitted job runs in a temporary copy of the code: give "
             "an absolute path or a URL"
         )
-    # An empty one is no folder, and what opens it says so.
+    # An empty location stays empty: abspath would make it the current folder. Whoever opens it refuses it.
     return location and os.path.abspath(location)

@@ -111,7 +111,8 @@ def finish(
     """
     annotations = [shard.annotation for shard in built]
     assert [annotation.name for annotation in annotations] == [shard.name for shard in plan.shards]
-    rejected = _write_rejects(root, plan, built)
+    rejected = _rejects(built)
+    _write_rejects(root, plan, rejected)
 
     splits = {}
     for name in plan.listing.splits:
@@ -165,13 +166,13 @@ def check_rejected(root: Location, plan: SetPlan, built: Collection[BuiltShard],
     """
     count, images = sum(len(shard.annotation.rejected) for shard in built), plan.listing.images
     if count / images > max_bad_fraction:
-        first = _rejects(built)[0]
+        rejected = _rejects(built)
         if DATASET_FILE not in names_in(root):
-            _write_rejects(root, plan, built)
+            _write_rejects(root, plan, rejected)
         raise ShardSetError(
             f"{count} of {images} images are bad, more than --max-bad-fraction {max_bad_fraction} allows; "
-            f"the first is {first.path}: {first.reason}. {shown(join(root, REJECTS_FILE))} lists those found so far: "
-            "repair or remove them, or give a larger --max-bad-fraction, and run again"
+            f"the first is {rejected[0].path}: {rejected[0].reason}. {shown(join(root, REJECTS_FILE))} lists those "
+            "found so far: repair or remove them, or give a larger --max-bad-fraction, and run again"
         )
 
 
@@ -179,12 +180,10 @@ def _rejects(built: Iterable[BuiltShard]) -> list[Reject]:
     return sorted((r for shard in built for r in shard.annotation.rejected), key=lambda r: (r.split, r.path))
 
 
-def _write_rejects(root: Location, plan: SetPlan, built: Iterable[BuiltShard]) -> list[Reject]:
-    rejected = _rejects(built)
+def _write_rejects(root: Location, plan: SetPlan, rejected: Iterable[Reject]) -> None:
     lines = "".join(json.dumps(reject.to_json()) + "\n" for reject in rejected)
     plan.claim.check(root)
     write(join(root, REJECTS_FILE), lines.encode())
-    return rejected
 
 
 def _read_or_none(root: Location, shard: ShardPlan) -> ShardAnnotation | None:

@@ -1,4 +1,4 @@
-"""Too many bad images fail the set, and no old state of one gets in. `test_odd_images` has what is set aside."""
+"""Too many bad images fail the set. A mended or changed image is noticed. `test_odd_images` tests which are bad."""
 
 from __future__ import annotations
 
